@@ -1,0 +1,23 @@
+"""deit-jax: DeiT and DeiT III in JAX/Flax. The public names are imported on first use."""
+
+import importlib
+
+_HOME = {
+    "InputError": "deit_jax.errors",
+    "create_model": "deit_jax.models.registry",
+    "list_models": "deit_jax.models.registry",
+    "load_model": "deit_jax.checkpoint",
+    "save_model": "deit_jax.checkpoint",
+    "preprocess": "deit_jax.preprocess",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deit_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

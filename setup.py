@@ -1,0 +1,59 @@
+"""Package metadata and dependencies of deit-jax. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["scikit-learn>=1.5"]  # its handwritten digits are the data of the main demonstration
+TORCH = ["torch>=2.11,<2.14", "huggingface_hub>=0.30"]
+TENSORBOARD = ["tensorboard>=2.19"]
+
+setup(
+    name="deit-jax",
+    version="0.1.0",
+    description="DeiT and DeiT III in JAX/Flax: train, distil, evaluate and convert vision transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["deit_jax", "deit_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12.6,<0.14",
+        "jax>=0.10.2,<0.12",
+        "ml-collections>=1.1,<2",
+        "numpy>=2.0",
+        "optax>=0.2.8,<0.4",
+        "orbax-checkpoint>=0.12,<0.14",
+        "pillow>=11",
+        "safetensors>=0.5",
+        # The input pipeline never touches an accelerator, so the CPU build is enough where it exists.
+        "tensorflow-cpu>=2.20,<2.23; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "tensorflow>=2.20,<2.23; platform_system != 'Linux' or platform_machine != 'x86_64'",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "torch": TORCH,
+        "tensorboard": TENSORBOARD,
+        "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "test": [
+            *DEMO,
+            *TORCH,
+            *TENSORBOARD,
+            "hypothesis>=6",
+            "importlib_resources",  # tensorflow-datasets needs it to write a data set
+            "pytest>=8",
+            "ruff==0.17.6",
+            "timm>=1.0.29",
+            "torchvision>=0.26",
+            "transformers>=5",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
