@@ -1,0 +1,275 @@
+"""Building blocks of the vision transformers, and the batch norm of RegNetY.
+
+Conventions shared by all modules here. Parameters are float32; `dtype` is the type of the operands
+of matrix products, which always accumulate in float32. No module stores random state: a call with
+`rngs` is training, one without is evaluation ("no rngs, no noise").
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from deit_jax.errors import InputError
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Two-operand einsum computed in x's dtype, accumulated and returned in float32.
+
+    `y` is cast to x's dtype. In the backward pass the incoming gradient is rounded to x's dtype
+    too, so that in bfloat16 all three products run on bfloat16 operands; each gradient comes
+    back in the dtype of its own operand, float32 for a float32 kernel. Left to autodiff, the
+    float32 output would make both backward products float32.
+    `spec` must name every axis and sum over no axis that appears in one operand only.
+    """
+    return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(
+    spec: str, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(spec, x, y), (x, y)
+
+
+def _product_backward(
+    spec: str, operands: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, y = operands
+    inputs, out = spec.split("->")
+    x_axes, y_axes = inputs.split(",")
+    grad = grad.astype(x.dtype)
+    x_grad = product(f"{out},{y_axes}->{x_axes}", grad, y)
+    y_grad = product(f"{x_axes},{out}->{y_axes}", x, grad)
+    return x_grad.astype(x.dtype), y_grad.astype(y.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x·Φ(x), computed in float32 and returned in x's dtype.
+
+    The derivative is written out so that the backward pass keeps x alone, in x's dtype, instead
+    of several float32 intermediates of the widest activation of the network.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2.0 * math.pi)
+    return ((grad * (_normal_cdf(wide) + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """Return a parameter drawn from N(0, std²), not truncated.
+
+    The reference's trunc_normal_(std=0.02) cuts at ±2.0, a hundred standard deviations away,
+    where JAX's truncated normal cuts at two.
+    """
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def layer_norm(features: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Return the LayerNorm of every ViT here: eps 1e-6, float32, variance in two exact passes."""
+    return nnx.LayerNorm(
+        features, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+    )
+
+
+class Linear(nnx.Module):
+    """Dense layer [B, N, I] → [B, N, O] or [B, I] → [B, O] with weights from N(0, 0.02²).
+
+    `out_dtype` is the type of the output: `dtype` between two products, float32 where the result
+    joins the residual stream or is a logit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: DTypeLike,
+        out_dtype: DTypeLike,
+        std: float = 0.02,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = normal_param(rngs, (in_features, out_features), std)
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
+        self.dtype = jnp.dtype(dtype)
+        self.out_dtype = jnp.dtype(out_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the layer to the last axis of x."""
+        batch = "bn"[: x.ndim - 1]
+        y = product(f"{batch}i,io->{batch}o", x.astype(self.dtype), self.kernel[...])
+        return (y + self.bias[...]).astype(self.out_dtype)
+
+
+class _PatchProjection(nnx.Module):
+    """The patch convolution's parameters, initialised as PyTorch initialises a convolution."""
+
+    def __init__(self, patch_size: int, embed_dim: int, *, rngs: nnx.Rngs):
+        bound = 1.0 / math.sqrt(3 * patch_size**2)
+        uniform = functools.partial(
+            jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound
+        )
+        self.kernel = nnx.Param(uniform(rngs.params(), (patch_size, patch_size, 3, embed_dim)))
+        self.bias = nnx.Param(uniform(rngs.params(), (embed_dim,)))
+
+
+class PatchEmbed(nnx.Module):
+    """Images [B, H, W, 3] → tokens [B, P, D], row by row; a p×p convolution of stride p.
+
+    Pixels right of and below the last whole patch are dropped. Since patches do not overlap the
+    convolution is one matrix product, and is computed as such.
+    """
+
+    def __init__(self, patch_size: int, embed_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.proj = _PatchProjection(patch_size, embed_dim, rngs=rngs)
+        self.patch_size = patch_size
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Return float32 tokens."""
+        p = self.patch_size
+        batch, rows, columns = images.shape[0], images.shape[1] // p, images.shape[2] // p
+        x = images[:, : rows * p, : columns * p].astype(self.dtype)
+        x = x.reshape(batch, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(batch, rows * columns, p * p * 3)
+        kernel = self.proj.kernel[...].reshape(p * p * 3, -1)
+        return product("bni,io->bno", x, kernel) + self.proj.bias[...]
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention over [B, H, N, hd], scaled by hd^-0.5, softmax in float32."""
+    scores = product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return product("bhqk,bhkd->bhqd", weights, v).astype(v.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; the fused projection's 3D outputs are [q|k|v] × [head] × [hd]."""
+
+    def __init__(
+        self, dim: int, num_heads: int, *, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim, dtype=dtype, out_dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        self.drop = nnx.Dropout(drop_rate)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Map [B, N, D] to float32 [B, N, D]."""
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        # The [B, H, N, N] weights are the largest tensors of the block: recompute, do not store.
+        out = jax.checkpoint(attend)(q, k, v)
+        out = self.proj(out.transpose(0, 2, 1, 3).reshape(batch, tokens, dim))
+        return self.drop(out, deterministic=rngs is None, rngs=rngs)
+
+
+class Mlp(nnx.Module):
+    """fc1, exact GELU, fc2; dropout after each of the two layers."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.fc1 = Linear(dim, hidden, dtype=dtype, out_dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, dim, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        self.drop = nnx.Dropout(drop_rate)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Map [B, N, D] to float32 [B, N, D]."""
+        x = self.drop(gelu(self.fc1(x)), deterministic=rngs is None, rngs=rngs)
+        return self.drop(self.fc2(x), deterministic=rngs is None, rngs=rngs)
+
+
+class LayerScale(nnx.Module):
+    """Multiply a branch by a learned γ of shape [D] (CaiT, section 2.1)."""
+
+    def __init__(self, dim: int, init: float):
+        self.gamma = nnx.Param(jnp.full((dim,), init, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Scale the last axis of x."""
+        return x * self.gamma[...]
+
+
+class DropPath(nnx.Module):
+    """Drop a residual branch for whole samples, each with probability `rate`.
+
+    Kept branches are divided by 1 - rate, so that the expectation is the evaluation value.
+    """
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Draw one Bernoulli variable for each row of x from the `dropout` stream."""
+        if rngs is None or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(rngs.dropout(), keep, shape)
+        return x * (kept.astype(x.dtype) / keep)
+
+
+class BatchNorm(nnx.Module):
+    """Batch norm over [B, H, W, C], computed in float32, with PyTorch's running statistics.
+
+    In training the batch normalises itself with its biased variance, and the running statistics
+    move a tenth of the way to the batch's mean and *unbiased* variance (nnx.BatchNorm takes the
+    biased one). Under `jax.jit` the batch is the global batch whatever its sharding.
+    """
+
+    momentum = 0.1
+    epsilon = 1e-5
+
+    def __init__(self, features: int, *, scale_init: float = 1.0):
+        self.scale = nnx.Param(jnp.full((features,), scale_init, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros((features,), jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones((features,), jnp.float32))
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return float32; with rngs use and record the batch's statistics."""
+        x = x.astype(jnp.float32)
+        if rngs is None:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean, var = self._batch_statistics(x)
+        return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
+
+    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        count = x.size // x.shape[-1]
+        if count < 2:
+            raise InputError(
+                f"batch norm in training got one value a channel (input shape {x.shape}), "
+                "expected at least two: use a larger batch or larger images"
+            )
+        mean = x.mean((0, 1, 2))
+        var = jnp.square(x - mean).mean((0, 1, 2))
+        # The running statistics are a record, not a path for gradients.
+        recorded = jax.lax.stop_gradient((mean, var * (count / (count - 1))))
+        for running, new in zip((self.mean, self.var), recorded, strict=True):
+            running.set_value(running[...] + self.momentum * (new - running[...]))
+        return mean, var

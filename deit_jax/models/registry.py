@@ -1,0 +1,254 @@
+"""The table of model names, and the functions that create models from it."""
+
+import dataclasses
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from deit_jax.errors import InputError
+from deit_jax.models.regnet import RegNetY
+from deit_jax.models.vit import VisionTransformer
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Options that change training only: they leave weights and predictions as they are, so they are
+# no part of a model's description.
+_TRAINING_OPTIONS = frozenset({"drop_rate", "drop_path_mode", "remat"})
+# Arguments of the constructors that create_model gives them by its own means.
+_GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """Everything needed to predict with a model besides its weights; `model.json` holds it.
+
+    A `crop_ratio` of None means that evaluation resizes the whole image and crops nothing.
+    `overrides` holds the structural options that differ from the registry's, as (option, value)
+    pairs sorted by option. `source` says where the weights come from, `weights` which: "raw" or
+    "ema". Lists, which JSON makes of tuples, are turned back into tuples.
+    """
+
+    name: str
+    num_classes: int
+    image_size: int
+    class_names: tuple[str, ...] = ()
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_ratio: float | None = 0.875
+    interpolation: str = "bicubic"
+    overrides: tuple[tuple[str, Any], ...] = ()
+    source: str = ""
+    weights: str = "raw"
+
+    def __post_init__(self):
+        for field in ("class_names", "mean", "std"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        object.__setattr__(self, "overrides", tuple(tuple(pair) for pair in self.overrides))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One row of the table: the constructor, its arguments and the evaluation crop."""
+
+    build: Callable[..., nnx.Module]
+    options: dict[str, Any]
+    image_size: int = 224
+    crop_ratio: float | None = 0.875
+
+    def option_names(self) -> set[str]:
+        return set(inspect.signature(self.build.__init__).parameters) - _GIVEN
+
+
+def _deit(
+    dim: int, depth: int, heads: int, image_size: int = 224, *, distilled: bool = False
+) -> _Entry:
+    options = {"embed_dim": dim, "depth": depth, "num_heads": heads, "distilled": distilled}
+    return _Entry(VisionTransformer, options, image_size)
+
+
+def _deit3(
+    dim: int, depth: int, heads: int, image_size: int = 224, *, patch_size: int = 16
+) -> _Entry:
+    options = {
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "patch_size": patch_size,
+        "no_embed_class": True,
+        "layer_scale_init": 1e-4,
+        "drop_path_mode": "constant",
+    }
+    return _Entry(VisionTransformer, options, image_size, crop_ratio=1.0)
+
+
+def _regnety(w0: int, wa: float, wm: float, group_width: int, depth: int) -> _Entry:
+    options = {"w0": w0, "wa": wa, "wm": wm, "group_width": group_width, "depth": depth}
+    return _Entry(RegNetY, options)
+
+
+def _testing(entry: _Entry, **options: Any) -> _Entry:
+    """Shrink an entry to 32×32 images that are evaluated whole."""
+    return dataclasses.replace(
+        entry, options=entry.options | options, image_size=32, crop_ratio=None
+    )
+
+
+_MODELS = {
+    "deit_tiny_patch16_224": _deit(192, 12, 3),
+    "deit_small_patch16_224": _deit(384, 12, 6),
+    "deit_base_patch16_224": _deit(768, 12, 12),
+    "deit_base_patch16_384": _deit(768, 12, 12, 384),
+    "deit_tiny_distilled_patch16_224": _deit(192, 12, 3, distilled=True),
+    "deit_small_distilled_patch16_224": _deit(384, 12, 6, distilled=True),
+    "deit_base_distilled_patch16_224": _deit(768, 12, 12, distilled=True),
+    "deit_base_distilled_patch16_384": _deit(768, 12, 12, 384, distilled=True),
+    "deit3_tiny_patch16_224": _deit3(192, 12, 3),
+    "deit3_small_patch16_224": _deit3(384, 12, 6),
+    "deit3_small_patch16_384": _deit3(384, 12, 6, 384),
+    "deit3_medium_patch16_224": _deit3(512, 12, 8),
+    "deit3_base_patch16_224": _deit3(768, 12, 12),
+    "deit3_base_patch16_384": _deit3(768, 12, 12, 384),
+    "deit3_large_patch16_224": _deit3(1024, 24, 16),
+    "deit3_large_patch16_384": _deit3(1024, 24, 16, 384),
+    "deit3_huge_patch14_224": _deit3(1280, 32, 16, patch_size=14),
+    "regnety_002": _regnety(24, 36.44, 2.49, 8, 13),
+    "regnety_004": _regnety(48, 27.89, 2.09, 8, 16),
+    "regnety_006": _regnety(48, 32.54, 2.32, 16, 15),
+    "regnety_008": _regnety(56, 38.84, 2.4, 16, 14),
+    "regnety_016": _regnety(48, 20.71, 2.65, 24, 27),
+    "regnety_032": _regnety(80, 42.63, 2.66, 24, 21),
+    "regnety_040": _regnety(96, 31.41, 2.24, 64, 22),
+    "regnety_064": _regnety(112, 33.22, 2.27, 72, 25),
+    "regnety_080": _regnety(192, 76.82, 2.19, 56, 17),
+    "regnety_120": _regnety(168, 73.36, 2.37, 112, 19),
+    "regnety_160": _regnety(200, 106.23, 2.48, 112, 18),
+    "regnety_320": _regnety(232, 115.89, 2.53, 232, 20),
+    # Small enough for a laptop and for tests, through the same door as the real ones.
+    "deit_testing": _testing(_deit(64, 4, 2), patch_size=4),
+    "deit_testing_distilled": _testing(_deit(64, 4, 2, distilled=True), patch_size=4),
+    "deit3_testing": _testing(_deit3(64, 4, 2, patch_size=4)),
+    "regnety_testing": _testing(_regnety(16, 16.0, 2.0, 32, 6), stem_width=16),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the sorted names that match a shell-style pattern, for instance "deit3*"."""
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def is_distilled(name: str) -> bool:
+    """Tell whether the model has a distillation token and head. Raises InputError if unknown."""
+    return _entry(name).options.get("distilled", False)
+
+
+def model_info(
+    name: str, *, num_classes: int = 1000, image_size: int | None = None, **more: Any
+) -> ModelInfo:
+    """Return the registry's description of a model; `more` sets further fields of ModelInfo.
+
+    Raises InputError for an unknown name or field.
+    """
+    entry = _entry(name)
+    fields = {field.name for field in dataclasses.fields(ModelInfo)}
+    _check_known(more, fields, f"description of {name}")
+    values = {"crop_ratio": entry.crop_ratio} | more
+    return ModelInfo(
+        name=name,
+        num_classes=num_classes,
+        image_size=entry.image_size if image_size is None else image_size,
+        **values,
+    )
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    drop_path_rate: float = 0.0,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+    **overrides: Any,
+) -> nnx.Module:
+    """Create a randomly initialised model; `model.info` is its ModelInfo.
+
+    `image_size` is the side of the square input in pixels, by default the one in the name.
+    `dtype` (float32 or bfloat16) is that of the matrix products; parameters and logits are float32.
+    `overrides` are further arguments of VisionTransformer or RegNetY.
+    Raises InputError for an unknown name or override and for values that do not fit.
+    """
+    entry = _entry(name)
+    _check_known(overrides, entry.option_names(), f"model {name}")
+    if num_classes < 1:
+        raise InputError(f"num_classes is {num_classes}, expected at least 1")
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise InputError(f"dtype is {jnp.dtype(dtype)}, expected float32 or bfloat16")
+
+    structural = {
+        option: value
+        for option, value in sorted(overrides.items())
+        if option not in _TRAINING_OPTIONS
+    }
+    info = model_info(
+        name,
+        num_classes=num_classes,
+        image_size=image_size,
+        overrides=tuple(structural.items()),
+    )
+    arguments = entry.options | overrides | {"num_classes": num_classes, "dtype": dtype}
+    if entry.build is VisionTransformer:
+        arguments |= {"image_size": info.image_size, "drop_path_rate": drop_path_rate}
+    elif drop_path_rate:
+        raise InputError(
+            f"drop_path_rate is {drop_path_rate}, but {name} has no stochastic depth: set it to 0"
+        )
+    model = entry.build(**arguments, rngs=rngs)
+    model.info = info
+    return model
+
+
+def abstract_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    drop_path_rate: float = 0.0,
+    dtype: DTypeLike = jnp.float32,
+    **overrides: Any,
+) -> nnx.Module:
+    """Return what `create_model` would, with shapes in place of arrays: no memory, no compute."""
+    return nnx.eval_shape(
+        lambda: create_model(
+            name,
+            num_classes=num_classes,
+            image_size=image_size,
+            drop_path_rate=drop_path_rate,
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+            **overrides,
+        )
+    )
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _MODELS:
+        raise InputError(f'unknown model "{name}"{_suggest(name, _MODELS)}')
+    return _MODELS[name]
+
+
+def _check_known(given: dict[str, Any], known: set[str], owner: str) -> None:
+    for option in given:
+        if option not in known:
+            raise InputError(f'{owner} has no option "{option}"{_suggest(option, known)}')
+
+
+def _suggest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=3)
+    return f": did you mean {', '.join(close or sorted(known))}?"

@@ -1,0 +1,187 @@
+"""The vision transformers of DeiT (arXiv 2012.12877) and DeiT III (arXiv 2204.07118)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from deit_jax.errors import InputError
+from deit_jax.models.layers import (
+    Attention,
+    DropPath,
+    LayerScale,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    layer_norm,
+    normal_param,
+)
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block on a float32 residual stream [B, N, D].
+
+    x += droppath(γ1 · attention(norm1(x))), then x += droppath(γ2 · mlp(norm2(x))); without
+    LayerScale there is no γ. The two branches are dropped independently.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        layer_scale_init: float | None,
+        drop_rate: float,
+        drop_path_rate: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = layer_norm(dim, rngs=rngs)
+        self.attn = Attention(dim, num_heads, drop_rate=drop_rate, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(dim, rngs=rngs)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, dtype=dtype, rngs=rngs)
+        self.drop_path = DropPath(drop_path_rate)
+        self.layer_scale = layer_scale_init is not None
+        if self.layer_scale:
+            self.ls1 = LayerScale(dim, layer_scale_init)
+            self.ls2 = LayerScale(dim, layer_scale_init)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Map [B, N, D] to [B, N, D]."""
+        branch = self.attn(self.norm1(x), rngs)
+        x = x + self.drop_path(self.ls1(branch) if self.layer_scale else branch, rngs)
+        branch = self.mlp(self.norm2(x), rngs)
+        return x + self.drop_path(self.ls2(branch) if self.layer_scale else branch, rngs)
+
+
+class VisionTransformer(nnx.Module):
+    """DeiT, distilled DeiT or DeiT III.
+
+    Tokens are [class, patches], or [class, distillation, patches] if `distilled`. With
+    `no_embed_class` (DeiT III) the patches alone get position embeddings; otherwise all tokens do.
+    `drop_path_mode` is "linear" (block i of L drops with rate·i/(L-1), as DeiT) or "constant"
+    (every block drops with the same rate, as DeiT III). `remat` recomputes each block in the
+    backward pass instead of storing its intermediates.
+
+    Raises InputError for dimensions that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        distilled: bool = False,
+        no_embed_class: bool = False,
+        layer_scale_init: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_mode: str = "linear",
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if isinstance(image_size, int):
+            image_size = (image_size, image_size)
+        if min(image_size) < patch_size:
+            raise InputError(
+                f"image_size {image_size} is smaller than one patch of {patch_size} pixels"
+            )
+        if embed_dim % num_heads:
+            raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+
+        self.image_size = tuple(image_size)
+        self.distilled = distilled
+        self.no_embed_class = no_embed_class
+        self.remat = remat
+        num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+        num_prefix = 2 if distilled else 1
+        num_positions = num_patches if no_embed_class else num_prefix + num_patches
+
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, dtype=dtype, rngs=rngs)
+        self.cls_token = normal_param(rngs, (1, 1, embed_dim), 0.02)
+        if distilled:
+            self.dist_token = normal_param(rngs, (1, 1, embed_dim), 0.02)
+        self.pos_embed = normal_param(rngs, (1, num_positions, embed_dim), 0.02)
+        # DeiT III's reference has dropout in the blocks only.
+        self.drop = nnx.Dropout(0.0 if no_embed_class else drop_rate)
+        self.blocks = nnx.List(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                layer_scale_init=layer_scale_init,
+                drop_rate=drop_rate,
+                drop_path_rate=rate,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for rate in _drop_path_rates(drop_path_rate, depth, drop_path_mode)
+        )
+        self.norm = layer_norm(embed_dim, rngs=rngs)
+        head = {"dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
+        self.head = Linear(embed_dim, num_classes, **head)
+        if distilled:
+            self.head_dist = Linear(embed_dim, num_classes, **head)
+
+    def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Map images [B, H, W, 3] to float32 logits [B, K]; distilled: the mean of both heads."""
+        logits = self.heads(images, rngs)
+        return sum(logits) / len(logits)
+
+    def heads(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
+        """Return (class logits,) or (class logits, distillation logits), each float32 [B, K]."""
+        tokens = self._encode(images, rngs)
+        if not self.distilled:
+            return (self.head(self.norm(tokens[:, 0])),)
+        prefix = self.norm(tokens[:, :2])
+        return self.head(prefix[:, 0]), self.head_dist(prefix[:, 1])
+
+    def forward_features(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return all tokens after the last LayerNorm, float32 [B, N, D]."""
+        return self.norm(self._encode(images, rngs))
+
+    def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        x = self._embed(images)
+        x = self.drop(x, deterministic=rngs is None, rngs=rngs)
+        for block in self.blocks:
+            if self.remat:
+                x = nnx.remat(lambda block, x, rngs: block(x, rngs))(block, x, rngs)
+            else:
+                x = block(x, rngs)
+        return x
+
+    def _embed(self, images: jax.Array) -> jax.Array:
+        if images.ndim != 4 or images.shape[1:] != (*self.image_size, 3):
+            height, width = self.image_size
+            raise InputError(
+                f"images have shape {images.shape}, expected [batch, {height}, {width}, 3]: "
+                "resize them, or create the model with their image_size"
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(
+                f"images have dtype {images.dtype}, expected normalised floating-point pixels"
+            )
+        x = self.patch_embed(images)
+        tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
+        prefix = [jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])) for token in tokens]
+        if self.no_embed_class:
+            return jnp.concatenate([*prefix, x + self.pos_embed[...]], axis=1)
+        return jnp.concatenate([*prefix, x], axis=1) + self.pos_embed[...]
+
+
+def _drop_path_rates(rate: float, depth: int, mode: str) -> list[float]:
+    """Return every block's stochastic-depth rate."""
+    if not 0.0 <= rate < 1.0:
+        raise InputError(f"drop_path_rate is {rate}, expected a number from 0 to below 1")
+    if mode == "constant":
+        return [rate] * depth
+    if mode == "linear":
+        return [rate * i / max(depth - 1, 1) for i in range(depth)]
+    raise InputError(f'drop_path_mode is "{mode}", expected "linear" or "constant"')
