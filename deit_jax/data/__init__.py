@@ -1,0 +1,22 @@
+"""The input pipeline: the only package that imports TensorFlow.
+
+Importing it hides accelerators from TensorFlow, so that JAX has them to itself, and quietens
+TensorFlow's C++ log. A TensorFlow that was already given an accelerator by the caller cannot be
+hidden any more and says so.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# oneDNN brings nothing to integer image work and logs a paragraph at every start.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import tensorflow as tf
+
+for _kind in ("GPU", "TPU"):
+    tf.config.set_visible_devices([], _kind)
+
+from deit_jax.data.sources import Source, open_source  # noqa: E402
+from deit_jax.data.stream import eval_batches, example_ids, train_batches  # noqa: E402
+
+__all__ = ["Source", "eval_batches", "example_ids", "open_source", "train_batches"]

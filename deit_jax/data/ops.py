@@ -1,0 +1,232 @@
+"""Stateless image operations on uint8: decode, crop, resize and flip, for training and evaluation.
+
+Every random operation takes a seed (int64 [2]) and is a pure function of its arguments. `data` is
+either the bytes of an image file (a scalar string) or decoded uint8 [h, w, 3]. Pixels are those of
+the PyTorch reference, which works on PIL images: EXIF orientation is ignored and an alpha channel
+is dropped.
+"""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from deit_jax.data.resize import resize
+
+_CROP, _FLIP = range(2)  # what a seed is folded with, one number per random operation
+_TRIES = 10
+
+
+def train_transform(
+    input_config: ConfigDict, *, image_size: int
+) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """The training augmentation: (data, seed) → uint8 [image_size, image_size, 3]."""
+    interpolation = input_config.interpolation
+
+    def transform(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        crop_seed = fold(seed, _CROP)
+        if input_config.train_crop == "small":
+            image = resize_whole(decode(data), size=image_size, interpolation=interpolation)
+            image = pad_and_crop(image, crop_seed, pad=input_config.pad)
+        else:
+            image = random_resized_crop(
+                data,
+                crop_seed,
+                size=image_size,
+                scale=input_config.scale,
+                ratio=input_config.ratio,
+                interpolation=interpolation,
+            )
+        image = random_flip(image, fold(seed, _FLIP), probability=input_config.hflip)
+        return tf.ensure_shape(image, (image_size, image_size, 3))
+
+    return transform
+
+
+def eval_transform(
+    input_config: ConfigDict, *, image_size: int
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """The evaluation preprocessing: data → uint8 [image_size, image_size, 3].
+
+    Small images (`train_crop` "small") are resized whole, as the reference neither resizes nor
+    crops them; others have their short side resized and the centre cut out.
+    """
+
+    def transform(data: tf.Tensor) -> tf.Tensor:
+        image = decode(data)
+        if input_config.train_crop == "small":
+            return resize_whole(image, size=image_size, interpolation=input_config.interpolation)
+        return centre_crop(
+            image,
+            size=image_size,
+            crop_ratio=input_config.crop_ratio,
+            interpolation=input_config.interpolation,
+        )
+
+    return transform
+
+
+def fold(seed: tf.Tensor, number: int) -> tf.Tensor:
+    """A new seed that depends on `seed` and `number`."""
+    return tf.random.experimental.stateless_fold_in(seed, number)
+
+
+def decode(data: tf.Tensor) -> tf.Tensor:
+    """Decodes a whole JPEG, PNG, BMP or GIF (its first frame) to uint8 [h, w, 3], as PIL does."""
+    if data.dtype != tf.string:
+        return data
+    return tf.cond(tf.io.is_jpeg(data), lambda: _decode_jpeg(data), lambda: _decode_other(data))
+
+
+def random_resized_crop(
+    data: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    interpolation: str,
+) -> tf.Tensor:
+    """torchvision's RandomResizedCrop: cuts a random box and resizes it to uint8 [size, size, 3].
+
+    Of a JPEG only the box is decoded. Pixels outside the box do not influence the result.
+    """
+
+    def crop_jpeg() -> tf.Tensor:
+        height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(data))
+        box = random_box(height, width, seed, scale=scale, ratio=ratio)
+        return decode_jpeg_box(data, box, width)
+
+    def crop_decoded() -> tf.Tensor:
+        image = _decode_other(data) if data.dtype == tf.string else data
+        height, width, _ = tf.unstack(tf.shape(image))
+        top, left, box_height, box_width = random_box(height, width, seed, scale=scale, ratio=ratio)
+        return image[top : top + box_height, left : left + box_width]
+
+    if data.dtype == tf.string:
+        image = tf.cond(tf.io.is_jpeg(data), crop_jpeg, crop_decoded)
+    else:
+        image = crop_decoded()
+    return resize(image, (size, size), interpolation=interpolation)
+
+
+def random_box(
+    height: tf.Tensor,
+    width: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Draws the box (top, left, height, width) of RandomResizedCrop, as int32 scalars.
+
+    The first of ten draws of area and aspect that fits is placed uniformly; if none fits, the box
+    is the largest centred one whose aspect is inside `ratio`.
+    """
+    tall, wide = tf.cast(height, tf.float64), tf.cast(width, tf.float64)
+    area = tall * wide * _uniform(fold(seed, 0), (_TRIES,), *scale)
+    low, high = (tf.math.log(tf.constant(bound, tf.float64)) for bound in ratio)
+    aspect = tf.exp(_uniform(fold(seed, 1), (_TRIES,), low, high))
+    widths = tf.round(tf.sqrt(area * aspect))
+    heights = tf.round(tf.sqrt(area / aspect))
+    fits = (widths > 0) & (widths <= wide) & (heights > 0) & (heights <= tall)
+    found, first = tf.reduce_any(fits), tf.argmax(tf.cast(fits, tf.int32))
+
+    # At most one of the two minima binds, since ratio[0] <= ratio[1].
+    centred_height = tf.minimum(tall, tf.round(wide / ratio[0]))
+    centred_width = tf.minimum(wide, tf.round(tall * ratio[1]))
+    box_height = tf.cast(tf.where(found, heights[first], centred_height), tf.int32)
+    box_width = tf.cast(tf.where(found, widths[first], centred_width), tf.int32)
+    room_y, room_x = height - box_height, width - box_width
+    top = tf.where(found, _integer(fold(seed, 2), room_y), room_y // 2)
+    left = tf.where(found, _integer(fold(seed, 3), room_x), room_x // 2)
+    return top, left, box_height, box_width
+
+
+def decode_jpeg_box(
+    data: tf.Tensor,
+    box: tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor],
+    image_width: tf.Tensor,
+) -> tf.Tensor:
+    """Decodes the box (top, left, height, width) of a JPEG: equal to cutting the decoded image.
+
+    Chroma is interpolated from the neighbouring columns, which libjpeg does not have at the edge of
+    what it decodes; one more column on either side makes the box exact.
+    """
+    top, left, height, width = box
+    begin = tf.maximum(left - 1, 0)
+    end = tf.minimum(left + width + 1, image_width)
+    image = tf.io.decode_and_crop_jpeg(
+        data, (top, begin, height, end - begin), channels=3, dct_method="INTEGER_ACCURATE"
+    )
+    return image[:, left - begin : left - begin + width]
+
+
+def random_flip(image: tf.Tensor, seed: tf.Tensor, *, probability: float) -> tf.Tensor:
+    """Mirrors the image left to right with the given probability."""
+    flip = _uniform(seed, (), 0.0, 1.0) < probability
+    return tf.cond(flip, lambda: tf.reverse(image, (1,)), lambda: image)
+
+
+def pad_and_crop(image: tf.Tensor, seed: tf.Tensor, *, pad: int) -> tf.Tensor:
+    """torchvision's RandomCrop(S, padding=pad) of an S×S image: zeros around, then an S×S cut."""
+    height, width, _ = tf.unstack(tf.shape(image))
+    padded = tf.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    room = tf.constant(2 * pad)
+    top, left = _integer(fold(seed, 0), room), _integer(fold(seed, 1), room)
+    return padded[top : top + height, left : left + width]
+
+
+def resize_whole(image: tf.Tensor, *, size: int, interpolation: str) -> tf.Tensor:
+    """Resizes to size × size without keeping the aspect; an image of that size is unchanged."""
+    shape = tf.shape(image)
+    right_size = (shape[0] == size) & (shape[1] == size)
+    image = tf.cond(
+        right_size,
+        lambda: image,
+        lambda: resize(image, (size, size), interpolation=interpolation),
+    )
+    return tf.ensure_shape(image, (size, size, 3))
+
+
+def centre_crop(image: tf.Tensor, *, size: int, crop_ratio: float, interpolation: str) -> tf.Tensor:
+    """Resizes the short side to int(size / crop_ratio) and cuts out the centre size × size.
+
+    The long side is truncated and the offsets are rounded half to even, as torchvision's Resize and
+    CenterCrop do. Only the pixels of the crop are computed.
+    """
+    target = int(size / crop_ratio)
+    height, width, _ = tf.unstack(tf.shape(image))
+    short = tf.minimum(height, width)
+
+    def scaled(side: tf.Tensor) -> tf.Tensor:
+        exact = tf.cast(target * side, tf.float64) / tf.cast(short, tf.float64)
+        return tf.cast(exact, tf.int32)
+
+    def offset(side: tf.Tensor) -> tf.Tensor:
+        return tf.cast(tf.round(tf.cast(side - size, tf.float64) / 2.0), tf.int32)
+
+    new_height, new_width = scaled(height), scaled(width)
+    window = (offset(new_height), offset(new_width), size, size)
+    return resize(image, (new_height, new_width), interpolation=interpolation, window=window)
+
+
+def _decode_jpeg(data: tf.Tensor) -> tf.Tensor:
+    # TensorFlow's default DCT is faster and up to 24 levels off; this one is Pillow's.
+    return tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def _decode_other(data: tf.Tensor) -> tf.Tensor:
+    image = tf.io.decode_image(data, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, (None, None, 3))
+
+
+def _uniform(
+    seed: tf.Tensor, shape: tuple[int, ...], low: float | tf.Tensor, high: float | tf.Tensor
+) -> tf.Tensor:
+    return tf.random.stateless_uniform(shape, seed, low, high, dtype=tf.float64)
+
+
+def _integer(seed: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
+    """A uniform int32 in 0 … largest, both included."""
+    return tf.random.stateless_uniform((), seed, 0, largest + 1, dtype=tf.int32)
