@@ -1,0 +1,104 @@
+"""Losses per example, [B] float32, so that any masked or sharded mean over them is exact.
+
+All arithmetic is float32 whatever comes in. A mean over the batch gives the reference's value.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from deit_jax.errors import InputError
+
+Reduction = Literal["numel", "batchmean"]
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy [B] of logits [B,K] against target distributions [B,K]."""
+    return -jnp.sum(targets.astype(jnp.float32) * _log_softmax(logits), axis=-1)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Cross-entropy [B] of logits [B,K] against class indices [B], with label smoothing ε.
+
+    (1 - ε) times the negative log-likelihood plus ε times the mean of -log p over the classes.
+    """
+    log_probs = _log_softmax(logits)
+    # A comparison instead of a gather: it shards over the batch and over the classes alike.
+    hit = labels[:, None] == jnp.arange(logits.shape[-1])
+    nll = -jnp.sum(jnp.where(hit, log_probs, 0.0), axis=-1)
+    if smoothing == 0:
+        return nll
+    return (1.0 - smoothing) * nll - smoothing * jnp.mean(log_probs, axis=-1)
+
+
+def hard_distillation(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    """Cross-entropy [B] of logits [B,K] against the teacher's decision, not smoothed."""
+    return cross_entropy(logits, jnp.argmax(teacher_logits, axis=-1))
+
+
+def soft_distillation(
+    logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: float,
+    reduction: Reduction = "numel",
+) -> jax.Array:
+    """T² KL(teacher ‖ student) [B] between the softened distributions of logits [B,K].
+
+    `"numel"` divides by K as well, as the reference does on purpose (its mean is over B·K);
+    `"batchmean"` is the textbook loss. No gradient reaches the teacher.
+    """
+    student = _log_softmax(logits.astype(jnp.float32) / temperature)
+    teacher = _log_softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature)
+    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1) * temperature**2
+    if reduction == "numel":
+        return divergence / logits.shape[-1]
+    if reduction == "batchmean":
+        return divergence
+    raise InputError(
+        f"distill.reduction is {reduction!r}: expected 'numel' (the reference) or 'batchmean'"
+    )
+
+
+def total_loss(
+    head_logits: tuple[jax.Array, ...],
+    targets: jax.Array,
+    teacher_logits: jax.Array | None,
+    *,
+    kind: Literal["none", "hard", "soft"],
+    alpha: float,
+    temperature: float,
+    reduction: Reduction = "numel",
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the training loss [B] and its unweighted parts: "base" and, distilling, "distill".
+
+    (1 - α)·base + α·distill, where base is the soft cross-entropy of head 0 (class token) against
+    `targets` [B,K] and distill compares head 1 (distillation token) with the teacher. With kind
+    "none" the loss is base alone, and a second head gets no gradient, as in the reference.
+
+    Raises InputError for an unknown kind, and for distillation without a teacher or second head.
+    """
+    base = soft_cross_entropy(head_logits[0], targets)
+    if kind == "none":
+        return base, {"base": base}
+    if kind not in ("hard", "soft"):
+        raise InputError(f"distill.kind is {kind!r}: expected 'none', 'hard' or 'soft'")
+    if teacher_logits is None:
+        raise InputError(f"distill.kind is {kind!r} but there is no teacher: set distill.teacher")
+    if len(head_logits) != 2:
+        raise InputError(
+            f"distill.kind is {kind!r} but the model has {len(head_logits)} head: expected a "
+            "distilled model with two, e.g. deit_base_distilled_patch16_224"
+        )
+    if kind == "hard":
+        distill = hard_distillation(head_logits[1], teacher_logits)
+    else:
+        distill = soft_distillation(
+            head_logits[1], teacher_logits, temperature=temperature, reduction=reduction
+        )
+    return (1.0 - alpha) * base + alpha * distill, {"base": base, "distill": distill}
+
+
+def _log_softmax(logits: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

@@ -1,0 +1,92 @@
+"""Evaluation preprocessing of one image for inference, with PIL and NumPy only.
+
+Pixel for pixel what the reference evaluates with: torchvision's Resize, CenterCrop, ToTensor and
+Normalize on PIL images.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from deit_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from deit_jax.models.registry import ModelInfo
+
+_INTERPOLATIONS = {
+    name: Image.Resampling[name.upper()]
+    for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+}
+
+
+def preprocess(
+    model_or_info: "ModelInfo | Any", image: str | os.PathLike | Image.Image | np.ndarray
+) -> np.ndarray:
+    """Return `image` as the model's float32 input [1,S,S,3].
+
+    `model_or_info` is a ModelInfo or a model that carries one as `info`. `image` is a path, a PIL
+    image of any mode, or a uint8 array [H,W,3] or [H,W]. The short side is resized to
+    `int(S / crop_ratio)` and the centre S×S is cut out; with `crop_ratio` None (small images) the
+    whole image is resized to S×S. Then `(x / 255 - mean) / std`.
+
+    Raises InputError for a missing or unreadable file, an unusable array or a bad `info` field.
+    """
+    info = getattr(model_or_info, "info", model_or_info)
+    if info.interpolation not in _INTERPOLATIONS:
+        raise InputError(
+            f"interpolation is {info.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)}"
+        )
+    resample = _INTERPOLATIONS[info.interpolation]
+    picture = _load(image)
+    if info.crop_ratio is None:
+        picture = picture.resize((info.image_size, info.image_size), resample)
+    elif 0 < info.crop_ratio <= 1:
+        picture = _resize_and_crop(picture, info.image_size, info.crop_ratio, resample)
+    else:
+        raise InputError(f"crop_ratio is {info.crop_ratio}: expected None or a number in (0, 1]")
+    mean, std = (np.asarray(v, np.float32) for v in (info.mean, info.std))
+    pixels = np.asarray(picture, np.float32) / np.float32(255)
+    return ((pixels - mean) / std)[None]
+
+
+def _resize_and_crop(
+    picture: Image.Image, size: int, crop_ratio: float, resample: Image.Resampling
+) -> Image.Image:
+    width, height = picture.size
+    short = int(size / crop_ratio)
+    if width <= height:
+        width, height = short, int(short * height / width)
+    else:
+        width, height = int(short * width / height), short
+    # Cutting while resizing would sample the borders differently: resize first, as torchvision.
+    picture = picture.resize((width, height), resample)
+    # round() is half-to-even, like torchvision's: 79.5 becomes 80, and 80.5 too.
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def _load(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
+    """Open or wrap `image` and convert it to RGB."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            with Image.open(image) as opened:
+                return opened.convert("RGB")
+        except FileNotFoundError:
+            raise InputError(f"{os.fspath(image)}: no such image file; check the path") from None
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"{os.fspath(image)}: cannot be read as an image ({error}); expected a file that "
+                "Pillow opens, such as JPEG or PNG"
+            ) from error
+    array = np.asarray(image)
+    rgb = array.ndim == 3 and array.shape[-1] == 3
+    if array.dtype != np.uint8 or not (rgb or array.ndim == 2) or array.size == 0:
+        raise InputError(
+            f"image is a {array.dtype} array of shape {array.shape}: expected uint8 [H,W,3] or "
+            "[H,W] with values 0..255, not normalised and without a batch axis"
+        )
+    return Image.fromarray(array).convert("RGB")
