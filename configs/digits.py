@@ -1,0 +1,39 @@
+"""A tiny DeiT trained on scikit-learn's handwritten digits, without a teacher.
+
+1,797 grey 8×8 images, shown at 32×32; a fixed stratified 80/20 split; no download.
+Command: python main.py --config=configs/digits.py --workdir=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from deit_jax import fields
+
+
+def get_config() -> ConfigDict:
+    """The student of digits_distill.py without token and teacher, for as many epochs."""
+    config = fields.default_config()
+    config.model.name = "deit_testing"
+    config.model.patch_size = 8
+    config.model.drop_path_rate = 0.0
+    config.dataset.source = "digits"
+    config.dataset.name = ""
+    config.dataset.eval_split = "test"
+    config.input.image_size = 32
+    config.input.train_crop = "small"
+    config.input.hflip = 0.0  # a mirrored digit is another sign
+    config.input.mean = (0.5, 0.5, 0.5)
+    config.input.std = (0.5, 0.5, 0.5)
+    config.mixing.random_erasing = 0.0
+    config.mixing.mixup_alpha = 0.2
+    config.mixing.cutmix_alpha = 0.0
+    config.mixing.group_size = 8
+    config.optimizer.lr = 2e-3
+    config.schedule.epochs = 60
+    config.schedule.per_epoch = False
+    config.train.batch_size = 64
+    config.train.dtype = "float32"
+    config.train.ema_decay = 0.99
+    config.train.log_every_steps = 44
+    config.train.eval_every_epochs = 10
+    config.checkpoint.every_epochs = 10
+    return config

@@ -1,0 +1,29 @@
+"""DeiT-Ti with distillation on your own images, from a folder, with a teacher trained on them first.
+
+Layout: ROOT/{train,val}/<class>/*.jpg (or .png), any number of classes; a flat ROOT/{train,val}/*.jpg
+works with --config.dataset.label_file=labels.csv (rows "file name,label").
+Command: python main.py --config=configs/folder.py --config.dataset.root=ROOT --workdir=DIR
+The teacher is configs/folder_teacher.py; --config.distill.teacher=FOLDER names one you have.
+Settings are DeiT's, scaled to a small batch; expect to tune epochs and rate to your data.
+"""
+
+from ml_collections import ConfigDict
+
+from deit_jax import fields
+
+
+def get_config() -> ConfigDict:
+    """DeiT-Ti distilled; the rate follows the reference's rule, 5e-4 · batch / 512."""
+    config = fields.default_config()
+    config.model.name = "deit_tiny_distilled_patch16_224"
+    config.dataset.source = "folder"
+    config.dataset.name = ""
+    config.dataset.eval_split = "val"
+    config.distill.kind = "hard"
+    config.distill.teacher_config = "configs/folder_teacher.py"
+    config.optimizer.lr = 2.5e-4
+    config.schedule.epochs = 100
+    config.train.batch_size = 256
+    config.train.ema_decay = 0.0
+    config.train.log_every_steps = 10
+    return config

@@ -1,0 +1,282 @@
+"""Validation of a parsed config, and every number that follows from it."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from deit_jax.errors import InputError
+from deit_jax.fields import default_config
+
+_CHOICES = {
+    "dataset.source": ("tfds", "folder", "digits"),
+    "input.train_crop": ("random_resized", "small"),
+    "input.interpolation": ("bicubic", "bilinear"),
+    "distill.kind": ("none", "hard", "soft"),
+    "distill.reduction": ("numel", "batchmean"),
+    "optimizer.name": ("adamw",),
+    "train.dtype": ("bfloat16", "float32"),
+}
+_AT_LEAST_ONE = (
+    "input.image_size", "input.repeats", "mixing.group_size", "schedule.epochs",
+    "train.batch_size", "train.log_every_steps", "train.max_nonfinite_steps",
+    "parallel.fsdp", "checkpoint.keep", "distributed.num_processes",
+)  # fmt: skip
+_PROBABILITIES = (
+    "model.drop_path_rate", "input.hflip", "mixing.random_erasing", "mixing.prob",
+    "mixing.switch_prob", "mixing.smoothing", "distill.alpha", "train.ema_decay",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "model.patch_size", "dataset.num_classes", "input.pad", "mixing.mixup_alpha",
+    "mixing.cutmix_alpha", "optimizer.lr", "optimizer.weight_decay", "optimizer.clip_norm",
+    "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr", "train.seed",
+    "train.eval_every_epochs", "checkpoint.every_epochs", "checkpoint.every_steps",
+    "distributed.process_id",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """The numbers a run follows, derived from its config, its data and its devices."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    num_train: int  # examples in the train split
+    num_eval: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    group_size: int  # images that share one mixup/cutmix draw
+    images_per_epoch: int
+    distinct_images_per_epoch: int
+    eval_every: int  # steps; the last step always evaluates
+    save_every: tuple[int, ...]  # steps; the last step always saves
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks names, types, ranges and combinations that need no data and no device.
+
+    Raises:
+      InputError: the first field that is wrong, what it holds and what it may hold.
+    """
+    _check_structure(config, default_config(), "config")
+    for name, choices in _CHOICES.items():
+        if _get(config, name) not in choices:
+            _refuse(config, name, f"one of {', '.join(choices)}")
+    _check_range(config, _AT_LEAST_ONE, lambda value: value >= 1, "at least 1")
+    _check_range(config, _PROBABILITIES, lambda value: 0 <= value <= 1, "between 0 and 1")
+    _check_range(config, _NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
+    _check_range(
+        config,
+        ("distill.temperature", "optimizer.eps"),
+        lambda value: value > 0,
+        "greater than 0",
+    )
+    _check_range(config, ("input.crop_ratio",), lambda value: 0 < value <= 1, "in (0, 1]")
+    _check_range(config, ("dataset.train_fraction",), lambda value: 0 < value <= 1, "in (0, 1]")
+    _check_range(
+        config, ("optimizer.b1", "optimizer.b2"), lambda value: 0 <= value < 1, "in [0, 1)"
+    )
+    _check_range(config, ("input.std",), lambda value: min(value) > 0, "numbers greater than 0")
+    for name in ("input.scale", "input.ratio"):
+        low, high = _get(config, name)
+        if not 0 < low <= high:
+            _refuse(config, name, "two numbers, 0 < low <= high")
+    if config.input.auto_augment:
+        raise InputError(
+            f"config.input.auto_augment is {config.input.auto_augment!r}, but this version has no "
+            "RandAugment yet; train without it by --config.input.auto_augment=''"
+        )
+    if config.distill.kind == "none" and (config.distill.teacher or config.distill.teacher_config):
+        raise InputError(
+            "config.distill.teacher or teacher_config is set, but config.distill.kind is 'none'; "
+            "set --config.distill.kind=hard (or soft), or remove the teacher"
+        )
+    if config.schedule.warmup_epochs >= config.schedule.epochs:
+        _refuse(
+            config,
+            "schedule.warmup_epochs",
+            f"less than schedule.epochs ({config.schedule.epochs})",
+        )
+    if config.train.batch_size % 2 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha):
+        _refuse(config, "train.batch_size", "an even number, since mixup and cutmix pair images")
+    if config.distributed.process_id >= config.distributed.num_processes:
+        _refuse(config, "distributed.process_id", "less than distributed.num_processes")
+
+
+def check_batch(config: ConfigDict, *, num_devices: int, num_processes: int) -> None:
+    """Raises InputError unless the batch and the mesh divide evenly over the devices."""
+    if num_devices % config.parallel.fsdp:
+        _refuse(config, "parallel.fsdp", f"a divisor of the number of devices ({num_devices})")
+    batch = config.train.batch_size
+    if batch % num_devices:
+        lower = batch // num_devices * num_devices
+        nearest = f"{lower} or {lower + num_devices}" if lower else str(num_devices)
+        _refuse(
+            config,
+            "train.batch_size",
+            f"a multiple of the {num_devices} devices of the mesh ({num_processes} processes): "
+            f"try {nearest}",
+        )
+
+
+def plan_run(
+    config: ConfigDict,
+    *,
+    num_train: int,
+    num_eval: int,
+    num_classes: int,
+    class_names: tuple[str, ...],
+    num_devices: int,
+) -> RunPlan:
+    """Derives the run's numbers.
+
+    A repeated-augmentation epoch follows the reference's sampler: as many samples as the split has
+    (rounded down to a multiple of 256), drawn as `repeats` views of a `repeats`-th of the images.
+
+    Raises:
+      InputError: the train split is smaller than one global batch.
+    """
+    batch, repeats = config.train.batch_size, config.input.repeats
+    samples = num_train // 256 * 256 if repeats > 1 and num_train >= 256 else num_train
+    steps_per_epoch = samples // batch
+    if steps_per_epoch == 0:
+        raise InputError(
+            f"config.train.batch_size is {batch}, but the train split has only {num_train} images; "
+            "choose a batch no larger than the split"
+        )
+    images = steps_per_epoch * batch
+    return RunPlan(
+        num_classes=num_classes,
+        class_names=class_names,
+        num_train=num_train,
+        num_eval=num_eval,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=steps_per_epoch * config.schedule.epochs,
+        warmup_steps=steps_per_epoch * config.schedule.warmup_epochs,
+        group_size=_group_size(config.mixing.group_size, batch // num_devices),
+        images_per_epoch=images,
+        distinct_images_per_epoch=-(-images // repeats),
+        eval_every=steps_per_epoch * config.train.eval_every_epochs,
+        save_every=(
+            steps_per_epoch * config.checkpoint.every_epochs,
+            config.checkpoint.every_steps,
+        ),
+    )
+
+
+def _group_size(wanted: int, per_device: int) -> int:
+    """The largest group up to `wanted` that divides the per-device batch (DESIGN: groups never span devices)."""
+    return max(size for size in range(1, min(wanted, per_device) + 1) if per_device % size == 0)
+
+
+def load_config(path: str) -> ConfigDict:
+    """Reads a recipe file and returns its `get_config()`.
+
+    Raises:
+      InputError: no such file, or it defines no `get_config`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"config file {path} does not exist; recipes live in configs/")
+    root = str(file.resolve().parent.parent)  # recipes import one another as configs.NAME
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    spec = importlib.util.spec_from_file_location(f"_recipe_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"config file {path} defines no get_config()")
+    return module.get_config()
+
+
+def write_config(config: ConfigDict, workdir: str) -> None:
+    """Writes WORKDIR/config.json in one atomic step."""
+    file = Path(workdir) / "config.json"
+    partial = file.with_suffix(".json.tmp")
+    partial.write_text(config.to_json(indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
+    """Lines "field: old → new" for what differs from the config that WORKDIR was started with."""
+    file = Path(workdir) / "config.json"
+    if not file.is_file():
+        return []
+    old, new = (
+        _flatten(json.loads(file.read_text(encoding="utf-8"))),
+        _flatten(json.loads(config.to_json())),
+    )
+    names = sorted(old.keys() | new.keys())
+    return [f"{n}: {old.get(n)} → {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _check_structure(config: ConfigDict, default: ConfigDict, where: str) -> None:
+    for name in default:
+        if name not in config:
+            raise InputError(
+                f"{where}.{name} is missing; start recipes from deit_jax.fields.default_config()"
+            )
+    for name in config:
+        if name not in default:
+            raise InputError(
+                f"{where}.{name} is not a field; {where} has {', '.join(sorted(default))}"
+            )
+        found, expected = config[name], default[name]
+        if isinstance(expected, ConfigDict):
+            if not isinstance(found, ConfigDict):
+                raise InputError(f"{where}.{name} is {found!r}, but must be a group of fields")
+            _check_structure(found, expected, f"{where}.{name}")
+        elif not _same_type(found, expected):
+            kind = (
+                f"{len(expected)} numbers"
+                if isinstance(expected, tuple)
+                else type(expected).__name__
+            )
+            raise InputError(
+                f"{where}.{name} is {found!r}, but must be {kind}, such as {expected!r}"
+            )
+
+
+def _same_type(found: object, expected: object) -> bool:
+    if isinstance(expected, tuple):
+        return (
+            isinstance(found, tuple)
+            and len(found) == len(expected)
+            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in found)
+        )
+    if isinstance(expected, float):
+        return isinstance(found, (int, float)) and not isinstance(found, bool)
+    return type(found) is type(expected)
+
+
+def _check_range(
+    config: ConfigDict, names: tuple[str, ...], holds: Callable[[float], bool], expected: str
+) -> None:
+    for name in names:
+        if not holds(_get(config, name)):
+            _refuse(config, name, expected)
+
+
+def _get(config: ConfigDict, name: str) -> object:
+    group, _, field = name.partition(".")
+    return config[group][field]
+
+
+def _refuse(config: ConfigDict, name: str, expected: str) -> None:
+    raise InputError(f"config.{name} is {_get(config, name)!r}, but must be {expected}")

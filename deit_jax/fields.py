@@ -1,0 +1,116 @@
+"""Every field a recipe may set, with its meaning and the DeiT-B default; recipes change a copy.
+
+A config holds choices only. Steps, warm-up steps, group sizes and the like are computed from them
+after the command line is parsed (`deit_jax.config.plan_run`), so an override can never leave a
+derived number behind.
+"""
+
+from ml_collections import ConfigDict
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def default_config() -> ConfigDict:
+    """The DeiT-B recipe for ImageNet-1k (300 epochs, no distillation), all fields spelt out."""
+    config = ConfigDict()
+
+    # Folder of a trained model to start from ("": from scratch). A checkpoint in the workdir wins.
+    config.init_from = ""
+
+    config.model = ConfigDict()
+    config.model.name = "deit_base_patch16_224"  # see deit_jax.list_models()
+    config.model.patch_size = 0  # 0: the model's own
+    config.model.drop_path_rate = 0.1
+    config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
+
+    config.dataset = ConfigDict()
+    config.dataset.source = "tfds"  # tfds | folder | digits
+    config.dataset.name = "imagenet2012"  # tfds: name or name:version
+    config.dataset.root = ""  # tfds: data_dir ("": TFDS's default); folder: where the splits are
+    config.dataset.train_split = "train"
+    config.dataset.eval_split = "validation"
+    config.dataset.label_file = (
+        ""  # folder: file with "name,label" rows, where there are no class folders
+    )
+    config.dataset.num_classes = 0  # 0: as found in the data
+    config.dataset.train_fraction = 1.0  # train on a fixed, stratified part of the train split
+
+    config.input = ConfigDict()  # on the host, in uint8
+    config.input.image_size = 224
+    config.input.train_crop = (
+        "random_resized"  # random_resized | small (resize, pad, crop; eval uncropped)
+    )
+    config.input.scale = (0.08, 1.0)  # random_resized: area of the crop
+    config.input.ratio = (3 / 4, 4 / 3)  # random_resized: aspect of the crop
+    config.input.pad = 4  # small: pixels of zero padding on each side
+    config.input.hflip = 0.5  # probability
+    config.input.auto_augment = ""  # RandAugment policy, such as rand-m9-mstd0.5-inc1
+    config.input.repeats = 1  # repeated augmentation: views of each drawn image in an epoch
+    config.input.interpolation = "bicubic"  # bicubic | bilinear
+    config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side
+    config.input.mean = IMAGENET_MEAN
+    config.input.std = IMAGENET_STD
+
+    config.mixing = ConfigDict()  # on the device, in float32
+    config.mixing.random_erasing = 0.25  # probability per image
+    config.mixing.mixup_alpha = 0.8  # 0: off
+    config.mixing.cutmix_alpha = 1.0  # 0: off
+    config.mixing.prob = 1.0  # probability that a group is mixed at all
+    config.mixing.switch_prob = 0.5  # probability of cutmix where both are on
+    config.mixing.smoothing = 0.1  # label smoothing
+    # Images that share one draw: the per-GPU batch of the published run (64 for B, 256 for Ti and S).
+    config.mixing.group_size = 64
+
+    config.distill = ConfigDict()
+    config.distill.kind = "none"  # none | hard | soft
+    config.distill.alpha = 0.5  # weight of the teacher's term
+    config.distill.temperature = 1.0  # soft only
+    config.distill.reduction = "numel"  # soft only: numel (reference: mean over B·K) | batchmean
+    config.distill.teacher = ""  # model folder or run folder; "": WORKDIR/teacher
+    config.distill.teacher_config = ""  # recipe that trains the teacher where its folder is missing
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    # Effective peak rate. The reference scales: 5e-4 · global batch / 512 = 1e-3 at 1024.
+    config.optimizer.lr = 1e-3
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 0.0  # global gradient norm; 0: no clipping, as the reference
+    config.optimizer.decay_dist_token = True  # the reference decays it; timm does not
+
+    config.schedule = ConfigDict()
+    config.schedule.epochs = 300
+    config.schedule.warmup_epochs = 5
+    config.schedule.warmup_lr = 1e-6
+    config.schedule.min_lr = 1e-5
+    # True: constant within an epoch and one epoch late, as the published runs. False: smooth, no lag.
+    config.schedule.per_epoch = True
+
+    config.train = ConfigDict()
+    config.train.batch_size = 1024  # global, over all devices of all hosts
+    config.train.seed = 0
+    config.train.dtype = "bfloat16"  # of matrix products: bfloat16 | float32
+    config.train.ema_decay = 0.99996  # 0: no moving average
+    config.train.log_every_steps = 50
+    config.train.eval_every_epochs = 1  # 0: only at the end
+    config.train.max_nonfinite_steps = 10  # in a row, before the run stops
+    config.train.tensorboard = False  # also write TensorBoard events (extra: tensorboard)
+
+    config.parallel = ConfigDict()
+    config.parallel.fsdp = 1  # devices that share one copy of the parameters
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_epochs = 1  # 0: only at the end
+    config.checkpoint.every_steps = 0  # additionally, every so many steps; 0: off
+    config.checkpoint.keep = 2  # latest ones; the best one is kept besides
+
+    # Needed only where JAX cannot detect the cluster itself (it does on Cloud TPU, Slurm and GKE).
+    config.distributed = ConfigDict()
+    config.distributed.auto = False  # several hosts in a cluster that JAX detects
+    config.distributed.coordinator_address = ""  # host:port of process 0
+    config.distributed.num_processes = 1
+    config.distributed.process_id = 0
+    return config

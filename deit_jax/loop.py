@@ -1,0 +1,360 @@
+"""The training loop, and evaluation of what it trained."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from deit_jax import checkpoint, parallel, startup, steps
+from deit_jax.config import changed_fields, write_config
+from deit_jax.errors import InputError
+from deit_jax.evaluate import evaluate
+from deit_jax.metrics import MetricWriter, Progress, duration, say
+from deit_jax.startup import Setup
+
+_STEPS_IN_FLIGHT = 2  # more gain nothing, and collectives on CPU devices can deadlock
+
+
+class Interrupted(Exception):
+    """A run was asked to stop (SIGTERM) and saved its state; the message says how to go on."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient; the last good state is saved."""
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Trains, resumes or finishes the run of `workdir`, and its teacher where there is none yet.
+
+    Returns:
+      The final report: `top1`, `top5` (percent), `loss`, `num_examples`; with two heads `top1_cls`
+      and `top1_dist`; all again with `ema_` where the average is on; with a teacher `teacher_top1`.
+
+    Raises:
+      InputError: before any long work, if the config, the data or the workdir are wrong.
+      Interrupted: after SIGTERM, with the state saved.
+      NonFiniteLoss: see `train.max_nonfinite_steps`.
+    """
+    setup = startup.check(config, workdir)
+    with contextlib.closing(_open_checkpoints(setup)) as checkpoints:
+        if setup.teacher_folder is not None and checkpoint.find_model(setup.teacher_folder) is None:
+            say(f"No teacher in {setup.teacher_folder}: training one first.", on=_first_process())
+            train(startup.teacher_config(config), setup.teacher_folder)
+            say("The teacher is ready; training the student.", on=_first_process())
+        return _train(setup, checkpoints)
+
+
+def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Evaluates the latest checkpoint of `workdir` (or `init_from`), and reports as `train` does."""
+    setup = startup.check(config, workdir)
+    saved = (path.name.isdigit() for path in Path(workdir, "checkpoints").glob("*"))
+    if not any(saved) and not config.init_from:
+        raise InputError(
+            f"--workdir={workdir} holds no checkpoint to evaluate; train first, or name a model "
+            "folder by --config.init_from"
+        )
+    with contextlib.closing(_open_checkpoints(setup)) as checkpoints:
+        state, _, _, origin = startup.initial_state(setup, checkpoints)
+        say(startup.recipe(setup, origin), on=_first_process())
+        teacher = None
+        if setup.teacher_folder is not None and checkpoint.find_model(setup.teacher_folder):
+            teacher = startup.load_teacher(setup)
+        step = int(state.step)
+        writer = MetricWriter(workdir, resume_step=step, on=_first_process())
+        with contextlib.closing(writer):
+            final = _evaluator(setup)(state) | _teacher_accuracy(setup, *(teacher or (None, None)))
+            return _report(writer, step, final)
+
+
+def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, float]:
+    config, plan, workdir = setup.config, setup.plan, setup.workdir
+    state, shardings, best, origin = startup.initial_state(setup, checkpoints)
+    step = int(state.step)
+    say(f"Run {workdir}\n{startup.recipe(setup, origin)}", on=_first_process())
+    for change in changed_fields(config, workdir) if origin.startswith("resumed") else ():
+        say(f"  changed   {change}", on=_first_process())
+    if _first_process():
+        write_config(config, workdir)
+    teacher, teacher_variables = startup.load_teacher(setup)
+    teacher_report = _teacher_accuracy(setup, teacher, teacher_variables)
+    if teacher_report:
+        say(
+            f"Teacher top-1 on the eval split: {teacher_report['teacher_top1']:.2f} %",
+            on=_first_process(),
+        )
+
+    train_step = jit_train_step(setup, shardings, teacher)
+    evaluate_state = _evaluator(setup)
+    writer = MetricWriter(
+        workdir, resume_step=step, tensorboard=config.train.tensorboard, on=_first_process()
+    )
+    progress = Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
+    window = _Window(setup)
+    results = None  # of the last evaluation, if it was of the present step
+    if step >= plan.total_steps:
+        say(f"Already finished at step {step}: evaluating.", on=_first_process())
+
+    with contextlib.closing(writer), _stop_signal() as stopped:
+        batches = _batches(setup, step)
+        while step < plan.total_steps:
+            begin = time.perf_counter()
+            batch = next(batches)
+            progress.waited(time.perf_counter() - begin)
+            batch = parallel.to_global(batch, parallel.batch_sharding(setup.mesh))
+            state, metrics = train_step(state, teacher_variables, batch)
+            step += 1
+            window.add(step, metrics)
+            progress.step_done()
+            last, results = step == plan.total_steps, None
+            if last or step % config.train.log_every_steps == 0:
+                _log(writer, step, plan, window.means() | progress.report(step))
+
+            begin = time.perf_counter()
+            if last or _due(step, plan.eval_every):
+                window.finish()
+                results = evaluate_state(state)
+                writer.write(step, "eval", results)
+                say(f"step {step}: eval {_summary(results)}", on=_first_process())
+                if results["top1"] > best["top1"]:
+                    best = {"top1": results["top1"], "step": step}
+                    checkpoint.write_model(Path(workdir, "best"), state.model, setup.network.info)
+            if last or stopped() or any(_due(step, every) for every in plan.save_every):
+                window.finish()
+                top1 = results["top1"] if results else None
+                checkpoints.save(state, setup.network.info, step=step, best=best, top1=top1)
+            progress.pause(time.perf_counter() - begin)
+            if stopped() and not last:
+                raise Interrupted(
+                    f"stopped and saved at step {step}; run the same command to go on"
+                )
+            if window.failed is not None:
+                checkpoints.save(state, setup.network.info, step=step, best=best, top1=None)
+                raise NonFiniteLoss(window.failed)
+
+        _write_final_models(setup, state)
+        final = (results or evaluate_state(state)) | teacher_report
+        return _report(writer, step, final)
+
+
+def jit_train_step(
+    setup: Setup, shardings: object, teacher: steps.Network | None
+) -> Callable[[steps.TrainState, steps.Variables | None, dict], tuple[steps.TrainState, dict]]:
+    """The training step compiled for the run's mesh; it consumes (donates) the state it is given.
+
+    Args:
+      setup: the checked run.
+      shardings: of the state, from `startup.initial_state`.
+      teacher: from `startup.load_teacher`.
+    """
+    replicated = parallel.replicated(setup.mesh)
+    step = steps.make_train_step(
+        setup.config,
+        setup.plan,
+        setup.network,
+        setup.optimizer,
+        teacher=teacher,
+        replicated=replicated,
+    )
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, replicated, parallel.batch_sharding(setup.mesh)),
+        out_shardings=(shardings, replicated),
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after `step` updates."""
+    return every > 0 and step % every == 0
+
+
+class _Window:
+    """Train metrics since the last log line; holds back the host from running ahead of the device."""
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._pending: collections.deque = collections.deque()
+        self._sums: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._count = 0
+        self.failed: str | None = None  # why the run must stop
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append((step, metrics))
+        while len(self._pending) > _STEPS_IN_FLIGHT:
+            self._collect()
+
+    def finish(self) -> None:
+        """Waits for every step so far."""
+        while self._pending:
+            self._collect()
+
+    def _collect(self) -> None:
+        step, metrics = self._pending.popleft()
+        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        limit = self._setup.config.train.max_nonfinite_steps
+        if self._last["nonfinite_steps"] >= limit and self.failed is None:
+            self.failed = _nonfinite_report(self._setup, step)
+        if self._last["nonfinite_steps"] == 0:
+            self._count += 1
+            for name, value in self._last.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Means over the finite steps since the last call; rate and counters as they are now."""
+        self.finish()
+        means = {name: total / self._count for name, total in self._sums.items()}
+        for name in ("learning_rate", "nonfinite_steps", "nonfinite_total"):
+            means[name] = self._last[name]
+        self._sums, self._count = {}, 0
+        return means
+
+
+def _nonfinite_report(setup: Setup, step: int) -> str:
+    from deit_jax import data
+
+    config, plan = setup.config, setup.plan
+    ids = data.example_ids(
+        setup.train_source,
+        step=step - 1,
+        batch_size=config.train.batch_size,
+        steps_per_epoch=plan.steps_per_epoch,
+        seed=config.train.seed,
+        repeats=config.input.repeats,
+        group_size=plan.group_size,
+    )
+    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    return (
+        f"loss or gradient not finite in {config.train.max_nonfinite_steps} steps in a row, the last "
+        f"at step {step} (seed {config.train.seed}); the last good weights are saved; lower "
+        f"config.optimizer.lr or set config.optimizer.clip_norm. Examples of that step: {shown}"
+    )
+
+
+def _batches(setup: Setup, start_step: int) -> Iterator[dict]:
+    from deit_jax import data
+
+    config, plan = setup.config, setup.plan
+    return data.train_batches(
+        setup.train_source,
+        config.input,
+        image_size=config.input.image_size,
+        batch_size=config.train.batch_size,
+        steps_per_epoch=plan.steps_per_epoch,
+        seed=config.train.seed,
+        start_step=start_step,
+        group_size=plan.group_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _eval_pass(setup: Setup, eval_step: object, weights: dict[str, steps.Variables]) -> dict:
+    from deit_jax import data
+
+    batches = data.eval_batches(
+        setup.eval_source,
+        setup.config.input,
+        image_size=setup.config.input.image_size,
+        batch_size=setup.config.train.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return evaluate(eval_step, weights, batches, parallel.batch_sharding(setup.mesh))
+
+
+def _evaluator(setup: Setup) -> functools.partial:
+    """A function from a state to its results, compiled once."""
+    eval_step = jax.jit(
+        steps.make_eval_step(setup.network), out_shardings=parallel.replicated(setup.mesh)
+    )
+
+    def run(state: steps.TrainState) -> dict[str, float]:
+        weights = {"": state.model} | ({} if state.ema is None else {"ema_": state.ema})
+        return _eval_pass(setup, eval_step, weights)
+
+    return run
+
+
+def _teacher_accuracy(
+    setup: Setup, teacher: steps.Network | None, variables: steps.Variables | None
+) -> dict[str, float]:
+    if teacher is None:
+        return {}
+    eval_step = jax.jit(
+        steps.make_eval_step(teacher), out_shardings=parallel.replicated(setup.mesh)
+    )
+    return {"teacher_top1": _eval_pass(setup, eval_step, {"": variables})["top1"]}
+
+
+def _write_final_models(setup: Setup, state: steps.TrainState) -> None:
+    """WORKDIR/model (the raw weights, as the reference releases them) and model_ema."""
+    info = setup.network.info
+    checkpoint.write_model(Path(setup.workdir, "model"), state.model, info)
+    if state.ema is not None:
+        folder = Path(setup.workdir, "model_ema")
+        checkpoint.write_model(folder, state.ema, dataclasses.replace(info, weights="ema"))
+
+
+def _open_checkpoints(setup: Setup) -> checkpoint.TrainCheckpoints:
+    try:
+        Path(setup.workdir).mkdir(parents=True, exist_ok=True)
+        checkpoints = checkpoint.TrainCheckpoints(setup.workdir, keep=setup.config.checkpoint.keep)
+    except OSError as error:
+        raise InputError(f"--workdir={setup.workdir} cannot be written ({error})") from error
+    checkpoints.check(setup.network.info, ema=setup.config.train.ema_decay > 0)
+    return checkpoints
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[object]:
+    """Turns SIGTERM into a question that the loop asks after every step."""
+    asked = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _log(writer: MetricWriter, step: int, plan: object, values: dict[str, float]) -> None:
+    writer.write(step, "train", values)
+    parts = [
+        f"step {step}/{plan.total_steps}",
+        f"epoch {step / plan.steps_per_epoch:.1f}",
+        f"loss {values.get('loss', float('nan')):.4f}",
+    ]
+    if "distill" in values:
+        parts.append(f"(base {values['base']:.4f}, distill {values['distill']:.4f})")
+    parts.append(f"lr {values['learning_rate']:.2e}")
+    if "images_per_second" in values:
+        parts.append(f"{values['images_per_second']:,.0f} images/s")
+        parts.append(f"input wait {100 * values['input_wait']:.0f} %")
+        parts.append(f"ETA {duration(values['eta_seconds'])}")
+    if values["nonfinite_total"]:
+        parts.append(f"{values['nonfinite_total']:.0f} non-finite steps skipped")
+    say(" · ".join(parts), on=_first_process())
+
+
+def _summary(results: dict[str, float]) -> str:
+    shown = [f"{name} {value:.2f}" for name, value in results.items() if "top1" in name]
+    return ", ".join([*shown, f"loss {results['loss']:.4f}", f"{results['num_examples']} images"])
+
+
+def _report(writer: MetricWriter, step: int, final: dict[str, float]) -> dict[str, float]:
+    writer.write(step, "final", final)
+    say(f"Final report at step {step}:", on=_first_process())
+    say(json.dumps(final, indent=2), on=_first_process())
+    return final
+
+
+def _first_process() -> bool:
+    return jax.process_index() == 0

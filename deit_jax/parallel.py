@@ -1,0 +1,94 @@
+"""Processes, the device mesh, and where arrays live on it."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+DATA, FSDP = "data", "fsdp"
+_MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than to keep
+
+
+def start_processes(distributed: ConfigDict) -> None:
+    """Connects the processes of a multi-host run; does nothing for a single process.
+
+    Must run before anything touches a device. `distributed.auto` leaves the detection of the
+    cluster to JAX (Cloud TPU, Slurm, GKE, Open MPI).
+    """
+    if distributed.auto:
+        jax.distributed.initialize()
+    elif distributed.num_processes > 1:
+        jax.distributed.initialize(
+            distributed.coordinator_address,
+            num_processes=distributed.num_processes,
+            process_id=distributed.process_id,
+        )
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """A (devices / fsdp) × fsdp mesh over all devices of all processes.
+
+    The axes are Auto: with Explicit axes, the default of `jax.make_mesh`, plain model code does
+    not type-check.
+    """
+    shape = (jax.device_count() // fsdp, fsdp)
+    return jax.make_mesh(shape, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over every device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
+def state_shardings(mesh: Mesh, shapes: object) -> object:
+    """The sharding of every array of a state: its largest divisible axis over `fsdp`.
+
+    Args:
+      mesh: the device mesh; with an `fsdp` axis of 1 everything is replicated.
+      shapes: a tree of arrays or ShapeDtypeStructs.
+    """
+    size = mesh.shape[FSDP]
+
+    def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        axes = [i for i in np.argsort(leaf.shape)[::-1] if leaf.shape[i] % size == 0]
+        if size == 1 or not axes or np.prod(leaf.shape) < _MIN_SHARDED_SIZE:
+            return replicated(mesh)
+        spec = [None] * len(leaf.shape)
+        spec[axes[0]] = FSDP
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, shapes)
+
+
+def to_global(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Makes global arrays of this process's rows (first axis) of a batch."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+def to_host(tree: object) -> object:
+    """Copies a tree of device arrays, sharded or not, to NumPy arrays on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def replicate(tree: object, mesh: Mesh) -> object:
+    """Puts a tree of NumPy arrays on every device of the mesh."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def describe(mesh: Mesh) -> str:
+    """One line about the devices, for the start-up summary."""
+    device = mesh.devices.flat[0]
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"{axes} on {mesh.size} {device.device_kind} device(s), {jax.process_count()} process(es)"
+    )

@@ -1,0 +1,228 @@
+"""Everything before the first step: checks, data, model, teacher, initial state, printed recipe."""
+
+import dataclasses
+import os
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from deit_jax import checkpoint, optim, parallel, trees
+from deit_jax.config import RunPlan, check_batch, load_config, plan_run, validate
+from deit_jax.errors import InputError
+from deit_jax.metrics import import_tensorboard
+from deit_jax.models import registry
+from deit_jax.steps import Network, TrainState, Variables, new_state, split_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A checked run: nothing in it has cost more than reading the data's index."""
+
+    config: ConfigDict
+    workdir: str
+    plan: RunPlan
+    mesh: Mesh
+    network: Network
+    abstract: Variables  # shapes of the student's weights
+    optimizer: optax.GradientTransformation
+    train_source: object  # deit_jax.data.Source
+    eval_source: object
+    teacher_folder: str | None  # where the recipe's teacher is or will be; None without one
+
+
+def check(config: ConfigDict, workdir: str) -> Setup:
+    """Connects the processes and checks everything that can be checked before long work.
+
+    Raises:
+      InputError: a field, a file or the data are wrong; one line that says what and how to fix it.
+    """
+    validate(config)
+    if config.train.tensorboard:
+        import_tensorboard()
+    parallel.start_processes(config.distributed)
+    check_batch(config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    if config.distill.kind != "none" and not registry.is_distilled(config.model.name):
+        raise InputError(
+            f"config.distill.kind is {config.distill.kind!r}, but config.model.name "
+            f"{config.model.name!r} has no distillation token; choose a *_distilled_* model, such as "
+            "deit_base_distilled_patch16_224, or --config.distill.kind=none"
+        )
+
+    from deit_jax import data  # TensorFlow: imported by runs alone
+
+    train_source = data.open_source(config.dataset, "train")
+    eval_source = data.open_source(config.dataset, "eval")
+    plan = plan_run(
+        config,
+        num_train=train_source.num_examples,
+        num_eval=eval_source.num_examples,
+        num_classes=train_source.num_classes,
+        class_names=train_source.class_names,
+        num_devices=jax.device_count(),
+    )
+    network, abstract = split_model(_build(config, plan))
+    setup = Setup(
+        config=config,
+        workdir=workdir,
+        plan=plan,
+        mesh=parallel.make_mesh(config.parallel.fsdp),
+        network=network,
+        abstract=abstract,
+        optimizer=optim.make_optimizer(abstract.params, config.optimizer),
+        train_source=train_source,
+        eval_source=eval_source,
+        teacher_folder=_teacher_folder(config, workdir),
+    )
+    if config.init_from:
+        checkpoint.check_weights(config.init_from, abstract)
+    _check_teacher(setup)
+    return setup
+
+
+def _build(config: ConfigDict, plan: RunPlan, *, rngs: object = None) -> object:
+    """The run's model, abstract without `rngs`; `info` holds all that prediction needs."""
+    options = {
+        "num_classes": plan.num_classes,
+        "image_size": config.input.image_size,
+        "drop_path_rate": config.model.drop_path_rate,
+        "dtype": config.train.dtype,
+    }
+    if config.model.patch_size:
+        options["patch_size"] = config.model.patch_size
+    if config.model.remat:
+        options["remat"] = True
+    if rngs is None:
+        model = registry.abstract_model(config.model.name, **options)
+    else:
+        model = registry.create_model(config.model.name, **options, rngs=rngs)
+    uncropped = config.input.train_crop == "small"
+    model.info = dataclasses.replace(
+        model.info,
+        class_names=plan.class_names,
+        mean=tuple(config.input.mean),
+        std=tuple(config.input.std),
+        crop_ratio=None if uncropped else config.input.crop_ratio,
+        interpolation=config.input.interpolation,
+        source=f"deit-jax, {config.dataset.source} {config.dataset.name}".rstrip(),
+    )
+    return model
+
+
+def _teacher_folder(config: ConfigDict, workdir: str) -> str | None:
+    if config.distill.kind == "none":
+        return None
+    return config.distill.teacher or os.path.join(workdir, "teacher")
+
+
+def teacher_config(config: ConfigDict) -> ConfigDict:
+    """The recipe of the teacher: its own choices on the student's data, seed and devices."""
+    teacher = load_config(config.distill.teacher_config)
+    for group in ("dataset", "parallel", "distributed"):
+        teacher[group] = config[group]
+    teacher.train.seed = config.train.seed
+    return teacher
+
+
+def _check_teacher(setup: Setup) -> None:
+    """Raises InputError unless the teacher fits, or can be trained to fit."""
+    folder, distill = setup.teacher_folder, setup.config.distill
+    if folder is None:
+        return
+    if checkpoint.find_model(folder) is None:
+        if not distill.teacher_config:
+            raise InputError(
+                f"config.distill.teacher: no model folder at {folder}; name one that exists, or the "
+                "recipe to train it with (--config.distill.teacher_config=configs/...)"
+            )
+        validate(teacher_config(setup.config))
+        return
+    info = checkpoint.read_info(folder)
+    ours = setup.plan
+    if info.num_classes != ours.num_classes:
+        raise InputError(
+            f"config.distill.teacher: {folder} has {info.num_classes} classes, but the data set has "
+            f"{ours.num_classes}; train a teacher on this data set"
+        )
+    if info.class_names and ours.class_names and info.class_names != ours.class_names:
+        pairs = zip(info.class_names, ours.class_names, strict=True)
+        place, (theirs, expected) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+        raise InputError(
+            f"config.distill.teacher: {folder} calls class {place} {theirs!r}, but the data set "
+            f"calls it {expected!r}; its labels mean something else"
+        )
+
+
+def load_teacher(setup: Setup) -> tuple[Network, Variables] | tuple[None, None]:
+    """The frozen teacher on every device of the mesh, or (None, None)."""
+    if setup.teacher_folder is None:
+        return None, None
+    _check_teacher(setup)  # again: it may have been trained since
+    network, like = checkpoint.read_network(setup.teacher_folder, dtype=setup.config.train.dtype)
+    variables = checkpoint.read_variables(setup.teacher_folder, like)
+    return network, parallel.replicate(variables, setup.mesh)
+
+
+def initial_state(
+    setup: Setup, checkpoints: checkpoint.TrainCheckpoints
+) -> tuple[TrainState, object, dict, str]:
+    """The state to start from: the workdir's latest checkpoint, else `init_from`, else scratch.
+
+    Returns:
+      The state on the mesh, its shardings, the best evaluation so far (`top1`, `step`) and a few
+      words on where it came from.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        rngs = nnx.Rngs(params=key)
+        _, variables = split_model(_build(setup.config, setup.plan, rngs=rngs))
+        return new_state(variables, setup.optimizer, ema=setup.config.train.ema_decay > 0)
+
+    # Shapes alone: a checkpoint of another model is refused before anything is compiled.
+    shapes = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
+    shardings = parallel.state_shardings(setup.mesh, shapes)
+    none_yet = {"top1": -1.0, "step": -1}
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+        state, best = checkpoints.restore(abstract)
+        return state, shardings, best, f"resumed at step {latest}"
+    if setup.config.init_from:
+        variables = checkpoint.read_variables(setup.config.init_from, setup.abstract)
+        start = jax.jit(
+            lambda v: new_state(v, setup.optimizer, ema=setup.config.train.ema_decay > 0),
+            out_shardings=shardings,
+        )
+        return start(variables), shardings, none_yet, f"weights of {setup.config.init_from}"
+    key = jax.random.key(setup.config.train.seed)
+    return jax.jit(init, out_shardings=shardings)(key), shardings, none_yet, "from scratch"
+
+
+def recipe(setup: Setup, origin: str) -> str:
+    """The effective recipe that every run prints first."""
+    config, plan, info = setup.config, setup.plan, setup.network.info
+    group = f"groups of {plan.group_size}"
+    if plan.group_size != config.mixing.group_size:
+        group += f" (recipe: {config.mixing.group_size}; must divide the batch of one device)"
+    lines = {
+        "model": f"{info.name}, {trees.param_count(setup.abstract.params):,} parameters, "
+        f"{info.image_size}×{info.image_size}, {info.num_classes} classes, {origin}",
+        "data": f"{setup.train_source.description}: {plan.num_train:,} train, {plan.num_eval:,} eval; "
+        f"{plan.images_per_epoch:,} images an epoch, {plan.distinct_images_per_epoch:,} distinct",
+        "schedule": f"{config.schedule.epochs} epochs × {plan.steps_per_epoch} steps = "
+        f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up; "
+        f"peak rate {config.optimizer.lr:g}",
+        "batch": f"{config.train.batch_size} images over all devices; mixing in {group}",
+        "devices": f"{parallel.describe(setup.mesh)}; {config.train.dtype} products",
+    }
+    if setup.teacher_folder is not None:
+        distill = config.distill
+        soft = f", temperature {distill.temperature:g}" if distill.kind == "soft" else ""
+        lines["teacher"] = (
+            f"{setup.teacher_folder}: {distill.kind} distillation, weight {distill.alpha:g}{soft}"
+        )
+    return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())

@@ -1,0 +1,60 @@
+"""Trains or evaluates a recipe: python main.py --config=configs/NAME.py --workdir=DIR."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from deit_jax import loop
+from deit_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; run again on it to resume.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the chosen mode; mistakes of the user end in one line, not in a traceback."""
+    if len(argv) > 1:
+        _fail(f"unexpected argument {argv[1]!r}; fields are set as --config.GROUP.FIELD=VALUE")
+    run = loop.train if _MODE.value == "train" else loop.evaluate_only
+    try:
+        run(_CONFIG.value, _WORKDIR.value)
+    except InputError as error:
+        _fail(str(error))
+    except loop.NonFiniteLoss as error:
+        _fail(str(error), status=1)
+    except loop.Interrupted as error:
+        print(f"deit-jax: {error}", flush=True)
+
+
+def _fail(message: str, *, status: int = 2) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    # At once: after a failure there is nothing worth waiting for in the threads of the data readers.
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags; ml_collections' traceback for a misspelt field becomes one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.validate_all_flags()
+        _CONFIG.value.lock()  # locked already; ml_collections reports a missing file at the first use
+    except flags.Error as error:
+        _fail(" ".join(str(error).split()))
+    except (AttributeError, KeyError) as error:
+        _fail(f"no such config field: {' '.join(str(error.args[0]).split())}")
+    except (TypeError, ValueError) as error:
+        _fail(f"config field of another type: {' '.join(str(error).split())}")
+    except OSError as error:
+        _fail(f"--config: {str(error).splitlines()[-1].strip()}; recipes live in configs/")
+    return rest
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    logging.set_verbosity(logging.WARNING)
+    app.run(main, flags_parser=_parse)
