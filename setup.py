@@ -25,7 +25,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8,<0.4",
         "orbax-checkpoint>=0.12,<0.14",
-        "pillow>=11",
+        "pillow>=13",  # the resize of the input pipeline follows its order of passes, new in 13
         "safetensors>=0.5",
         # The input pipeline never touches an accelerator, so the CPU build is enough where it exists.
         "tensorflow-cpu>=2.20,<2.23; platform_system == 'Linux' and platform_machine == 'x86_64'",
