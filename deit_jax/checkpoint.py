@@ -198,8 +198,8 @@ def _existing_model(path: str | os.PathLike) -> Path:
     folder = find_model(path)
     if folder is None:
         raise InputError(
-            f"{path} is no model folder: no {_MODEL_FILE} in it or in its model/; expected a folder "
-            "written by training, by a converter or by save_model"
+            f"{path} is no model folder: no {_MODEL_FILE} in it or in its model/; expected a "
+            "folder written by training, by a converter or by save_model"
         )
     return folder
 

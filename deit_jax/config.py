@@ -33,7 +33,7 @@ _PROBABILITIES = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "model.patch_size", "dataset.num_classes", "input.pad", "mixing.mixup_alpha",
-    "mixing.cutmix_alpha", "optimizer.lr", "optimizer.weight_decay", "optimizer.clip_norm",
+    "mixing.cutmix_alpha", "distill.teacher_epochs", "optimizer.lr", "optimizer.weight_decay", "optimizer.clip_norm",
     "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr", "train.seed",
     "train.eval_every_epochs", "checkpoint.every_epochs", "checkpoint.every_steps",
     "distributed.process_id",
@@ -51,7 +51,8 @@ class RunPlan:
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
-    group_size: int  # images that share one mixup/cutmix draw
+    group_size: int  # images that share one mixup/cutmix draw, at most a device's
+    order_group_size: int  # the same for the order of the stream, which no device count may change
     images_per_epoch: int
     distinct_images_per_epoch: int
     eval_every: int  # steps; the last step always evaluates
@@ -160,6 +161,7 @@ def plan_run(
         total_steps=steps_per_epoch * config.schedule.epochs,
         warmup_steps=steps_per_epoch * config.schedule.warmup_epochs,
         group_size=_group_size(config.mixing.group_size, batch // num_devices),
+        order_group_size=_group_size(config.mixing.group_size, batch),
         images_per_epoch=images,
         distinct_images_per_epoch=-(-images // repeats),
         eval_every=steps_per_epoch * config.train.eval_every_epochs,
@@ -170,9 +172,9 @@ def plan_run(
     )
 
 
-def _group_size(wanted: int, per_device: int) -> int:
-    """The largest group up to `wanted` that divides the per-device batch (DESIGN: groups never span devices)."""
-    return max(size for size in range(1, min(wanted, per_device) + 1) if per_device % size == 0)
+def _group_size(wanted: int, images: int) -> int:
+    """The largest group of at most `wanted` that divides `images` (groups never span devices)."""
+    return max(size for size in range(1, min(wanted, images) + 1) if images % size == 0)
 
 
 def load_config(path: str) -> ConfigDict:

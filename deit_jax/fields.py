@@ -68,7 +68,10 @@ def default_config() -> ConfigDict:
     config.distill.temperature = 1.0  # soft only
     config.distill.reduction = "numel"  # soft only: numel (reference: mean over B·K) | batchmean
     config.distill.teacher = ""  # model folder or run folder; "": WORKDIR/teacher
-    config.distill.teacher_config = ""  # recipe that trains the teacher where its folder is missing
+    # Recipe that trains the teacher where its folder is missing, on the student's data, batch size,
+    # precision, devices and seed.
+    config.distill.teacher_config = ""
+    config.distill.teacher_epochs = 0  # 0: as many as that recipe says
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"

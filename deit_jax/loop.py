@@ -68,7 +68,7 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
         if setup.teacher_folder is not None and checkpoint.find_model(setup.teacher_folder):
             teacher = startup.load_teacher(setup)
         step = int(state.step)
-        writer = MetricWriter(workdir, resume_step=step, on=_first_process())
+        writer = MetricWriter(workdir, on=_first_process())
         with contextlib.closing(writer):
             final = _evaluator(setup)(state) | _teacher_accuracy(setup, *(teacher or (None, None)))
             return _report(writer, step, final)
@@ -229,7 +229,7 @@ def _nonfinite_report(setup: Setup, step: int) -> str:
         steps_per_epoch=plan.steps_per_epoch,
         seed=config.train.seed,
         repeats=config.input.repeats,
-        group_size=plan.group_size,
+        group_size=plan.order_group_size,
     )
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return (
@@ -251,7 +251,7 @@ def _batches(setup: Setup, start_step: int) -> Iterator[dict]:
         steps_per_epoch=plan.steps_per_epoch,
         seed=config.train.seed,
         start_step=start_step,
-        group_size=plan.group_size,
+        group_size=plan.order_group_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -15,11 +15,12 @@ class MetricWriter:
     """Writes one process's metrics; the other processes of a run get a writer that is off.
 
     `metrics.jsonl` holds one object a line: `step`, `split` ("train", "eval", "final") and the
-    values. A run that resumes at step s first drops the lines after s, since it makes them again.
+    values. A run that resumes at step s first drops the lines after s, since it makes them again;
+    without `resume_step` lines are only added, which does no harm to a run that goes on meanwhile.
     """
 
     def __init__(
-        self, workdir: str, *, resume_step: int = 0, tensorboard: bool = False, on: bool = True
+        self, workdir: str, *, resume_step: int | None = None, tensorboard: bool = False, on: bool = True
     ):
         """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is asked for but missing."""
         self._file = self._events = None
@@ -28,11 +29,11 @@ class MetricWriter:
         if not on:
             return
         path = Path(workdir) / "metrics.jsonl"
-        if path.exists():
+        if resume_step is not None and path.exists():
             _drop_lines_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            self._events = _EventFile(workdir, resume_step)
+            self._events = _EventFile(workdir, resume_step or 0)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Appends one line; non-finite values become null, which JSON can hold."""
@@ -142,7 +143,8 @@ class _EventFile:
         self._writer = record_writer.RecordWriter(path.open("wb"))
         self._put(file_version="brain.Event:2")
         # Tells TensorBoard to forget what a killed run wrote from the next step on.
-        self._put(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._put(step=step + 1, session_log=start)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         points = [self._summary.Value(tag=name, simple_value=v) for name, v in values.items()]

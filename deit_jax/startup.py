@@ -118,11 +118,14 @@ def _teacher_folder(config: ConfigDict, workdir: str) -> str | None:
 
 
 def teacher_config(config: ConfigDict) -> ConfigDict:
-    """The recipe of the teacher: its own choices on the student's data, seed and devices."""
+    """The recipe of the teacher on the student's data, batch size, precision, devices and seed."""
     teacher = load_config(config.distill.teacher_config)
     for group in ("dataset", "parallel", "distributed"):
         teacher[group] = config[group]
-    teacher.train.seed = config.train.seed
+    for field in ("batch_size", "dtype", "seed"):
+        teacher.train[field] = config.train[field]
+    if config.distill.teacher_epochs:
+        teacher.schedule.epochs = config.distill.teacher_epochs
     return teacher
 
 
@@ -180,8 +183,8 @@ def initial_state(
         _, variables = split_model(_build(setup.config, setup.plan, rngs=rngs))
         return new_state(variables, setup.optimizer, ema=setup.config.train.ema_decay > 0)
 
-    # Shapes alone: a checkpoint of another model is refused before anything is compiled.
-    shapes = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
+    key = jax.random.key(setup.config.train.seed)
+    shapes = jax.eval_shape(init, key)
     shardings = parallel.state_shardings(setup.mesh, shapes)
     none_yet = {"top1": -1.0, "step": -1}
     latest = checkpoints.latest_step()
@@ -198,7 +201,6 @@ def initial_state(
             out_shardings=shardings,
         )
         return start(variables), shardings, none_yet, f"weights of {setup.config.init_from}"
-    key = jax.random.key(setup.config.train.seed)
     return jax.jit(init, out_shardings=shardings)(key), shardings, none_yet, "from scratch"
 
 
