@@ -1,0 +1,79 @@
+"""What every test shares: the compilation cache, the command line, and a small image folder."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+# Before anything imports jax; subprocesses inherit all of it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+_REAL_SAMPLE = Path(
+    os.environ.get("DEIT_JAX_IMAGE_SAMPLE", _ROOT.parent / "shared" / "data" / "imagenet_sample")
+)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root of the repository."""
+    return _ROOT
+
+
+@pytest.fixture(scope="session")
+def run_python(repo_root: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs Python in the repository's root: run_python(*arguments, env={...}, timeout=seconds)."""
+
+    def run(
+        *arguments: str, env: dict[str, str] | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=repo_root,
+            env=os.environ | {"PYTHONPATH": str(repo_root)} | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_main(run_python: Callable) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python main.py` with the given flags."""
+    return lambda *flags, **options: run_python("main.py", *flags, **options)
+
+
+@pytest.fixture(scope="session")
+def sample_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder SPLIT/CLASS/*.JPEG of train and val: real photographs where there are any near."""
+    if _REAL_SAMPLE.is_dir():
+        return _REAL_SAMPLE
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, per_class in (("train", 6), ("val", 2)):
+        for name in ("bird", "boat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(per_class):
+                _photograph(rng).save(root / split / name / f"{number}.JPEG", quality=90)
+    return root
+
+
+def _photograph(rng: np.random.Generator) -> Image.Image:
+    """Smooth colours with some noise, at a size of its own."""
+    width, height = rng.integers(60, 500, 2)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((int(width), int(height)), Image.Resampling.BICUBIC), int)
+    noisy = smooth + rng.integers(-8, 9, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))

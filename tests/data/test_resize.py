@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from deit_jax.data.resize import resize
+
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+
+
+def _compiled(interpolation):
+    scalar = tf.TensorSpec((), tf.int32)
+    signature = [tf.TensorSpec((None, None, 3), tf.uint8), scalar, scalar]
+    return tf.function(
+        lambda image, height, width: resize(image, (height, width), interpolation=interpolation),
+        input_signature=signature,
+    )
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_equals_pillow_to_the_bit_for_random_sizes(interpolation):
+    rng = np.random.default_rng(0)
+    function = _compiled(interpolation)
+    for case in range(120):
+        # From 1 pixel to 300 on each side, in and out: every mix of reducing and enlarging.
+        height, width, to_height, to_width = np.exp(rng.uniform(0, 5.7, 4)).astype(int)
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        if case % 2:  # black and white overshoots: the clipping at 0 and 255 matters
+            image = (image > 127).astype(np.uint8) * 255
+        want = Image.fromarray(image).resize((to_width, to_height), _FILTERS[interpolation])
+        got = function(image, to_height, to_width).numpy()
+        np.testing.assert_array_equal(got, np.asarray(want), err_msg=f"{image.shape}→{got.shape}")
+
+
+# The last size but one whose passes Pillow 13 keeps in the old order, and the first that it turns.
+@pytest.mark.parametrize("height", [50 + 2 * 25, 50 + 2 * 25 + 1])
+def test_order_of_the_passes_at_pillows_threshold(height):
+    image = (np.random.default_rng(height).integers(0, 2, (height, 75, 3)) * 255).astype(np.uint8)
+    want = Image.fromarray(image).resize((50, 50), Image.Resampling.BICUBIC)
+    got = resize(tf.constant(image), (50, 50), interpolation="bicubic")
+    np.testing.assert_array_equal(got, np.asarray(want))
+
+
+def test_window_is_the_part_of_the_whole():
+    image = np.random.default_rng(1).integers(0, 256, (83, 131, 3), dtype=np.uint8)
+    want = np.asarray(Image.fromarray(image).resize((70, 51), Image.Resampling.BICUBIC))
+    got = resize(tf.constant(image), (51, 70), interpolation="bicubic", window=(7, 13, 33, 41))
+    np.testing.assert_array_equal(got, want[7 : 7 + 33, 13 : 13 + 41])

@@ -1,0 +1,85 @@
+"""timm models as oracles: small, with weights of full effect, and these weights by our names."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from deit_jax import trees
+from tests.oracles.torchvision_ops import import_torchvision
+
+import_torchvision()
+
+from timm.models.deit import VisionTransformerDistilled  # noqa: E402
+from timm.models.regnet import RegNet, RegNetCfg  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+
+def vit(*, seed: int = 0, **options) -> torch.nn.Module:
+    """Return timm's twin of our VisionTransformer(**options), randomised, in evaluation mode."""
+    cls = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
+    renamed = {"image_size": "img_size", "layer_scale_init": "init_values"}
+    return randomise(cls(**{renamed.get(k, k): v for k, v in options.items()}), seed)
+
+
+def regnety(*, seed: int = 0, num_classes: int, group_width: int, **options) -> torch.nn.Module:
+    """Return timm's twin of our RegNetY(**options), randomised, in evaluation mode."""
+    cfg = RegNetCfg(group_size=group_width, se_ratio=0.25, **options)
+    return randomise(RegNet(cfg, num_classes=num_classes), seed)
+
+
+def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Draw every tensor so that a mistake in any of them changes the logits visibly.
+
+    Fresh models hide mistakes: tiny position embeddings and LayerScale, unit norms, zero biases.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("running_var"):
+                noise = 0.5 + noise.abs()
+            elif tensor.ndim == 1:
+                centre = 0.0 if name.endswith(("bias", "mean")) else 1.0
+                noise = centre + 0.3 * noise
+            elif "token" not in name and "pos_embed" not in name:
+                noise = noise / tensor[0].numel() ** 0.5
+            tensor.copy_(noise)
+    return model.eval()
+
+
+def to_tree(tensors: dict[str, torch.Tensor]) -> dict:
+    """Rename and transpose tensors with timm's names into our nested dict of NumPy arrays."""
+    tree = {}
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        if leaf == "num_batches_tracked":
+            continue
+        array = tensor.detach().numpy()
+        if leaf == "weight":
+            leaf = "scale" if array.ndim == 1 else "kernel"
+            if "se" in path:
+                array = array[:, :, 0, 0]
+            array = array.transpose((2, 3, 1, 0)) if array.ndim == 4 else array.T
+        leaf = {"running_mean": "mean", "running_var": "var"}.get(leaf, leaf)
+        node = tree
+        for key in path:
+            node = node.setdefault(int(key) if key.isdigit() else key, {})
+        node[leaf] = np.array(array)
+    return tree
+
+
+def with_weights_of(torch_model: torch.nn.Module, build: Callable[..., nnx.Module]) -> nnx.Module:
+    """Return the model that `build(rngs=...)` makes, with the weights and statistics of timm's.
+
+    Weights are matched strictly by name and shape; nothing is initialised on the way.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    tree = to_tree(torch_model.state_dict())
+    trees.check_like(tree, nnx.to_pure_dict(state), "timm's weights")
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, tree))

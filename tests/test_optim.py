@@ -1,0 +1,274 @@
+"""Schedule, decay groups, AdamW and EMA against timm and torch."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+from deit_jax import optim
+from deit_jax.errors import InputError
+from deit_jax.models.registry import abstract_model
+from tests.oracles.torchvision_ops import import_torchvision
+
+WARMUP = {"warmup_epochs": 5, "warmup_lr": 1e-6}
+
+
+def config(**changes):
+    defaults = {
+        "name": "adamw",
+        "weight_decay": 0.05,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "clip_norm": 0.0,
+        "decay_dist_token": True,
+    }
+    return SimpleNamespace(**(defaults | changes))
+
+
+def reference_rates(peak: float, low: float, epochs: int) -> list[float]:
+    """The rate of each epoch in the reference's loop: the scheduler steps after the epoch."""
+    import_torchvision()
+    from timm.scheduler import CosineLRScheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=epochs, lr_min=low, warmup_t=5, warmup_lr_init=1e-6, cycle_limit=1
+    )
+    rates = []
+    for epoch in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("peak", "low", "epochs", "known"),
+    [
+        (1e-3, 1e-5, 300, {0: 1e-6, 1: 1e-6, 2: 2.008e-4, 151: 5.05e-4, 299: 1.01086e-5}),
+        (3e-3, 1e-5, 800, {5: 2.4002e-3, 6: 2.99971e-3, 400: 1.51087e-3, 799: 1.00461e-5}),
+        (1e-5, 1e-5, 20, {2: 2.8e-6, 5: 8.2e-6, 6: 1e-5, 19: 1e-5}),
+        (5e-6, 5e-6, 30, {2: 1.8e-6, 5: 4.2e-6, 6: 5e-6, 29: 5e-6}),
+        (3e-4, 1e-5, 50, {2: 6.08e-5, 6: 2.92903e-4, 25: 1.64105e-4, 49: 1.11434e-5}),
+    ],
+)
+def test_learning_rate_follows_the_reference_loop(peak, low, epochs, known):
+    per_epoch = 7
+    rates = optim.learning_rate(
+        jnp.arange(epochs * per_epoch),
+        steps_per_epoch=per_epoch,
+        epochs=epochs,
+        peak_lr=peak,
+        min_lr=low,
+        **WARMUP,
+    )
+    assert rates.dtype == jnp.float32
+    want = np.repeat(reference_rates(peak, low, epochs), per_epoch)
+    np.testing.assert_allclose(rates, want, rtol=0, atol=1e-9)
+    for epoch, value in known.items():
+        assert rates[epoch * per_epoch] == pytest.approx(value, rel=1e-5)
+
+
+def test_learning_rate_per_step_has_no_lag():
+    def rate(step):
+        return optim.learning_rate(
+            step,
+            steps_per_epoch=4,
+            epochs=10,
+            peak_lr=1.0,
+            min_lr=0.1,
+            per_epoch=False,
+            **WARMUP,
+        )
+
+    np.testing.assert_allclose(rate(2), 1e-6 + 0.5 * (1 - 1e-6) / 5, rtol=1e-6)
+    np.testing.assert_allclose(rate(0), 1e-6, rtol=1e-6)
+    # The cosine has been running since step 0; at epoch 7.5 of 10 it stands at cos(0.75 π).
+    np.testing.assert_allclose(rate(30), 0.1 + 0.45 * (1 + math.cos(0.75 * math.pi)), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(rate)(40), 0.1, rtol=1e-6)
+    no_warmup = optim.learning_rate(
+        0,
+        steps_per_epoch=4,
+        epochs=10,
+        warmup_epochs=0,
+        warmup_lr=1e-6,
+        peak_lr=0.3,
+        min_lr=0.0,
+    )
+    assert no_warmup == pytest.approx(0.3)
+
+
+def abstract_params(name: str) -> dict:
+    return nnx.to_pure_dict(nnx.state(abstract_model(name), nnx.Param))
+
+
+def small_params() -> dict:
+    shapes = {
+        "cls_token": (1, 1, 6),
+        "dist_token": (1, 1, 6),
+        "pos_embed": (1, 5, 6),
+        "patch_embed": {"proj": {"kernel": (2, 2, 3, 6), "bias": (6,)}},
+        "blocks": {
+            0: {
+                "norm1": {"scale": (6,), "bias": (6,)},
+                "attn": {"qkv": {"kernel": (6, 18), "bias": (18,)}},
+                "ls1": {"gamma": (6,)},
+            }
+        },
+        "head": {"kernel": (6, 4), "bias": (4,)},
+    }
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def names_where(mask: dict, value: bool) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(mask)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in leaves
+        if leaf is value
+    }
+
+
+def test_decay_mask_by_name():
+    kernels = {"patch_embed/proj/kernel", "blocks/0/attn/qkv/kernel", "head/kernel"}
+    mask = optim.decay_mask(small_params())
+    assert names_where(mask, True) == kernels | {"dist_token"}
+    assert len(names_where(mask, False)) == 8
+    assert names_where(optim.decay_mask(small_params(), decay_dist_token=False), True) == kernels
+    with pytest.raises(InputError, match="'blocks/0/rel_bias'"):
+        optim.decay_mask({"blocks": {0: {"rel_bias": jnp.zeros(3)}}})
+
+
+@pytest.mark.parametrize(
+    ("name", "undecayed", "decayed", "undecayed_elements"),
+    [
+        ("deit_tiny_patch16_224", 102, 50, 69_544),
+        ("deit_small_patch16_224", 102, 50, 138_088),
+        ("deit_base_patch16_224", 102, 50, 275_176),
+        ("deit_tiny_distilled_patch16_224", 103, 52, 70_736),
+        ("deit_small_distilled_patch16_224", 103, 52, 139_472),
+        ("deit_base_distilled_patch16_224", 103, 52, 276_944),
+        ("deit3_small_patch16_224", 126, 50, 146_920),
+        ("deit3_medium_patch16_224", 126, 50, 195_560),
+        ("deit3_base_patch16_224", 126, 50, 292_840),
+        ("deit3_large_patch16_224", 246, 98, 574_440),
+        ("deit3_huge_patch14_224", 326, 130, 948_200),
+    ],
+)
+def test_decay_groups_have_the_counts_of_the_reference(
+    name, undecayed, decayed, undecayed_elements
+):
+    params = abstract_params(name)
+    mask = jax.tree.leaves(optim.decay_mask(params))
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    assert mask.count(False) == undecayed
+    assert mask.count(True) == decayed
+    kept = sum(size for size, decays in zip(sizes, mask, strict=True) if not decays)
+    assert kept == undecayed_elements
+
+
+def test_regnet_decays_exactly_its_matrices_and_convolutions():
+    params = abstract_params("regnety_testing")
+    mask = optim.decay_mask(params)
+    by_rank = jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # the rule for torch's tensors
+    assert mask == by_rank
+
+
+def run_torch(params, mask, grads, *, lr, clip_norm=None, **adamw):
+    """Train a flat copy of `params` with torch AdamW; the mask is the weight-decay group."""
+    leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in jax.tree.leaves(params)]
+    decays = jax.tree.leaves(mask)
+    groups = [
+        {"params": [p for p, d in zip(leaves, decays, strict=True) if d], "weight_decay": 0.05},
+        {"params": [p for p, d in zip(leaves, decays, strict=True) if not d], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr[0], betas=(0.9, 0.999), eps=1e-8)
+    for rate, grad in zip(lr, grads, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for leaf, g in zip(leaves, jax.tree.leaves(grad), strict=True):
+            leaf.grad = torch.tensor(np.asarray(g))
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(leaves, clip_norm)
+        optimizer.step()
+    return [x.detach().numpy() for x in leaves]
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.5])
+def test_adamw_equals_torch_for_ten_steps(clip_norm):
+    start = params = small_params()
+    rng = np.random.default_rng(1)
+    grads = [
+        jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+        for _ in range(10)
+    ]
+    rates = [1e-3 * (1 + i % 3) for i in range(10)]
+    optimizer = optim.make_optimizer(params, config(clip_norm=clip_norm))
+    state = optimizer.init(params)
+    for rate, grad in zip(rates, grads, strict=True):
+        updates, state = optimizer.update(grad, state, params)
+        params = optim.apply_updates(params, updates, rate)
+    want = run_torch(start, optim.decay_mask(start), grads, lr=rates, clip_norm=clip_norm)
+    for got, expected in zip(jax.tree.leaves(params), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=2e-7)
+
+
+def test_adamw_recipe_vector_and_unknown_name():
+    params = {"kernel": jnp.ones(1)}
+    optimizer = optim.make_optimizer(params, config())
+    updates, _ = optimizer.update({"kernel": jnp.full(1, 0.5)}, optimizer.init(params), params)
+    got = optim.apply_updates(params, updates, 1e-3)["kernel"][0]
+    assert got == pytest.approx(0.998950005, abs=6e-8)
+    with pytest.raises(InputError, match=r"optimizer\.name is 'adam'"):
+        optim.make_optimizer(params, config(name="adam"))
+
+
+def test_ema_closed_form():
+    decay, steps = 0.99, 200
+    start, target = jnp.array([1.0, -2.0]), jnp.array([3.0, 5.0])
+    step = jax.jit(lambda e: optim.ema_update(e, {"w": target}, decay))
+    ema = {"w": start}
+    for _ in range(steps):
+        ema = step(ema)
+    want = decay**steps * np.asarray(start) + (1 - decay**steps) * np.asarray(target)
+    np.testing.assert_allclose(ema["w"], want, rtol=1e-5)
+
+
+def test_ema_does_not_drift_over_a_long_run():
+    # decay and 1 - decay rounded to float32 sum to 1 + 5e-9: as plain weights they bias every
+    # average by 1e-4. Single values carry rounding noise of that size, so compare the mean.
+    steps, decay = 60_000, 0.99996
+    rng = np.random.default_rng(0)
+    size, speed = rng.normal(size=2000).astype(np.float32), np.linspace(1e-5, 1e-4, 2000)
+    exact = size.astype(np.float64)
+    for i in range(steps):
+        exact = decay * exact + (1 - decay) * size * (1 + 0.5 * np.sin(i * speed))
+
+    def step(i, ema):
+        target = size * (1 + 0.5 * jnp.sin(i * jnp.float32(speed)))
+        return optim.ema_update(ema, target, decay)
+
+    got = np.asarray(jax.lax.fori_loop(0, steps, step, jnp.asarray(size)), np.float64)
+    assert abs(np.mean(got / exact - 1)) < 2e-5
+
+
+def test_optimizer_runs_on_shapes_and_under_jit():
+    params = small_params()
+    shapes = jax.eval_shape(lambda: params)
+    optimizer = optim.make_optimizer(shapes, config(clip_norm=1.0))
+    state = jax.jit(optimizer.init)(params)
+    updates, _ = jax.jit(optimizer.update)(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
+    assert isinstance(optimizer, optax.GradientTransformation)

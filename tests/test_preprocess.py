@@ -1,0 +1,142 @@
+"""Single-image preprocessing against torchvision on PIL images, bit for bit."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deit_jax.errors import InputError
+from deit_jax.preprocess import preprocess
+from tests.oracles.torchvision_ops import import_torchvision
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def info(**changes):
+    defaults = {
+        "image_size": 32,
+        "crop_ratio": 0.875,
+        "interpolation": "bicubic",
+        "mean": MEAN,
+        "std": STD,
+    }
+    return SimpleNamespace(**(defaults | changes))
+
+
+def recipe_image() -> Image.Image:
+    """The 400×300 test image of the recipe's vectors."""
+    y, x = np.mgrid[:300, :400]
+    channels = [x * 255 // 399, y * 255 // 299, (x + y) % 256]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def torchvision_chain(image: Image.Image, i: SimpleNamespace) -> np.ndarray:
+    transforms = import_torchvision().transforms
+    mode = transforms.InterpolationMode(i.interpolation)
+    if i.crop_ratio is None:
+        geometry = [transforms.Resize((i.image_size, i.image_size), interpolation=mode)]
+    else:
+        short = int(i.image_size / i.crop_ratio)
+        geometry = [
+            transforms.Resize(short, interpolation=mode),
+            transforms.CenterCrop(i.image_size),
+        ]
+    chain = [*geometry, transforms.ToTensor(), transforms.Normalize(i.mean, i.std)]
+    tensor = transforms.Compose(chain)(image.convert("RGB"))
+    return tensor.permute(1, 2, 0).numpy()[None]
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_ratio", "mean", "std", "pixel"),
+    [
+        (224, 0.875, 0.218612, 1.106813, (-1.3815396, -1.7556022, -0.2881045)),
+        (384, 1.0, 0.216512, 1.189862, (-1.5870366, -2.0357141, -0.9329847)),
+    ],
+)
+def test_recipe_vectors(size, crop_ratio, mean, std, pixel):
+    got = preprocess(info(image_size=size, crop_ratio=crop_ratio), recipe_image())
+    assert got.shape == (1, size, size, 3)
+    assert got.dtype == np.float32
+    assert got.mean(dtype=np.float64) == pytest.approx(mean, abs=1e-6)
+    assert got.std(dtype=np.float64, ddof=1) == pytest.approx(std, abs=1e-6)
+    np.testing.assert_allclose(got[0, 0, 0], pixel, atol=1e-6)
+
+
+def test_bit_equal_to_torchvision_for_odd_sizes():
+    # 57 → 36 wide leaves halves such as 10.5 and 1.5 to round; 20×90 is enlarged.
+    for width, height in ((57, 33), (33, 57), (36, 36), (37, 61), (99, 40), (20, 90), (90, 21)):
+        for changes in ({}, {"crop_ratio": 1.0}, {"crop_ratio": 0.9, "image_size": 33}):
+            image, i = noise(width, height), info(**changes)
+            np.testing.assert_array_equal(preprocess(i, image), torchvision_chain(image, i))
+
+
+def test_bit_equal_for_other_interpolations_and_whole_image():
+    image = noise(71, 45)
+    for changes in (
+        {"interpolation": "bilinear"},
+        {"interpolation": "lanczos"},
+        {"crop_ratio": None},
+        {"crop_ratio": None, "image_size": 80, "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)},
+    ):
+        i = info(**changes)
+        np.testing.assert_array_equal(preprocess(i, image), torchvision_chain(image, i))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
+def test_every_mode_is_converted_to_rgb(mode):
+    image = noise(50, 41).convert("L" if mode in ("LA", "I;16") else "RGB").convert(mode)
+    np.testing.assert_array_equal(preprocess(info(), image), torchvision_chain(image, info()))
+
+
+def test_path_array_pil_and_model_agree(tmp_path: Path):
+    image = noise(60, 45)
+    path = tmp_path / "image.png"
+    image.save(path)
+    want = preprocess(info(), image)
+    model = SimpleNamespace(info=info())
+    for source in (path, str(path), np.asarray(image)):
+        np.testing.assert_array_equal(preprocess(model, source), want)
+    grey = image.convert("L")
+    np.testing.assert_array_equal(preprocess(info(), np.asarray(grey)), preprocess(info(), grey))
+
+
+def test_jpeg_file_equals_torchvision(tmp_path: Path):
+    path = tmp_path / "cmyk.jpg"
+    noise(60, 45).convert("CMYK").save(path)
+    np.testing.assert_array_equal(
+        preprocess(info(), path), torchvision_chain(Image.open(path), info())
+    )
+
+
+def test_bad_files_and_arrays_give_one_clear_line(tmp_path: Path):
+    text = tmp_path / "notes.jpg"
+    text.write_text("not an image")
+    png = tmp_path / "cut.png"
+    noise(60, 45).save(png)
+    png.write_bytes(png.read_bytes()[:2000])
+    cases = [
+        (tmp_path / "missing.jpg", "no such image file"),
+        (text, "cannot be read as an image"),
+        (png, "cannot be read as an image"),
+        (tmp_path, "cannot be read as an image"),
+        (np.zeros((8, 8, 3), np.float32), r"float32 array of shape \(8, 8, 3\): expected uint8"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "without a batch axis"),
+        (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
+        (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),
+        (None, "object array"),
+    ]
+    for source, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            preprocess(info(), source)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="interpolation is 'cubic': expected one of"):
+        preprocess(info(interpolation="cubic"), noise(8, 8))
+    with pytest.raises(InputError, match=r"crop_ratio is 1\.5"):
+        preprocess(info(crop_ratio=1.5), noise(8, 8))
