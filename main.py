@@ -42,7 +42,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         flags.FLAGS.validate_all_flags()
-        _CONFIG.value.lock()  # locked already; ml_collections reports a missing file at the first use
+        _CONFIG.value.lock()  # locked already: any use raises for a file that is missing
     except flags.Error as error:
         _fail(" ".join(str(error).split()))
     except (AttributeError, KeyError) as error:
