@@ -32,9 +32,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _fail(message: str, *, status: int = 2) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    # At once: after a failure there is nothing worth waiting for in the threads of the data readers.
     sys.stdout.flush()
-    os._exit(status)
+    os._exit(status)  # at once: nothing is worth waiting for in the threads of the data readers
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

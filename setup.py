@@ -11,7 +11,7 @@ TENSORBOARD = ["tensorboard>=2.19"]
 setup(
     name="deit-jax",
     version="0.1.0",
-    description="DeiT and DeiT III in JAX/Flax: train, distil, evaluate and convert vision transformers",
+    description="DeiT and DeiT III in JAX: train, distil and evaluate vision transformers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -27,7 +27,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.14",
         "pillow>=13",  # the resize of the input pipeline follows its order of passes, new in 13
         "safetensors>=0.5",
-        # The input pipeline never touches an accelerator, so the CPU build is enough where it exists.
+        # The input pipeline touches no accelerator: the CPU build is enough where it exists.
         "tensorflow-cpu>=2.20,<2.23; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.20,<2.23; platform_system != 'Linux' or platform_machine != 'x86_64'",
         "tensorflow-datasets>=4.9.9",

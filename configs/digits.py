@@ -27,13 +27,13 @@ def get_config() -> ConfigDict:
     config.mixing.mixup_alpha = 0.2
     config.mixing.cutmix_alpha = 0.0
     config.mixing.group_size = 8
-    config.optimizer.lr = 2e-3
-    config.schedule.epochs = 60
+    config.optimizer.lr = 3e-3
+    config.schedule.epochs = 80
     config.schedule.per_epoch = False
     config.train.batch_size = 64
     config.train.dtype = "float32"
     config.train.ema_decay = 0.99
     config.train.log_every_steps = 44
-    config.train.eval_every_epochs = 10
-    config.checkpoint.every_epochs = 10
+    config.train.eval_every_epochs = 20
+    config.checkpoint.every_epochs = 20
     return config

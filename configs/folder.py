@@ -1,7 +1,7 @@
-"""DeiT-Ti with distillation on your own images, from a folder, with a teacher trained on them first.
+"""DeiT-Ti distilled on your own images, from a teacher that is trained on them first.
 
-Layout: ROOT/{train,val}/<class>/*.jpg (or .png), any number of classes; a flat ROOT/{train,val}/*.jpg
-works with --config.dataset.label_file=labels.csv (rows "file name,label").
+Layout: ROOT/{train,val}/<class>/*.jpg (or .png), any number of classes; a flat
+ROOT/{train,val}/*.jpg works with --config.dataset.label_file=labels.csv (rows "split/file,label").
 Command: python main.py --config=configs/folder.py --config.dataset.root=ROOT --workdir=DIR
 The teacher is configs/folder_teacher.py; --config.distill.teacher=FOLDER names one you have.
 Settings are DeiT's, scaled to a small batch; expect to tune epochs and rate to your data.

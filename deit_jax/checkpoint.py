@@ -73,8 +73,6 @@ class TrainCheckpoints:
           best: the best evaluation so far (`top1` and `step`), for the run that resumes.
           top1: of this very step, where it was evaluated.
         """
-        if step in self._manager.all_steps():
-            return
         meta = {"model": _info_to_json(info), "ema": state.ema is not None, "best": best}
         self._manager.save(
             step,

@@ -33,7 +33,8 @@ _PROBABILITIES = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "model.patch_size", "dataset.num_classes", "input.pad", "mixing.mixup_alpha",
-    "mixing.cutmix_alpha", "distill.teacher_epochs", "optimizer.lr", "optimizer.weight_decay", "optimizer.clip_norm",
+    "mixing.cutmix_alpha", "distill.teacher_epochs", "optimizer.lr",
+    "optimizer.weight_decay", "optimizer.clip_norm",
     "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr", "train.seed",
     "train.eval_every_epochs", "checkpoint.every_epochs", "checkpoint.every_steps",
     "distributed.process_id",

@@ -59,7 +59,7 @@ def default_config() -> ConfigDict:
     config.mixing.prob = 1.0  # probability that a group is mixed at all
     config.mixing.switch_prob = 0.5  # probability of cutmix where both are on
     config.mixing.smoothing = 0.1  # label smoothing
-    # Images that share one draw: the per-GPU batch of the published run (64 for B, 256 for Ti and S).
+    # Images that share one draw: the published run's batch a GPU (64 for B, 256 for Ti and S).
     config.mixing.group_size = 64
 
     config.distill = ConfigDict()
@@ -89,7 +89,7 @@ def default_config() -> ConfigDict:
     config.schedule.warmup_epochs = 5
     config.schedule.warmup_lr = 1e-6
     config.schedule.min_lr = 1e-5
-    # True: constant within an epoch and one epoch late, as the published runs. False: smooth, no lag.
+    # True: constant within an epoch and one epoch late, as published. False: smooth, no lag.
     config.schedule.per_epoch = True
 
     config.train = ConfigDict()

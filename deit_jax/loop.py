@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
-    """Evaluates the latest checkpoint of `workdir` (or `init_from`), and reports as `train` does."""
+    """Evaluates the latest checkpoint of `workdir` (or `init_from`); reports as `train` does."""
     setup = startup.check(config, workdir)
     saved = (path.name.isdigit() for path in Path(workdir, "checkpoints").glob("*"))
     if not any(saved) and not config.init_from:
@@ -172,12 +172,12 @@ def jit_train_step(
 
 
 def _due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after `step` updates."""
+    """Whether what happens every so many steps (0: never) happens after `step` updates."""
     return every > 0 and step % every == 0
 
 
 class _Window:
-    """Train metrics since the last log line; holds back the host from running ahead of the device."""
+    """Train metrics since the last log line; keeps the host from running ahead of the device."""
 
     def __init__(self, setup: Setup):
         self._setup = setup
@@ -233,8 +233,8 @@ def _nonfinite_report(setup: Setup, step: int) -> str:
     )
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return (
-        f"loss or gradient not finite in {config.train.max_nonfinite_steps} steps in a row, the last "
-        f"at step {step} (seed {config.train.seed}); the last good weights are saved; lower "
+        f"loss or gradient not finite in {config.train.max_nonfinite_steps} steps in a row, the "
+        f"last at step {step} (seed {config.train.seed}); the last good weights are saved; lower "
         f"config.optimizer.lr or set config.optimizer.clip_norm. Examples of that step: {shown}"
     )
 
@@ -311,6 +311,8 @@ def _open_checkpoints(setup: Setup) -> checkpoint.TrainCheckpoints:
     except OSError as error:
         raise InputError(f"--workdir={setup.workdir} cannot be written ({error})") from error
     checkpoints.check(setup.network.info, ema=setup.config.train.ema_decay > 0)
+    if setup.config.init_from and checkpoints.latest_step() is None:
+        checkpoint.check_weights(setup.config.init_from, setup.abstract)
     return checkpoints
 
 

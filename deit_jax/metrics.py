@@ -20,9 +20,14 @@ class MetricWriter:
     """
 
     def __init__(
-        self, workdir: str, *, resume_step: int | None = None, tensorboard: bool = False, on: bool = True
+        self,
+        workdir: str,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = False,
+        on: bool = True,
     ):
-        """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is asked for but missing."""
+        """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is wanted but missing."""
         self._file = self._events = None
         if tensorboard:
             import_tensorboard()
@@ -83,7 +88,7 @@ class Progress:
             self._since += seconds
 
     def report(self, step: int) -> dict[str, float]:
-        """images_per_second, input_wait (share of the time) and eta_seconds since the last report."""
+        """images_per_second, input_wait (share of the time), eta_seconds since the last report."""
         if self._since is None or self._steps == 0:
             return {}
         now = time.perf_counter()
@@ -133,7 +138,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 class _EventFile:
-    """TensorBoard events through the tensorboard package's own record writer, without TensorFlow."""
+    """TensorBoard events through the tensorboard package's record writer, without TensorFlow."""
 
     def __init__(self, workdir: str, step: int):
         event_pb2, summary_pb2, record_writer = import_tensorboard()

@@ -99,9 +99,10 @@ def make_optimizer(params: Tree, config: OptimizerConfig) -> optax.GradientTrans
     if config.name != "adamw":
         raise InputError(f"optimizer.name is {config.name!r}: expected 'adamw'")
     mask = decay_mask(params, decay_dist_token=config.decay_dist_token)
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    # A slot in either case: a run that resumes with clipping turned on finds its moments.
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
-        *clip,
+        clip,
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask),
     )

@@ -47,8 +47,8 @@ def check(config: ConfigDict, workdir: str) -> Setup:
     if config.distill.kind != "none" and not registry.is_distilled(config.model.name):
         raise InputError(
             f"config.distill.kind is {config.distill.kind!r}, but config.model.name "
-            f"{config.model.name!r} has no distillation token; choose a *_distilled_* model, such as "
-            "deit_base_distilled_patch16_224, or --config.distill.kind=none"
+            f"{config.model.name!r} has no distillation token; choose a *_distilled_* model, such "
+            "as deit_base_distilled_patch16_224, or --config.distill.kind=none"
         )
 
     from deit_jax import data  # TensorFlow: imported by runs alone
@@ -76,8 +76,6 @@ def check(config: ConfigDict, workdir: str) -> Setup:
         eval_source=eval_source,
         teacher_folder=_teacher_folder(config, workdir),
     )
-    if config.init_from:
-        checkpoint.check_weights(config.init_from, abstract)
     _check_teacher(setup)
     return setup
 
@@ -137,8 +135,8 @@ def _check_teacher(setup: Setup) -> None:
     if checkpoint.find_model(folder) is None:
         if not distill.teacher_config:
             raise InputError(
-                f"config.distill.teacher: no model folder at {folder}; name one that exists, or the "
-                "recipe to train it with (--config.distill.teacher_config=configs/...)"
+                f"config.distill.teacher: no model folder at {folder}; name one that exists, or "
+                "the recipe to train it with (--config.distill.teacher_config=configs/...)"
             )
         validate(teacher_config(setup.config))
         return
@@ -146,8 +144,8 @@ def _check_teacher(setup: Setup) -> None:
     ours = setup.plan
     if info.num_classes != ours.num_classes:
         raise InputError(
-            f"config.distill.teacher: {folder} has {info.num_classes} classes, but the data set has "
-            f"{ours.num_classes}; train a teacher on this data set"
+            f"config.distill.teacher: {folder} has {info.num_classes} classes, but the data set "
+            f"has {ours.num_classes}; train a teacher on this data set"
         )
     if info.class_names and ours.class_names and info.class_names != ours.class_names:
         pairs = zip(info.class_names, ours.class_names, strict=True)
@@ -156,6 +154,11 @@ def _check_teacher(setup: Setup) -> None:
             f"config.distill.teacher: {folder} calls class {place} {theirs!r}, but the data set "
             f"calls it {expected!r}; its labels mean something else"
         )
+    network, like = checkpoint.read_network(folder, dtype=setup.config.train.dtype)
+    checkpoint.check_weights(folder, like)
+    size = setup.config.input.image_size
+    # Convolutional teachers take any size; a transformer says here that it does not.
+    jax.eval_shape(network, like, jax.ShapeDtypeStruct((2, size, size, 3), "float32"))
 
 
 def load_teacher(setup: Setup) -> tuple[Network, Variables] | tuple[None, None]:
@@ -213,7 +216,8 @@ def recipe(setup: Setup, origin: str) -> str:
     lines = {
         "model": f"{info.name}, {trees.param_count(setup.abstract.params):,} parameters, "
         f"{info.image_size}×{info.image_size}, {info.num_classes} classes, {origin}",
-        "data": f"{setup.train_source.description}: {plan.num_train:,} train, {plan.num_eval:,} eval; "
+        "data": f"{setup.train_source.description}: {plan.num_train:,} train, "
+        f"{plan.num_eval:,} eval; "
         f"{plan.images_per_epoch:,} images an epoch, {plan.distinct_images_per_epoch:,} distinct",
         "schedule": f"{config.schedule.epochs} epochs × {plan.steps_per_epoch} steps = "
         f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up; "

@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from deit_jax.models.layers import BatchNorm, DropPath, PatchEmbed, gelu, layer_norm, product
+
+
+@pytest.mark.parametrize(("offset", "spread", "tolerance"), [(0.0, 1e-3, 1e-5), (50.0, 1.0, 1e-4)])
+def test_layer_norm_epsilon_and_exact_variance(offset, spread, tolerance):
+    # A spread of 1e-3 has the variance of epsilon itself; an offset breaks the one-pass variance.
+    x = offset + spread * np.random.default_rng(0).normal(size=(3, 64))
+    x = x.astype(np.float32)
+    wide = x.astype(np.float64)
+    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(layer_norm(64, rngs=nnx.Rngs(0))(x), want, atol=tolerance)
+
+
+def test_batch_norm_epsilon():
+    x = 3e-3 * np.random.default_rng(0).normal(size=(4, 5, 6, 2)).astype(np.float32)
+    oracle = torch.nn.BatchNorm2d(2)
+    want = oracle(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    got = BatchNorm(2)(jnp.asarray(x), nnx.Rngs(0))
+    np.testing.assert_allclose(got, want.detach(), atol=1e-5)
+
+
+def test_gelu_and_its_derivative():
+    x = np.linspace(-9, 9, 1001)
+    oracle = torch.tensor(x, requires_grad=True)
+    want = torch.nn.functional.gelu(oracle)
+    want.sum().backward()
+    value, derivative = jax.jit(jax.vmap(jax.value_and_grad(gelu)))(x.astype(np.float32))
+    np.testing.assert_allclose(value, want.detach(), atol=1e-6)
+    np.testing.assert_allclose(derivative, oracle.grad, atol=1e-6)
+    assert gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_product_accumulates_and_returns_gradients_in_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 300, 4)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(2, 300, 3)), jnp.bfloat16).astype(jnp.float32)
+
+    def loss(x, kernel):
+        return (product("bni,io->bno", x, kernel) * weights).sum()
+
+    x_grad, kernel_grad = jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+    assert (x_grad.dtype, kernel_grad.dtype) == (jnp.bfloat16, jnp.float32)
+    wide = {"x": np.float64(x), "w": np.float64(weights), "k": np.float64(kernel.astype(x.dtype))}
+    want = np.einsum("bni,bno->io", wide["x"], wide["w"])
+    # 600 terms: a bfloat16 accumulator or result would be off by 1e-3 and more.
+    np.testing.assert_allclose(kernel_grad, want, atol=1e-5 * np.abs(want).max())
+    want = np.einsum("bno,io->bni", wide["w"], wide["k"])
+    np.testing.assert_allclose(np.float64(x_grad), want, rtol=2**-8, atol=1e-4)
+
+
+def test_patches_are_read_row_by_row():
+    embed = PatchEmbed(2, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    images = np.random.default_rng(0).normal(size=(2, 7, 4, 3)).astype(np.float32)
+    kernel = torch.from_numpy(np.array(embed.proj.kernel[...]).transpose(3, 2, 0, 1))
+    bias = torch.from_numpy(np.array(embed.proj.bias[...]))
+    want = torch.nn.functional.conv2d(
+        torch.from_numpy(images).permute(0, 3, 1, 2), kernel, bias, stride=2
+    )
+    np.testing.assert_allclose(embed(images), want.flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_drop_path_keeps_the_expectation():
+    x = jnp.ones((5000, 2, 3))
+    out = np.asarray(DropPath(0.25)(x, nnx.Rngs(dropout=1)))
+    assert set(np.unique(out)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert out.mean() == pytest.approx(1.0, abs=5 * np.sqrt(0.25 / 0.75 / 5000))
+    assert DropPath(0.25)(x) is x
+    assert DropPath(0.0)(x, nnx.Rngs(dropout=1)) is x

@@ -1,0 +1,205 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deit_jax import trees
+from deit_jax.errors import InputError
+from deit_jax.models import (
+    ModelInfo,
+    abstract_model,
+    create_model,
+    is_distilled,
+    list_models,
+    model_info,
+)
+
+# Published sizes: (trained parameters, trained tensors).
+VITS = {
+    "deit_tiny_patch16_224": (5_717_416, 152),
+    "deit_small_patch16_224": (22_050_664, 152),
+    "deit_base_patch16_224": (86_567_656, 152),
+    "deit_base_patch16_384": (86_859_496, 152),
+    "deit_tiny_distilled_patch16_224": (5_910_800, 155),
+    "deit_small_distilled_patch16_224": (22_436_432, 155),
+    "deit_base_distilled_patch16_224": (87_338_192, 155),
+    "deit_base_distilled_patch16_384": (87_630_032, 155),
+    "deit3_tiny_patch16_224": (5_721_832, 176),
+    "deit3_small_patch16_224": (22_059_496, 176),
+    "deit3_small_patch16_384": (22_205_416, 176),
+    "deit3_medium_patch16_224": (38_849_512, 176),
+    "deit3_base_patch16_224": (86_585_320, 176),
+    "deit3_base_patch16_384": (86_877_160, 176),
+    "deit3_large_patch16_224": (304_374_760, 344),
+    "deit3_large_patch16_384": (304_763_880, 344),
+    "deit3_huge_patch14_224": (632_126_440, 456),
+}
+REGNETS = {
+    "regnety_002": 3_162_996,
+    "regnety_004": 4_344_144,
+    "regnety_006": 6_055_160,
+    "regnety_008": 6_263_168,
+    "regnety_016": 11_202_430,
+    "regnety_032": 19_436_338,
+    "regnety_040": 20_646_656,
+    "regnety_064": 30_583_252,
+    "regnety_080": 39_180_068,
+    "regnety_120": 51_822_544,
+    "regnety_160": 83_590_140,
+    "regnety_320": 145_046_770,
+}
+TESTING = ["deit3_testing", "deit_testing", "deit_testing_distilled", "regnety_testing"]
+
+
+def split(model):
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
+def test_names():
+    assert list_models() == sorted([*VITS, *REGNETS, *TESTING])
+    assert list_models("*testing*") == TESTING
+    assert list_models("nothing*") == []
+    assert [name for name in list_models() if is_distilled(name)] == list_models("*distilled*")
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_sizes_of_the_vision_transformers(name):
+    _, params, stats = split(abstract_model(name))
+    assert (trees.param_count(params), len(trees.leaf_names(params))) == VITS[name]
+    assert stats == {}
+
+
+@pytest.mark.parametrize("name", REGNETS)
+def test_sizes_of_the_regnets(name):
+    _, params, stats = split(abstract_model(name))
+    assert trees.param_count(params) == REGNETS[name]
+    if name == "regnety_160":
+        # A PyTorch file has 428: these and one step counter for each batch norm.
+        norms = len(trees.leaf_names(stats)) // 2
+        assert len(trees.leaf_names(params)) + 3 * norms == 428
+
+
+def test_parameter_names_are_the_contract():
+    _, params, _ = split(abstract_model("deit3_testing", depth=1))
+    block = [
+        *("attn/proj/bias", "attn/proj/kernel", "attn/qkv/bias", "attn/qkv/kernel"),
+        *("ls1/gamma", "ls2/gamma"),
+        *("mlp/fc1/bias", "mlp/fc1/kernel", "mlp/fc2/bias", "mlp/fc2/kernel"),
+        *("norm1/bias", "norm1/scale", "norm2/bias", "norm2/scale"),
+    ]
+    outside = ["cls_token", "head/bias", "head/kernel", "norm/bias", "norm/scale"]
+    outside += ["patch_embed/proj/bias", "patch_embed/proj/kernel", "pos_embed"]
+    assert trees.leaf_names(params) == [f"blocks/0/{name}" for name in block] + outside
+    shapes = {name: leaf.shape for name, leaf in trees.flat(params).items()}
+    assert shapes["patch_embed/proj/kernel"] == (4, 4, 3, 64)
+    assert shapes["cls_token"] == (1, 1, 64)
+    assert shapes["pos_embed"] == (1, 64, 64)
+    assert shapes["blocks/0/attn/qkv/kernel"] == (64, 192)
+
+
+@pytest.mark.parametrize("name", TESTING)
+def test_testing_models_train_every_parameter(name):
+    graphdef, params, stats = split(abstract_model(name, num_classes=5))
+    # Random throughout: fresh zeros (the last γ of RegNet's blocks) hide what lies behind them.
+    rng = np.random.default_rng(0)
+    params, stats = jax.tree.map(
+        lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), (params, stats)
+    )
+    images = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            heads = nnx.merge(graphdef, params, stats).heads(images, nnx.Rngs(dropout=0))
+            return sum(jnp.square(head - 1.0).sum() for head in heads)
+
+        return jax.grad(loss)(params)
+
+    for leaf_name, leaf in trees.flat(gradient(params)).items():
+        assert np.isfinite(leaf).all(), leaf_name
+        assert np.abs(leaf).max() > 0, leaf_name
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("deit_testing_distilled", {"depth": 1}), ("regnety_testing", {"depth": 2, "wa": 0.0})],
+)
+def test_graphs_are_static_and_hold_nothing_but_weights(name, options):
+    def create(rngs):
+        return create_model(name, num_classes=5, rngs=rngs, **options)
+
+    first, second = create(nnx.Rngs(0)), create(nnx.Rngs(params=jax.random.key(1)))
+    abstract = abstract_model(name, num_classes=5, **options)
+    graphdef, params, _ = split(first)
+    assert graphdef == nnx.graphdef(second) == nnx.graphdef(abstract)
+    assert hash(graphdef) == hash(nnx.graphdef(second))
+    trees.check_like(params, split(abstract)[1])
+    for leaf_name, leaf in trees.flat(split(second)[1]).items():
+        drawn = leaf_name.endswith(("kernel", "token", "pos_embed"))
+        assert np.array_equal(leaf, trees.flat(params)[leaf_name]) != drawn or "patch" in leaf_name
+    assert nnx.merge(*nnx.split(first)).info == first.info == abstract.info
+
+
+def test_info_describes_the_model():
+    info = abstract_model(
+        "deit_testing", num_classes=3, image_size=16, remat=True, patch_size=8
+    ).info
+    assert (info.name, info.num_classes, info.image_size) == ("deit_testing", 3, 16)
+    # What only concerns training is not part of the description.
+    assert info.overrides == (("patch_size", 8),)
+    rebuilt = abstract_model(
+        info.name,
+        num_classes=info.num_classes,
+        image_size=info.image_size,
+        **dict(info.overrides),
+    )
+    assert rebuilt.info == info
+    assert rebuilt.pos_embed.shape == (1, 5, 64)
+
+
+def test_info_defaults_and_json():
+    assert model_info("deit_base_patch16_384").image_size == 384
+    assert model_info("deit_base_patch16_384").crop_ratio == 0.875
+    assert model_info("deit3_base_patch16_224").crop_ratio == 1.0
+    assert model_info("regnety_160").image_size == 224
+    assert model_info("deit_testing").crop_ratio is None
+    info = model_info("deit_testing", class_names=("a", "b"), overrides=(("depth", 2),))
+    restored = ModelInfo(**json.loads(json.dumps(dataclasses.asdict(info))))
+    assert restored == info
+    assert hash(restored) == hash(info)
+
+
+def test_deit3_and_deit_drop_paths_differ():
+    deit3 = abstract_model("deit3_testing", drop_path_rate=0.3)
+    deit = abstract_model("deit_testing", drop_path_rate=0.3)
+    assert [block.drop_path.rate for block in deit3.blocks] == [0.3] * 4
+    np.testing.assert_allclose([b.drop_path.rate for b in deit.blocks], [0.0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("deit_tiny_patch16", {}, 'unknown model "deit_tiny_patch16": did you mean deit_tiny_'),
+        ("deit_testing", {"depht": 2}, 'no option "depht": did you mean depth'),
+        ("deit_testing", {"w0": 2}, 'model deit_testing has no option "w0"'),
+        ("regnety_testing", {"remat": True}, 'model regnety_testing has no option "remat"'),
+        ("regnety_testing", {"drop_path_rate": 0.1}, "has no stochastic depth"),
+        ("deit_testing", {"num_classes": 0}, "num_classes is 0"),
+        ("deit_testing", {"dtype": "float16"}, "expected float32 or bfloat16"),
+        ("deit_testing", {"image_size": 0}, "smaller than one patch"),
+    ],
+)
+def test_bad_arguments_are_named(name, arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        abstract_model(name, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_info_field_is_named():
+    with pytest.raises(InputError, match='no option "crop_rate": did you mean crop_ratio'):
+        model_info("deit_testing", crop_rate=0.9)

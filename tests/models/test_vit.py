@@ -1,0 +1,275 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from deit_jax import trees
+from deit_jax.errors import InputError
+from deit_jax.models.vit import Block, VisionTransformer
+from tests.oracles import timm_models
+
+SMALL = {
+    "image_size": 16,
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "num_classes": 7,
+}
+VARIANTS = {
+    "plain": {},
+    "distilled": {"distilled": True},
+    "deit3": {"no_embed_class": True, "layer_scale_init": 1e-4},
+    # Neither side is a multiple of the patch: the last pixels are dropped.
+    "odd": {"image_size": (19, 14), "distilled": True},
+}
+
+
+def pair(variant, **more):
+    """Return timm's model and ours with the same weights, and images for both."""
+    options = SMALL | VARIANTS[variant]
+    oracle = timm_models.vit(**options)
+    build = functools.partial(VisionTransformer, **options, **more)
+    ours = timm_models.with_weights_of(oracle, build)
+    images = np.random.default_rng(1).normal(size=(5, *ours.image_size, 3)).astype(np.float32)
+    return oracle, ours, images
+
+
+def abstract(**options):
+    return nnx.eval_shape(lambda: VisionTransformer(**options, rngs=nnx.Rngs(0)))
+
+
+def run(model, images):
+    """Return (logits, heads, features) of one evaluation pass, compiled once."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def outputs(state):
+        model = nnx.merge(graphdef, state)
+        return model(images), model.heads(images), model.forward_features(images)
+
+    return outputs(nnx.to_pure_dict(state))
+
+
+def to_torch(images):
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def oracle_heads(oracle, images):
+    if isinstance(oracle, timm_models.VisionTransformerDistilled):
+        oracle.set_distilled_training(True)
+        heads = oracle.train()(to_torch(images))
+        oracle.eval()
+        return heads
+    return (oracle(to_torch(images)),)
+
+
+def assert_close(got, want, tolerance=2e-5):
+    """Compare with a tolerance relative to the largest magnitude of the expected array."""
+    got, want = np.asarray(got), np.asarray(want.detach() if torch.is_tensor(want) else want)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_equal_timm(variant):
+    oracle, ours, images = pair(variant)
+    logits, heads, features = run(ours, images)
+    assert logits.dtype == jnp.float32
+    assert_close(features, oracle.forward_features(to_torch(images)))
+    assert_close(logits, oracle(to_torch(images)))
+    assert len(heads) == (2 if VARIANTS[variant].get("distilled") else 1)
+    for got, want in zip(heads, oracle_heads(oracle, images), strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("variant", ["plain", "distilled", "deit3"])
+def test_every_gradient_equals_torch(variant):
+    oracle, ours, images = pair(variant)
+    heads = oracle_heads(oracle, images)
+    weights = np.random.default_rng(2).normal(size=(len(heads), 5, 7)).astype(np.float32)
+    sum(
+        (head * torch.from_numpy(w)).sum() for head, w in zip(heads, weights, strict=True)
+    ).backward()
+    want = trees.flat(timm_models.to_tree({k: p.grad for k, p in oracle.named_parameters()}))
+
+    graphdef, params = nnx.split(ours)
+
+    def loss(params):
+        heads = nnx.merge(graphdef, params).heads(images)
+        return sum((head * w).sum() for head, w in zip(heads, weights, strict=True))
+
+    got = trees.flat(jax.jit(jax.grad(loss))(nnx.to_pure_dict(params)))
+    assert got.keys() == want.keys()
+    for name, gradient in got.items():
+        assert np.abs(want[name]).max() > 1e-3, name
+        assert_close(gradient, want[name], 5e-5)
+
+
+def test_bfloat16_keeps_float32_where_it_matters():
+    oracle, model, images = pair("distilled", dtype=jnp.bfloat16)
+    logits, _, features = run(model, images)
+    for got, want in (
+        (logits, oracle(to_torch(images))),
+        (features, oracle.forward_features(to_torch(images))),
+    ):
+        assert got.dtype == jnp.float32
+        assert_close(got, want, 5e-2)
+        with pytest.raises(AssertionError):
+            assert_close(got, want, 1e-4)
+
+    graphdef, params = nnx.split(model)
+
+    def loss(params):
+        return sum((head**2).sum() for head in nnx.merge(graphdef, params).heads(images))
+
+    gradient = jax.jit(jax.grad(loss))
+    params = nnx.to_pure_dict(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(params))} == {jnp.dtype("float32")}
+    # Every product, forward and backward, has bfloat16 operands and accumulates in float32.
+    types = re.findall(
+        r"stablehlo.dot_general.* : \(tensor<(?:\d+x)+(\w+)>, tensor<(?:\d+x)+(\w+)>\)"
+        r" -> tensor<(?:\d+x)+(\w+)>",
+        gradient.lower(params).as_text(),
+    )
+    assert len(types) > 2 * 3 * 6
+    assert set(types) == {("bf16", "bf16", "f32")}
+
+
+def noisy_model(**more):
+    """Return a distilled model with every kind of noise on, without weights, and weights for it."""
+    options = SMALL | {"drop_path_rate": 0.5, "drop_rate": 0.1, "distilled": True} | more
+    graphdef, shapes = nnx.split(abstract(**options))
+    oracle = timm_models.vit(**SMALL, distilled=True)
+    params = timm_models.to_tree(oracle.state_dict())
+    trees.check_like(params, nnx.to_pure_dict(shapes))
+    return graphdef, params
+
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
+
+
+def test_remat_changes_memory_and_nothing_else():
+    def run(remat):
+        graphdef, params = noisy_model(remat=remat)
+
+        def loss(params):
+            logits = nnx.merge(graphdef, params)(IMAGES, nnx.Rngs(dropout=jax.random.key(3)))
+            return (logits**2).sum()
+
+        residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        return value, gradient, trees.param_count(residuals)
+
+    value, gradient, stored = run(False)
+    value_remat, gradient_remat, stored_remat = run(True)
+    assert_close(value_remat, value, 1e-6)
+    for got, want in zip(jax.tree.leaves(gradient_remat), jax.tree.leaves(gradient), strict=True):
+        assert_close(got, want, 1e-5)
+    assert stored_remat < 0.7 * stored
+
+
+def test_noise_is_a_function_of_the_key():
+    graphdef, params = noisy_model()
+    logits = jax.jit(lambda key: nnx.merge(graphdef, params)(IMAGES, nnx.Rngs(dropout=key)))
+    first = logits(jax.random.key(3))
+    np.testing.assert_array_equal(first, logits(jax.random.key(3)))
+    assert not np.allclose(first, logits(jax.random.key(4)))
+
+
+def test_without_rngs_there_is_no_noise():
+    graphdef, params = noisy_model()
+    quiet, _ = noisy_model(drop_path_rate=0.0, drop_rate=0.0)
+    got, want = (run(nnx.merge(graph, params), IMAGES)[0] for graph in (graphdef, quiet))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_drop_path_rates_of_the_blocks():
+    def rates(mode):
+        options = SMALL | {"depth": 5, "drop_path_rate": 0.2, "drop_path_mode": mode}
+        return [block.drop_path.rate for block in abstract(**options).blocks]
+
+    np.testing.assert_allclose(rates("linear"), [0.0, 0.05, 0.1, 0.15, 0.2])
+    assert rates("constant") == [0.2] * 5
+
+
+def test_drop_path_is_independent_over_samples_and_branches():
+    block = Block(
+        8,
+        2,
+        mlp_ratio=4.0,
+        layer_scale_init=1.0,
+        drop_rate=0.0,
+        drop_path_rate=0.3,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    # Branches that add 1 and 10 whatever comes in: the sum tells which of them were kept.
+    for linear, constant in ((block.attn.proj, 1.0), (block.mlp.fc2, 10.0)):
+        linear.kernel[...] = jnp.zeros_like(linear.kernel[...])
+        linear.bias[...] = jnp.full_like(linear.bias[...], constant)
+    samples = 4000
+    out = np.asarray(block(jnp.zeros((samples, 3, 8)), nnx.Rngs(dropout=0)))
+    assert (out == out[:, :1, :1]).all()
+    out = out[:, 0, 0] * 0.7
+    for value, probability in ((0, 0.09), (1, 0.21), (10, 0.21), (11, 0.49)):
+        frequency = np.isclose(out, value, atol=1e-4).mean()
+        assert abs(frequency - probability) < 5 * (probability * (1 - probability) / samples) ** 0.5
+
+
+def test_initialisation():
+    options = {"embed_dim": 192, "depth": 2, "num_heads": 3}
+    model = VisionTransformer(**options, distilled=True, layer_scale_init=1e-4, rngs=nnx.Rngs(0))
+    leaves = trees.flat(nnx.to_pure_dict(nnx.state(model)))
+    bound = 1 / np.sqrt(3 * 16 * 16)
+    for name, leaf in leaves.items():
+        leaf = np.asarray(leaf)
+        assert leaf.dtype == np.float32
+        if name.startswith("patch_embed"):
+            assert np.abs(leaf).max() <= bound
+            assert leaf.std() == pytest.approx(bound / np.sqrt(3), rel=0.1)
+            assert np.abs(leaf).max() > 0.95 * bound
+        elif name.endswith(("kernel", "token", "pos_embed")):
+            assert leaf.std() == pytest.approx(0.02, rel=max(0.01, 4 / np.sqrt(2 * leaf.size)))
+            assert np.abs(leaf.mean()) < 5 * 0.02 / np.sqrt(leaf.size)
+            # Not truncated at two standard deviations.
+            assert np.abs(leaf).max() > 0.045
+        else:
+            constant = {"scale": 1.0, "bias": 0.0, "gamma": 1e-4}[name.split("/")[-1]]
+            np.testing.assert_array_equal(leaf, np.float32(constant))
+    kernels = [leaf for name, leaf in leaves.items() if name.endswith("attn/proj/kernel")]
+    assert not np.array_equal(*kernels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((2, 17, 16, 3), "float32", r"\(2, 17, 16, 3\), expected \[batch, 16, 16, 3\]"),
+        ((2, 3, 16, 16), "float32", "images have shape"),
+        ((16, 16, 3), "float32", "images have shape"),
+        ((2, 16, 16, 3), "uint8", "images have dtype uint8"),
+    ],
+)
+def test_wrong_images_are_named(shape, dtype, message):
+    model = abstract(**SMALL)
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(model, jax.ShapeDtypeStruct(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_heads": 5}, "embed_dim 32 is not divisible by num_heads 5"),
+        ({"image_size": 3}, "smaller than one patch"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
+        ({"drop_path_mode": "cosine"}, 'drop_path_mode is "cosine"'),
+    ],
+)
+def test_options_that_do_not_fit(wrong, message):
+    with pytest.raises(InputError, match=message):
+        abstract(**(SMALL | wrong))

@@ -1,0 +1,50 @@
+"""Data parallelism over eight CPU devices: the same training, and one all-reduce a step."""
+
+import json
+
+import pytest
+
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+RECIPE = [
+    "--config=configs/digits.py",
+    "--config.schedule.epochs=3",
+    "--config.schedule.warmup_epochs=1",
+    "--config.train.log_every_steps=1",
+    "--config.model.drop_path_rate=0.1",
+    "--config.mixing.random_erasing=0.25",
+    "--config.checkpoint.every_epochs=0",
+]
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+def test_eight_devices_follow_one(tmp_path, run_main):
+    """Loss within 1e-4 relative over the first 50 steps, drop-path, erasing and mixup on."""
+    for name, env in (("one", {}), ("eight", EIGHT)):
+        done = run_main(*RECIPE, f"--workdir={tmp_path / name}", env=env)
+        assert done.returncode == 0, done.stderr
+    assert "on 8 cpu device" in done.stdout
+    one, eight = losses(tmp_path / "one")[:50], losses(tmp_path / "eight")[:50]
+    assert len(one) == 50
+    assert eight == pytest.approx(one, rel=1e-4)
+
+
+def collectives(tmp_path, run_python, *overrides):
+    done = run_python("tests/data_parallel_check.py", tmp_path, *overrides, env=EIGHT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("devices") == 8
+    return found
+
+
+def test_one_all_reduce_and_nothing_else(tmp_path, run_python):
+    """Hard distillation with every augmentation on: gradients and metrics share one all-reduce."""
+    assert collectives(tmp_path, run_python) == {"all-reduce": 1}
+
+
+def test_the_count_sees_other_collectives(tmp_path, run_python):
+    """The check can fail: sharded parameters are gathered in the step."""
+    assert collectives(tmp_path, run_python, "parallel.fsdp=8").get("all-gather", 0) > 0
