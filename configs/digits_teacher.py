@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config = digits.get_config()
     config.model.name = "regnety_testing"
     config.model.patch_size = 0
+    config.model.drop_path_rate = 0.0
     config.optimizer.lr = 3e-3
-    config.schedule.epochs = 30
+    config.schedule.epochs = 20
     return config

@@ -113,7 +113,8 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
             step += 1
             window.add(step, metrics)
             progress.step_done()
-            last, results = step == plan.total_steps, None
+            # Asked once a step: a signal between two answers must not skip the save.
+            last, stop, results = step == plan.total_steps, stopped(), None
             if last or step % config.train.log_every_steps == 0:
                 _log(writer, step, plan, window.means() | progress.report(step))
 
@@ -126,12 +127,12 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
                 if results["top1"] > best["top1"]:
                     best = {"top1": results["top1"], "step": step}
                     checkpoint.write_model(Path(workdir, "best"), state.model, setup.network.info)
-            if last or stopped() or any(_due(step, every) for every in plan.save_every):
+            if last or stop or any(_due(step, every) for every in plan.save_every):
                 window.finish()
                 top1 = results["top1"] if results else None
                 checkpoints.save(state, setup.network.info, step=step, best=best, top1=top1)
             progress.pause(time.perf_counter() - begin)
-            if stopped() and not last:
+            if stop and not last:
                 raise Interrupted(
                     f"stopped and saved at step {step}; run the same command to go on"
                 )

@@ -25,7 +25,9 @@ METHODS = {
     "hard distillation": ["--config=configs/digits_distill.py"],
     "soft distillation": [
         "--config=configs/digits_distill.py",
-        "--config.distill.kind=soft",
+        "--config.distill.kind=soft",  # weight and temperature of the paper, section 4
+        "--config.distill.alpha=0.1",
+        "--config.distill.temperature=3.0",
         "--config.distill.reduction=batchmean",
     ],
 }

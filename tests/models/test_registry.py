@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,6 +124,41 @@ def test_testing_models_train_every_parameter(name):
     for leaf_name, leaf in trees.flat(gradient(params)).items():
         assert np.isfinite(leaf).all(), leaf_name
         assert np.abs(leaf).max() > 0, leaf_name
+
+
+def depends_on_inputs(jaxpr):
+    """For every output of a jaxpr, whether it is linked to an input; inner calls count whole."""
+    reached = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if any(isinstance(x, jax.extend.core.Var) and x in reached for x in equation.invars):
+            reached.update(equation.outvars)
+    return [isinstance(x, jax.extend.core.Var) and x in reached for x in jaxpr.outvars]
+
+
+@pytest.mark.parametrize("name", [*VITS, *REGNETS])
+def test_every_model_has_a_gradient_for_every_parameter(name):
+    """Abstractly, so that the largest need no memory: a missing gradient is a constant zero."""
+    graphdef, params, stats = split(abstract_model(name, num_classes=5, image_size=64))
+
+    def gradient(params, images):
+        def loss(params):
+            heads = nnx.merge(graphdef, params, stats_values).heads(images, nnx.Rngs(dropout=0))
+            return sum(jnp.square(head - 1.0).sum() for head in heads)
+
+        return jax.grad(loss)(params)
+
+    stats_values = jax.tree.map(lambda x: np.ones(x.shape, np.float32), stats)
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    linked = depends_on_inputs(jax.make_jaxpr(gradient)(params, images).jaxpr)
+    missing = [
+        leaf for leaf, link in zip(trees.leaf_names(params), linked, strict=True) if not link
+    ]
+    assert not missing
+
+
+def test_the_check_for_gradients_sees_one_that_is_missing():
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: p["used"] ** 2))
+    assert depends_on_inputs(jaxpr({"unused": 1.0, "used": 2.0}).jaxpr) == [False, True]
 
 
 @pytest.mark.parametrize(

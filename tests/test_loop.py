@@ -1,0 +1,145 @@
+"""Whole runs in one process: folders of images, stopping, faults and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import deit_jax
+from configs import digits, folder
+from deit_jax import loop
+from deit_jax.config import load_config
+
+QUICK_TEACHER = """
+from configs import folder_teacher
+
+def get_config():
+    config = folder_teacher.get_config()
+    config.model.name = "regnety_testing"
+    config.schedule.warmup_epochs = 1
+    return config
+"""
+
+
+@pytest.fixture
+def folder_config(tmp_path, sample_images):
+    """configs/folder.py with models small enough for a test."""
+    recipe = tmp_path / "recipes" / "quick_teacher.py"
+    recipe.parent.mkdir()
+    recipe.write_text(QUICK_TEACHER)
+    config = folder.get_config()
+    config.model.name = "deit_testing_distilled"
+    config.dataset.root = str(sample_images)
+    config.input.image_size = 32
+    config.distill.teacher_config = str(recipe)
+    config.distill.teacher_epochs = 2
+    config.optimizer.lr = 2e-3
+    config.schedule.epochs = 12
+    config.schedule.warmup_epochs = 1
+    config.train.batch_size = 16
+    config.train.dtype = "float32"
+    config.train.log_every_steps = 1
+    config.train.eval_every_epochs = 6
+    config.train.tensorboard = True
+    config.checkpoint.every_epochs = 6
+    return config
+
+
+def lines(workdir, split):
+    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in every if line["split"] == split]
+
+
+def test_a_folder_of_images_trains_teacher_and_student(tmp_path, folder_config, capsys):
+    """Loss falls, every eval image counts once, and the workdir holds what DESIGN promises."""
+    workdir = tmp_path / "run"
+    report = loop.train(folder_config, str(workdir))
+    images = Path(folder_config.dataset.root)
+    assert report["num_examples"] == sum(1 for _ in (images / "val").rglob("*.JPEG"))
+    losses = [line["loss"] for line in lines(workdir, "train")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert lines(workdir, "final")[-1] == {"split": "final", "step": len(losses)} | report
+    assert set(report) == {
+        "top1", "top5", "top1_cls", "top1_dist", "loss", "num_examples", "teacher_top1",
+    }  # fmt: skip
+    model = deit_jax.load_model(workdir / "model")
+    assert model.info.class_names == tuple(sorted(p.name for p in (images / "train").iterdir()))
+    assert (workdir / "best" / "model.json").is_file()
+    assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
+    assert list(workdir.glob("events.out.tfevents.*"))
+    printed = capsys.readouterr().out
+    for word in ("parameters", "steps", "peak rate", "distinct", "images/s", "ETA", "input wait"):
+        assert word in printed, word
+
+
+def quick_digits():
+    config = digits.get_config()
+    config.schedule.epochs = 3
+    config.schedule.warmup_epochs = 1
+    config.train.log_every_steps = 1
+    config.train.eval_every_epochs = 0
+    config.checkpoint.every_epochs = 0
+    return config
+
+
+def test_a_run_that_diverges_stops_with_a_report(tmp_path):
+    """An absurd rate: the run names step, seed and examples, and keeps a state that can be read."""
+    config = quick_digits()
+    config.optimizer.lr = 1e30
+    config.train.max_nonfinite_steps = 3
+    with pytest.raises(loop.NonFiniteLoss, match=r"3 steps in a row.*seed 0.*digits:\d+, digits"):
+        loop.train(config, str(tmp_path))
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+    assert saved
+    assert not (tmp_path / "model").exists()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    """Exit 0 with a message; the next start resumes at that very step."""
+    command = [
+        sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path}",
+        "--config.schedule.epochs=6", "--config.train.log_every_steps=1",
+        "--config.checkpoint.every_epochs=0", "--config.train.eval_every_epochs=0",
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    stopped = int(rest.split("saved at step ")[1].split(";")[0])
+    config = load_config(str(root / "configs/digits.py"))
+    config.schedule.epochs = 6
+    config.train.log_every_steps = 1
+    config.checkpoint.every_epochs = config.train.eval_every_epochs = 0
+    loop.train(config, str(tmp_path))
+    assert [line["step"] for line in lines(tmp_path, "train")] == list(range(1, 6 * 22 + 1))
+    assert 3 <= stopped < 6 * 22
+
+
+def test_fine_tuning_starts_from_the_given_weights(tmp_path):
+    """init_from: the first evaluation is that of the folder; the workdir's own checkpoint wins."""
+    config = quick_digits()
+    loop.train(config, str(tmp_path / "first"))
+    config.init_from = str(tmp_path / "first")
+    started = loop.evaluate_only(config, str(tmp_path / "second"))
+    first = lines(tmp_path / "first", "final")[-1]
+    assert started["loss"] == first["loss"]
+    config.init_from = str(tmp_path / "gone")
+    resumed = loop.train(config, str(tmp_path / "first"))
+    assert resumed["loss"] == first["loss"]
+    assert jax.tree.leaves(resumed)

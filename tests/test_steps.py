@@ -1,0 +1,110 @@
+"""The train step: what it skips, what it averages, and what it leaves alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import digits_distill
+from deit_jax import checkpoint, optim, steps, trees
+from deit_jax.config import plan_run
+from deit_jax.models import registry
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """A soft-distillation step with every noise on, its first state, a teacher and a batch."""
+    config = digits_distill.get_config()
+    config.distill.kind = "soft"
+    config.model.drop_path_rate = 0.1
+    config.mixing.random_erasing = 0.25
+    config.train.batch_size = 8
+    config.schedule.per_epoch = False
+    plan = plan_run(config, num_train=64, num_eval=8, num_classes=10, class_names=(), num_devices=1)
+    options = {"num_classes": 10, "depth": 2, "drop_path_rate": 0.1}
+    model = registry.create_model("deit_testing_distilled", **options, rngs=nnx.Rngs(0))
+    network, variables = steps.split_model(model)
+    teacher, teacher_variables = steps.split_model(
+        registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(1))
+    )
+    optimizer = optim.make_optimizer(variables.params, config.optimizer)
+    state = steps.new_state(variables, optimizer, ema=True)
+    step = jax.jit(steps.make_train_step(config, plan, network, optimizer, teacher=teacher))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
+        "label": rng.integers(0, 10, 8).astype(np.int32),
+    }
+    return step, state, teacher_variables, batch
+
+
+def equal(left, right):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), left, right))
+
+
+def test_every_part_of_the_state_moves(engine):
+    step, state, teacher, batch = engine
+    after, metrics = step(step(state, teacher, batch)[0], teacher, batch)
+    assert int(after.step) == 2
+    assert set(metrics) >= {"loss", "base", "distill", "teacher_agreement", "learning_rate"}
+    for part in ("model", "ema", "opt_state"):
+        assert not equal(getattr(after, part), getattr(state, part)), part
+    before = trees.flat(state.model.params)
+    still = [k for k, v in trees.flat(after.model.params).items() if jnp.array_equal(v, before[k])]
+    assert not still
+
+
+def test_loss_is_the_weighted_sum_of_its_parts(engine):
+    step, state, teacher, batch = engine
+    _, metrics = step(state, teacher, batch)
+    expected = 0.5 * float(metrics["base"]) + 0.5 * float(metrics["distill"])
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_step_number_alone_draws_the_noise(engine):
+    """The same step repeats itself to the bit; another step with equal weights does not."""
+    step, state, teacher, batch = engine
+    first, again = step(state, teacher, batch), step(state, teacher, batch)
+    assert equal(first[0], again[0])
+    _, later = step(state.replace(step=jnp.int32(1)), teacher, batch)
+    assert float(later["loss"]) != float(first[1]["loss"])
+
+
+def test_a_nonfinite_step_is_skipped_and_counted(engine):
+    """NaN from the teacher changes nothing but the counters; the next good step resets one."""
+    step, state, teacher, batch = engine
+    poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), teacher)
+    after, metrics = step(state, poisoned, batch)
+    for part in ("model", "ema", "opt_state"):
+        assert equal(getattr(after, part), getattr(state, part)), part
+    assert not np.isfinite(float(metrics["loss"]))
+    assert (int(after.step), int(after.nonfinite_steps), int(after.nonfinite_total)) == (1, 1, 1)
+    after, _ = step(after, teacher, batch)
+    assert (int(after.step), int(after.nonfinite_steps), int(after.nonfinite_total)) == (2, 0, 1)
+    unpoisoned, _ = step(state.replace(step=jnp.int32(1)), teacher, batch)
+    assert equal(after.model, unpoisoned.model)
+
+
+def test_the_teacher_sees_its_own_normalisation():
+    """A teacher with another mean and std gets the pixels it would have got on its own."""
+    teacher, variables = steps.split_model(
+        registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(1))
+    )
+    info = registry.model_info("deit_testing", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    pixels = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+    shown = (pixels - np.array(info.mean)) / np.array(info.std)
+    own = (pixels - np.array(teacher.info.mean)) / np.array(teacher.info.std)
+    expected = teacher(variables, jnp.asarray(own, jnp.float32))[0][0]
+    found = steps.teacher_forward(teacher, variables, jnp.asarray(shown, jnp.float32), info)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ema_model_folder_says_so(tmp_path, engine):
+    """The weights' origin travels with them."""
+    info = registry.model_info("deit_testing_distilled", num_classes=10, weights="ema")
+    info = dataclasses.replace(info, overrides=(("depth", 2),))
+    checkpoint.write_model(tmp_path / "model_ema", engine[1].ema, info)
+    assert checkpoint.load_model(tmp_path / "model_ema").info.weights == "ema"
