@@ -175,6 +175,7 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
             path.rename(old)
         fresh.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+    parallel.wait_for_all(f"write {path.name}")  # before any process looks for the folder
 
 
 def find_model(path: str | os.PathLike) -> Path | None:

@@ -105,9 +105,17 @@ def validate(config: ConfigDict) -> None:
             "schedule.warmup_epochs",
             f"less than schedule.epochs ({config.schedule.epochs})",
         )
-    if config.train.batch_size % 2 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha):
-        _refuse(config, "train.batch_size", "an even number, since mixup and cutmix pair images")
-    if config.distributed.process_id >= config.distributed.num_processes:
+    _check_distributed(config)
+
+
+def _check_distributed(config: ConfigDict) -> None:
+    distributed = config.distributed
+    address, several = distributed.coordinator_address, distributed.num_processes > 1
+    if distributed.auto and (several or address):
+        _refuse(config, "distributed.auto", "False where num_processes or an address are given")
+    if several and not address.rpartition(":")[2].isdigit():
+        _refuse(config, "distributed.coordinator_address", "HOST:PORT of process 0")
+    if distributed.process_id >= distributed.num_processes:
         _refuse(config, "distributed.process_id", "less than distributed.num_processes")
 
 
@@ -142,7 +150,8 @@ def plan_run(
     (rounded down to a multiple of 256), drawn as `repeats` views of a `repeats`-th of the images.
 
     Raises:
-      InputError: the train split is smaller than one global batch.
+      InputError: the train split is smaller than one global batch, or a device's images do not
+        pair up for mixing.
     """
     batch, repeats = config.train.batch_size, config.input.repeats
     samples = num_train // 256 * 256 if repeats > 1 and num_train >= 256 else num_train
@@ -151,6 +160,14 @@ def plan_run(
         raise InputError(
             f"config.train.batch_size is {batch}, but the train split has only {num_train} images; "
             "choose a batch no larger than the split"
+        )
+    group_size = _group_size(config.mixing.group_size, batch // num_devices)
+    mixing = config.mixing.prob and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha)
+    if mixing and group_size % 2:
+        raise InputError(
+            f"config.mixing.group_size is {config.mixing.group_size}, which leaves groups of "
+            f"{group_size} in the {batch // num_devices} images of a device, but mixup and cutmix "
+            "pair images; choose an even group and a batch with an even number of images a device"
         )
     images = steps_per_epoch * batch
     return RunPlan(
@@ -161,7 +178,7 @@ def plan_run(
         steps_per_epoch=steps_per_epoch,
         total_steps=steps_per_epoch * config.schedule.epochs,
         warmup_steps=steps_per_epoch * config.schedule.warmup_epochs,
-        group_size=_group_size(config.mixing.group_size, batch // num_devices),
+        group_size=group_size,
         order_group_size=_group_size(config.mixing.group_size, batch),
         images_per_epoch=images,
         distinct_images_per_epoch=-(-images // repeats),
@@ -174,8 +191,12 @@ def plan_run(
 
 
 def _group_size(wanted: int, images: int) -> int:
-    """The largest group of at most `wanted` that divides `images` (groups never span devices)."""
-    return max(size for size in range(1, min(wanted, images) + 1) if images % size == 0)
+    """The largest group of at most `wanted` that divides `images`, an even one if there is any.
+
+    Groups never span devices, and mixing pairs the images of a group.
+    """
+    sizes = [size for size in range(1, min(wanted, images) + 1) if images % size == 0]
+    return max(sizes, key=lambda size: (size % 2 == 0, size))
 
 
 def load_config(path: str) -> ConfigDict:
@@ -207,7 +228,7 @@ def write_config(config: ConfigDict, workdir: str) -> None:
 
 
 def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
-    """Lines "field: old → new" for what differs from the config that WORKDIR was started with."""
+    """Lines "field: old → new" for what differs from the config of WORKDIR's last start."""
     file = Path(workdir) / "config.json"
     if not file.is_file():
         return []

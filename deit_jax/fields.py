@@ -71,7 +71,7 @@ def default_config() -> ConfigDict:
     # Recipe that trains the teacher where its folder is missing, on the student's data, batch size,
     # precision, devices and seed.
     config.distill.teacher_config = ""
-    config.distill.teacher_epochs = 0  # 0: as many as that recipe says
+    config.distill.teacher_epochs = 0  # 0: as that recipe says; warm-up takes at most half
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from deit_jax import checkpoint, parallel, startup, steps
 from deit_jax.config import changed_fields, write_config
 from deit_jax.errors import InputError
 from deit_jax.evaluate import evaluate
-from deit_jax.metrics import MetricWriter, Progress, duration, say
+from deit_jax.metrics import MetricWriter, Progress, eval_line, say, train_line
 from deit_jax.startup import Setup
 
 _STEPS_IN_FLIGHT = 2  # more gain nothing, and collectives on CPU devices can deadlock
@@ -75,32 +76,32 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, float]:
-    config, plan, workdir = setup.config, setup.plan, setup.workdir
+    config, plan, workdir, first = setup.config, setup.plan, setup.workdir, _first_process()
     state, shardings, best, origin = startup.initial_state(setup, checkpoints)
     step = int(state.step)
-    say(f"Run {workdir}\n{startup.recipe(setup, origin)}", on=_first_process())
+    say(f"Run {workdir}\n{startup.recipe(setup, origin)}", on=first)
     for change in changed_fields(config, workdir) if origin.startswith("resumed") else ():
-        say(f"  changed   {change}", on=_first_process())
-    if _first_process():
+        say(f"  changed   {change}", on=first)
+    if first:
         write_config(config, workdir)
     teacher, teacher_variables = startup.load_teacher(setup)
     teacher_report = _teacher_accuracy(setup, teacher, teacher_variables)
     if teacher_report:
         say(
             f"Teacher top-1 on the eval split: {teacher_report['teacher_top1']:.2f} %",
-            on=_first_process(),
+            on=first,
         )
 
     train_step = jit_train_step(setup, shardings, teacher)
     evaluate_state = _evaluator(setup)
-    writer = MetricWriter(
-        workdir, resume_step=step, tensorboard=config.train.tensorboard, on=_first_process()
-    )
+    writer = MetricWriter(workdir, resume_step=step, tensorboard=config.train.tensorboard, on=first)
     progress = Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
     window = _Window(setup)
     results = None  # of the last evaluation, if it was of the present step
     if step >= plan.total_steps:
-        say(f"Already finished at step {step}: evaluating.", on=_first_process())
+        say(f"Already finished at step {step}: evaluating.", on=first)
+        if int(state.nonfinite_steps) >= config.train.max_nonfinite_steps:
+            raise NonFiniteLoss(_nonfinite_report(setup, step))
 
     with contextlib.closing(writer), _stop_signal() as stopped:
         batches = _batches(setup, step)
@@ -114,20 +115,23 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
             window.add(step, metrics)
             progress.step_done()
             # Asked once a step: a signal between two answers must not skip the save.
-            last, stop, results = step == plan.total_steps, stopped(), None
+            last, stop, results = step == plan.total_steps, stopped(step), None
             if last or step % config.train.log_every_steps == 0:
-                _log(writer, step, plan, window.means() | progress.report(step))
+                values = window.means() | progress.report(step)
+                writer.write(step, "train", values)
+                say(train_line(step, plan.total_steps, plan.steps_per_epoch, values), on=first)
 
             begin = time.perf_counter()
             if last or _due(step, plan.eval_every):
                 window.finish()
                 results = evaluate_state(state)
                 writer.write(step, "eval", results)
-                say(f"step {step}: eval {_summary(results)}", on=_first_process())
+                say(f"step {step}: eval {eval_line(results)}", on=first)
                 if results["top1"] > best["top1"]:
                     best = {"top1": results["top1"], "step": step}
                     checkpoint.write_model(Path(workdir, "best"), state.model, setup.network.info)
-            if last or stop or any(_due(step, every) for every in plan.save_every):
+            due = any(_due(step, every) for every in plan.save_every)
+            if last or stop or due or best["step"] == step:
                 window.finish()
                 top1 = results["top1"] if results else None
                 checkpoints.save(state, setup.network.info, step=step, best=best, top1=top1)
@@ -190,7 +194,7 @@ class _Window:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append((step, metrics))
-        while len(self._pending) > _STEPS_IN_FLIGHT:
+        while len(self._pending) >= _STEPS_IN_FLIGHT:  # one more is dispatched before the next call
             self._collect()
 
     def finish(self) -> None:
@@ -220,12 +224,14 @@ class _Window:
 
 
 def _nonfinite_report(setup: Setup, step: int) -> str:
+    """What to say when `step` was the last allowed in a row; names the examples of the first."""
     from deit_jax import data
 
     config, plan = setup.config, setup.plan
+    first = step - config.train.max_nonfinite_steps + 1
     ids = data.example_ids(
         setup.train_source,
-        step=step - 1,
+        step=first - 1,
         batch_size=config.train.batch_size,
         steps_per_epoch=plan.steps_per_epoch,
         seed=config.train.seed,
@@ -234,9 +240,9 @@ def _nonfinite_report(setup: Setup, step: int) -> str:
     )
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return (
-        f"loss or gradient not finite in {config.train.max_nonfinite_steps} steps in a row, the "
-        f"last at step {step} (seed {config.train.seed}); the last good weights are saved; lower "
-        f"config.optimizer.lr or set config.optimizer.clip_norm. Examples of that step: {shown}"
+        f"loss or gradient not finite in steps {first} to {step} (seed {config.train.seed}); the "
+        "last good weights are saved; lower config.optimizer.lr or set config.optimizer.clip_norm. "
+        f"Examples of step {first}: {shown}"
     )
 
 
@@ -319,37 +325,19 @@ def _open_checkpoints(setup: Setup) -> checkpoint.TrainCheckpoints:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[object]:
-    """Turns SIGTERM into a question that the loop asks after every step."""
+    """Turns SIGTERM into a question that the loop asks after every step.
+
+    With several processes JAX's own service has the signal, and lets all of them stop at one step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     asked = []
     previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     try:
-        yield lambda: bool(asked)
+        yield lambda step: bool(asked)
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _log(writer: MetricWriter, step: int, plan: object, values: dict[str, float]) -> None:
-    writer.write(step, "train", values)
-    parts = [
-        f"step {step}/{plan.total_steps}",
-        f"epoch {step / plan.steps_per_epoch:.1f}",
-        f"loss {values.get('loss', float('nan')):.4f}",
-    ]
-    if "distill" in values:
-        parts.append(f"(base {values['base']:.4f}, distill {values['distill']:.4f})")
-    parts.append(f"lr {values['learning_rate']:.2e}")
-    if "images_per_second" in values:
-        parts.append(f"{values['images_per_second']:,.0f} images/s")
-        parts.append(f"input wait {100 * values['input_wait']:.0f} %")
-        parts.append(f"ETA {duration(values['eta_seconds'])}")
-    if values["nonfinite_total"]:
-        parts.append(f"{values['nonfinite_total']:.0f} non-finite steps skipped")
-    say(" · ".join(parts), on=_first_process())
-
-
-def _summary(results: dict[str, float]) -> str:
-    shown = [f"{name} {value:.2f}" for name, value in results.items() if "top1" in name]
-    return ", ".join([*shown, f"loss {results['loss']:.4f}", f"{results['num_examples']} images"])
 
 
 def _report(writer: MetricWriter, step: int, final: dict[str, float]) -> dict[str, float]:

@@ -108,6 +108,31 @@ def say(text: str, *, on: bool = True) -> None:
         print(text, file=sys.stdout, flush=True)
 
 
+def train_line(step: int, total_steps: int, steps_per_epoch: int, values: dict[str, float]) -> str:
+    """The console line of a train report; `values` as written to metrics.jsonl."""
+    parts = [
+        f"step {step}/{total_steps}",
+        f"epoch {step / steps_per_epoch:.1f}",
+        f"loss {values.get('loss', math.nan):.4f}",
+    ]
+    if "distill" in values:
+        parts.append(f"(base {values['base']:.4f}, distill {values['distill']:.4f})")
+    parts.append(f"lr {values['learning_rate']:.2e}")
+    if "images_per_second" in values:
+        parts.append(f"{values['images_per_second']:,.0f} images/s")
+        parts.append(f"input wait {100 * values['input_wait']:.0f} %")
+        parts.append(f"ETA {duration(values['eta_seconds'])}")
+    if values["nonfinite_total"]:
+        parts.append(f"{values['nonfinite_total']:.0f} non-finite steps skipped")
+    return " · ".join(parts)
+
+
+def eval_line(results: dict[str, float]) -> str:
+    """The console line of an evaluation: every top-1, the loss and the count."""
+    shown = [f"{name} {value:.2f}" for name, value in results.items() if "top1" in name]
+    return ", ".join([*shown, f"loss {results['loss']:.4f}", f"{results['num_examples']} images"])
+
+
 def duration(seconds: float) -> str:
     """43s, 12m05s or 3h07m."""
     seconds = round(seconds)

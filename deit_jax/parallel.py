@@ -14,8 +14,11 @@ def start_processes(distributed: ConfigDict) -> None:
     """Connects the processes of a multi-host run; does nothing for a single process.
 
     Must run before anything touches a device. `distributed.auto` leaves the detection of the
-    cluster to JAX (Cloud TPU, Slurm, GKE, Open MPI).
+    cluster to JAX (Cloud TPU, Slurm, GKE, Open MPI). A run that trains its teacher first comes here
+    twice.
     """
+    if jax.distributed.is_initialized():
+        return
     if distributed.auto:
         jax.distributed.initialize()
     elif distributed.num_processes > 1:
@@ -83,6 +86,12 @@ def to_host(tree: object) -> object:
 def replicate(tree: object, mesh: Mesh) -> object:
     """Puts a tree of NumPy arrays on every device of the mesh."""
     return jax.device_put(tree, replicated(mesh))
+
+
+def wait_for_all(what: str) -> None:
+    """Blocks until every process has come here; `what` names the place in time-out messages."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def describe(mesh: Mesh) -> str:

@@ -122,8 +122,10 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
         teacher[group] = config[group]
     for field in ("batch_size", "dtype", "seed"):
         teacher.train[field] = config.train[field]
-    if config.distill.teacher_epochs:
-        teacher.schedule.epochs = config.distill.teacher_epochs
+    epochs = config.distill.teacher_epochs
+    if epochs:
+        teacher.schedule.epochs = epochs
+        teacher.schedule.warmup_epochs = min(teacher.schedule.warmup_epochs, epochs // 2)
     return teacher
 
 

@@ -2,7 +2,8 @@
 
 python tests/kill_and_resume.py --kills=3 --seed=0 --workdir=DIR [main.py flags ...]
 
-Both runs share DIR/teacher. Exits non-zero at the first array or figure that differs by a bit.
+Each run trains its own teacher, and one more kill falls into that. Prints every array and figure
+that differs by a bit and exits non-zero if one does.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,26 @@ import orbax.checkpoint as ocp
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(workdir: Path, flags: list[str], kill_at: int | None = None) -> int:
-    """Runs main.py, killing it once it reports step `kill_at`; returns its last step."""
+LOG_EVERY = 3
+
+
+def launch(
+    workdir: Path, flags: list[str], *, kill_at: int | None = None, delay: float = 0.0
+) -> tuple[int, int]:
+    """Runs main.py to its end, or kills it with SIGKILL.
+
+    Args:
+      workdir: of the student; the teacher is in its teacher/ folder.
+      flags: of main.py.
+      kill_at: the report of the student's step after which to kill; a negative number counts the
+        teacher's steps.
+      delay: seconds from that report to the kill, so that it falls anywhere in a step or a save.
+
+    Returns:
+      The step the student resumed at (0: it did not), and the last one it reported.
+    """
     command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
-    command.append("--config.train.log_every_steps=1")
+    command.append(f"--config.train.log_every_steps={LOG_EVERY}")
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -32,22 +50,25 @@ def launch(workdir: Path, flags: list[str], kill_at: int | None = None) -> int:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        step, output, student = 0, [], False
+        resumed, last, sign, output = 0, 0, -1, []
         for line in process.stdout:
             output.append(line)
-            # The teacher's steps, where it is trained first, are none of the student's.
-            student = student or line.strip() == f"Run {workdir}"
-            found = re.match(r"step (\d+)/", line)
-            if student and found:
-                step = int(found[1])
-                if kill_at is not None and step >= kill_at:
+            if line.strip() == f"Run {workdir}":
+                sign = 1
+            if sign == 1 and (found := re.search(r"resumed at step (\d+)", line)):
+                resumed = int(found[1])
+            if found := re.match(r"step (\d+)/", line):
+                step = sign * int(found[1])
+                last = max(last, step)
+                if kill_at is not None and step * kill_at > 0 and abs(step) >= abs(kill_at):
+                    time.sleep(delay)
                     process.kill()
                     process.wait()
-                    return step
+                    return resumed, last
         stderr = process.stderr.read()
     if process.returncode != 0:
         raise RuntimeError(f"main.py exited {process.returncode}:\n{''.join(output)}\n{stderr}")
-    return step
+    return resumed, last
 
 
 def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
@@ -78,16 +99,22 @@ def compare(left: Path, right: Path) -> list[str]:
     return problems
 
 
-def run(kills: int, seed: int, workdir: Path, flags: list[str]) -> list[str]:
-    """One undisturbed run, one with `kills` kills; returns what differs and prints each step."""
-    flags = [*flags, f"--config.distill.teacher={workdir / 'teacher'}"]
+def run(kills: int, seed: int, workdir: Path, flags: list[str]) -> tuple[list[str], list[int]]:
+    """One undisturbed run, and one with a kill in its teacher's training and `kills` in its own.
+
+    Returns:
+      What differs at the end, and the steps that the killed run resumed at.
+    """
     peace, chaos = workdir / "undisturbed", workdir / "killed"
-    total = launch(peace, flags)
+    _, total = launch(peace, flags)
     draw = random.Random(seed)
-    for at in sorted(draw.sample(range(1, total), kills)):
-        print(f"killed at step {launch(chaos, flags, kill_at=at)} of {total}", flush=True)
-    launch(chaos, flags)
-    return compare(peace, chaos)
+    launch(chaos, flags, kill_at=-1, delay=draw.random())
+    resumed = []
+    for at in sorted(draw.sample(range(LOG_EVERY, total), kills)):
+        resumed.append(launch(chaos, flags, kill_at=at, delay=draw.random() / 2)[0])
+        print(f"resumed at step {resumed[-1]}, killed after step {at} of {total}", flush=True)
+    resumed.append(launch(chaos, flags)[0])
+    return compare(peace, chaos), resumed
 
 
 def main() -> None:
@@ -98,7 +125,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     arguments, flags = parser.parse_known_args()
     flags = flags or ["--config=configs/digits_distill.py"]
-    problems = run(arguments.kills, arguments.seed, arguments.workdir.absolute(), flags)
+    problems, _ = run(arguments.kills, arguments.seed, arguments.workdir.absolute(), flags)
     if problems:
         sys.exit("\n".join(problems))
     print(f"bit-identical after {arguments.kills} kills")

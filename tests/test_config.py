@@ -135,7 +135,7 @@ def test_a_split_smaller_than_the_batch_is_refused():
 
 @pytest.mark.parametrize(
     ("batch", "devices", "wanted", "found"),
-    [(1024, 16, 64, 64), (1024, 32, 64, 32), (96, 1, 64, 48), (1024, 4, 300, 256), (14, 2, 64, 7)],
+    [(1024, 16, 64, 64), (1024, 32, 64, 32), (96, 1, 64, 48), (1024, 4, 300, 256), (28, 2, 8, 2)],
 )
 def test_group_size_shrinks_to_a_divisor_of_the_batch_of_one_device(batch, devices, wanted, found):
     config = default_config()
@@ -194,8 +194,9 @@ def test_structure_replaced_by_an_override():
         ("dataset.train_fraction", 0.0, "in (0, 1]"),
         ("parallel.fsdp", 0, "at least 1"),
         ("schedule.warmup_epochs", 300, "less than schedule.epochs (300)"),
-        ("train.batch_size", 33, "an even number"),
         ("distributed.process_id", 1, "less than distributed.num_processes"),
+        ("distributed.coordinator_address", "host:x", "HOST:PORT"),
+        ("distributed.auto", True, "False where"),
         ("distill.teacher", "some/folder", "distill.kind is 'none'"),
         ("input.std", (0.0, 0.2, 0.2), "greater than 0"),
         ("optimizer.b1", 1.0, "in [0, 1)"),
@@ -204,11 +205,26 @@ def test_structure_replaced_by_an_override():
 )
 def test_one_wrong_field_is_one_line_that_names_it(field, value, words):
     config = default_config()
+    if field in ("distributed.coordinator_address", "distributed.auto"):
+        config.distributed.num_processes = 2
+        config.distributed.coordinator_address = "host:1234"
     with config.ignore_type():
         _set(config, field, value)
     message = _error(config)
     assert f"config.{field}" in message
     assert words in message
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(33, 1), (8, 8), (24, 8)])
+def test_images_of_a_device_must_pair_up_for_mixing(batch, devices):
+    """A group of one would switch mixing off in silence, an odd one leave its middle unmixed."""
+    config = default_config()
+    config.train.batch_size = batch
+    numbers = {"num_train": 100, "num_eval": 1, "num_classes": 2, "class_names": ()}
+    with pytest.raises(InputError, match=r"config\.mixing\.group_size is 64.* even"):
+        plan_run(config, **numbers, num_devices=devices)
+    config.mixing.prob = 0.0
+    assert plan_run(config, **numbers, num_devices=devices).group_size == batch // devices
 
 
 def test_whole_numbers_do_for_float_fields():

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from deit_jax import checkpoint, trees
 from tests import kill_and_resume
 
 SHORT = [
@@ -28,46 +30,65 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The workdir of an undisturbed run and of one that was killed three times."""
+    """The workdir of an undisturbed run and of one that was killed four times."""
     workdir = tmp_path_factory.mktemp("runs")
     recipe = workdir / "recipes" / "quick_teacher.py"
     recipe.parent.mkdir()
     recipe.write_text(TEACHER)
     flags = [*SHORT, f"--config.distill.teacher_config={recipe}"]
-    problems = kill_and_resume.run(3, 0, workdir, flags)
-    return workdir, flags, problems
+    problems, resumed = kill_and_resume.run(3, 0, workdir, flags)
+    return workdir, flags, problems, resumed
 
 
-def test_three_kills_change_no_bit(runs):
+def test_kills_change_no_bit(runs):
     """Weights, EMA, optimiser state and final report after SIGKILL at three random steps."""
-    workdir, _, problems = runs
+    workdir, _, problems, resumed = runs
     assert not problems
+    assert resumed[-1] >= 49, "the last start did not go on from a late checkpoint"
+    assert resumed == sorted(resumed)
     arrays = kill_and_resume.final_arrays(workdir / "killed")
     for part in ("model/params/", "ema/params/", "opt_state/"):
         assert any(name.startswith(part) for name in arrays), f"{part} was not compared"
     assert int(arrays["step"]) == 66
 
 
+def test_the_comparison_sees_one_bit(runs, tmp_path):
+    """The teacher's run is not the student's: the check can fail."""
+    workdir = runs[0]
+    problems = kill_and_resume.compare(workdir / "undisturbed", workdir / "killed" / "teacher")
+    assert any("only in one run" in problem for problem in problems)
+
+
 def test_metrics_hold_every_step_once(runs):
     """Lines of steps that a kill undid are written once, by the run that resumed."""
-    workdir, _, _ = runs
-    lines = [json.loads(x) for x in (workdir / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, 67))
+    lines = metrics(runs[0] / "killed")
+    assert [x["step"] for x in lines if x["split"] == "train"] == list(range(3, 67, 3))
     assert [x["step"] for x in lines if x["split"] == "eval"] == [44, 66]
+
+
+def metrics(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_model_folders_hold_the_last_weights(runs):
+    """model/ holds the raw weights of the last checkpoint, model_ema/ their average."""
+    killed = runs[0] / "killed"
+    arrays = kill_and_resume.final_arrays(killed)
+    for folder, part, weights in (("model", "model", "raw"), ("model_ema", "ema", "ema")):
+        _, like = checkpoint.read_network(killed / folder)
+        params = trees.flat(checkpoint.read_variables(killed / folder, like).params)
+        assert checkpoint.read_info(killed / folder).weights == weights
+        for name, value in params.items():
+            np.testing.assert_array_equal(value, arrays[f"{part}/params/{name}"])
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_a_finished_run_repeats_its_figures(runs, run_main, mode):
     """--mode=eval, and the same command again, print the run's final report to the last digit."""
-    workdir, flags, _ = runs
+    workdir, flags, _, _ = runs
     peace = workdir / "undisturbed"
     before = kill_and_resume.final_report(peace)
-    finished = run_main(
-        *flags,
-        f"--workdir={peace}",
-        f"--config.distill.teacher={workdir / 'teacher'}",
-        f"--mode={mode}",
-    )
+    finished = run_main(*flags, f"--workdir={peace}", f"--mode={mode}")
     assert finished.returncode == 0, finished.stderr
     assert kill_and_resume.final_report(peace) == before
     report = json.loads(finished.stdout[finished.stdout.index("{") :])

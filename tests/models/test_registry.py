@@ -136,8 +136,10 @@ def depends_on_inputs(jaxpr):
 
 
 @pytest.mark.parametrize("name", [*VITS, *REGNETS])
-def test_every_model_has_a_gradient_for_every_parameter(name):
+def test_every_model_has_a_gradient_for_every_parameter(name, monkeypatch):
     """Abstractly, so that the largest need no memory: a missing gradient is a constant zero."""
+    # One grouped convolution traces faster than one a group, and has the same dependencies.
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, default, **_: default(*x))
     graphdef, params, stats = split(abstract_model(name, num_classes=5, image_size=64))
 
     def gradient(params, images):
