@@ -106,7 +106,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
     """Exit 0 with a message; the next start resumes at that very step."""
     command = [
         sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path}",
-        "--config.schedule.epochs=3", "--config.schedule.warmup_epochs=1", "--config.train.log_every_steps=1",
+        "--config.schedule.epochs=3", "--config.schedule.warmup_epochs=1",
+        "--config.train.log_every_steps=1",
         "--config.checkpoint.every_epochs=0", "--config.train.eval_every_epochs=0",
     ]  # fmt: skip
     root = Path(__file__).resolve().parent.parent
