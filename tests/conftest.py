@@ -36,7 +36,7 @@ def run_python(repo_root: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs Python in the repository's root: run_python(*arguments, env={...}, timeout=seconds)."""
 
     def run(
-        *arguments: str, env: dict[str, str] | None = None, timeout: float = 120
+        *arguments: str, env: dict[str, str] | None = None, timeout: float = 600
     ) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
