@@ -8,7 +8,8 @@ _HOME = {
     "list_models": "deit_jax.models.registry",
     "load_model": "deit_jax.checkpoint",
     "save_model": "deit_jax.checkpoint",
-    "preprocess": "deit_jax.preprocess",
+    # Not "preprocess.py": importing a module binds its name in the package, over the function.
+    "preprocess": "deit_jax.preprocessing",
 }
 __all__ = sorted(_HOME)
 

@@ -1,6 +1,7 @@
 """The README's Python lines run as they are printed."""
 
 import dataclasses
+import pkgutil
 import re
 
 import numpy as np
@@ -25,3 +26,12 @@ def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
     assert space["logits"].shape == (1, 10)
     kernel = space["weights"]["params"]["blocks"]["0"]["attn"]["qkv"]["kernel"]
     np.testing.assert_array_equal(kernel, model.blocks[0].attn.qkv.kernel[...])
+
+
+def test_public_names_are_no_modules():
+    """Importing every module of the package must not put one in the place of a public name."""
+    for module in pkgutil.iter_modules(deit_jax.__path__):
+        assert module.name not in deit_jax.__all__
+    for name in deit_jax.__all__:
+        assert callable(getattr(deit_jax, name)), name
+        assert callable(getattr(deit_jax, name)), f"{name}, on second use"

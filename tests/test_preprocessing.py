@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from deit_jax.errors import InputError
-from deit_jax.preprocess import preprocess
+from deit_jax.preprocessing import preprocess
 from tests.oracles.torchvision_ops import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
