@@ -1,10 +1,8 @@
 """All reading and writing of weights: training checkpoints, and self-describing model folders."""
 
-import dataclasses
 import json
 import os
 import shutil
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from deit_jax import parallel, trees
-from deit_jax.errors import InputError
+from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
 from deit_jax.steps import Network, TrainState, Variables, join_model, split_model
 
@@ -73,7 +71,7 @@ class TrainCheckpoints:
           best: the best evaluation so far (`top1` and `step`), for the run that resumes.
           top1: of this very step, where it was evaluated.
         """
-        meta = {"model": _info_to_json(info), "ema": state.ema is not None, "best": best}
+        meta = {"model": info.to_json(), "ema": state.ema is not None, "best": best}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -96,7 +94,7 @@ class TrainCheckpoints:
         where = self._directory / str(step)
         saved, wanted = (
             self._restore(step, meta=ocp.args.JsonRestore())["meta"],
-            _info_to_json(info),
+            info.to_json(),
         )
         for field in _SAME_RUN:
             if saved["model"].get(field) != wanted[field]:
@@ -126,7 +124,7 @@ class TrainCheckpoints:
             restored = self._restore(step, **items)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"{self._directory / str(step)} cannot be restored ({_brief(error)}); keep the "
+                f"{self._directory / str(step)} cannot be restored ({brief(error)}); keep the "
                 "optimizer settings that the run was started with, or remove this checkpoint"
             ) from error
         return restored["state"], restored["meta"]["best"]
@@ -165,10 +163,14 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
     if jax.process_index() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(fresh / _WEIGHTS, weights)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(fresh / _WEIGHTS, weights)
+    except BaseException:  # a full disk or Ctrl-C: leave nothing half-written
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if jax.process_index() == 0:
-        text = json.dumps({"format": _FORMAT, **_info_to_json(info)}, indent=2, ensure_ascii=False)
+        text = json.dumps({"format": _FORMAT, **info.to_json()}, indent=2, ensure_ascii=False)
         (fresh / _MODEL_FILE).write_text(text + "\n", encoding="utf-8")
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -212,11 +214,13 @@ def read_info(path: str | os.PathLike) -> registry.ModelInfo:
     file = _existing_model(path) / _MODEL_FILE
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields.pop("format") != _FORMAT:
-            raise InputError(f"{file} has another format than {_FORMAT}; update deit-jax")
-        return _info_from_json(fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        version = fields.pop("format")
+        info = registry.ModelInfo.from_json(fields) if version == _FORMAT else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error}); convert or save the model again") from error
+    if info is None:
+        raise InputError(f"{file} has format {version!r}, expected {_FORMAT}; update deit-jax")
+    return info
 
 
 def check_weights(path: str | os.PathLike, like: Variables) -> None:
@@ -262,13 +266,8 @@ def _read(folder: Path, reader: Callable[[], dict]) -> dict:
         return reader()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{folder} cannot be read ({_brief(error)}); convert or save the model again"
+            f"{folder} cannot be read ({brief(error)}); convert or save the model again"
         ) from error
-
-
-def _brief(error: Exception) -> str:
-    """One line of bearable length; Orbax may list every array."""
-    return textwrap.shorten(str(error), 200) or type(error).__name__
 
 
 def _check_fit(tree: dict, like: Variables, folder: Path) -> Variables:
@@ -276,7 +275,7 @@ def _check_fit(tree: dict, like: Variables, folder: Path) -> Variables:
     tree = {"batch_stats": {}} | nnx.restore_int_paths(tree)
     want = {"params": like.params, "batch_stats": like.batch_stats}
     trees.check_like(tree, want, what=str(folder))
-    return Variables(**_in_order_of(tree, want))
+    return Variables(**trees.in_order_of(tree, want))
 
 
 def read_network(
@@ -325,23 +324,3 @@ def build(
     )
     model.info = info
     return model
-
-
-def _in_order_of(tree: object, like: object) -> object:
-    """`tree` with the keys of `like`, in its order, as `nnx.merge` expects them."""
-    if isinstance(like, dict):
-        return {key: _in_order_of(tree[key], value) for key, value in like.items()}
-    return tree
-
-
-def _info_to_json(info: registry.ModelInfo) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(info)))
-
-
-def _info_from_json(fields: dict) -> registry.ModelInfo:
-    tuples = {key: _tuples(value) for key, value in fields.items()}
-    return registry.ModelInfo(**tuples)
-
-
-def _tuples(value: object) -> object:
-    return tuple(_tuples(x) for x in value) if isinstance(value, list) else value

@@ -1,4 +1,8 @@
-"""The one exception type for mistakes a person can fix."""
+"""The one exception type for mistakes a person can fix, and how programs end with it."""
+
+import sys
+import textwrap
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -7,3 +11,20 @@ class InputError(ValueError):
     The message is one line that names the field or file, what was found, what was expected and
     the likely fix. `main.py` and the tools print it without a traceback and exit non-zero.
     """
+
+
+def brief(error: BaseException, width: int = 200) -> str:
+    """One line of bearable length about an error of a library, which may write pages."""
+    return textwrap.shorten(str(error), width) or type(error).__name__
+
+
+def exit_status(tool: Callable[[], int | None]) -> int:
+    """Runs a command-line tool and returns its exit status: 2 and one line for an InputError."""
+    try:
+        return tool() or 0
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130

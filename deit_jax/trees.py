@@ -31,6 +31,13 @@ def leaf_names(tree: Any) -> list[str]:
     return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def in_order_of(tree: Any, like: Any) -> Any:
+    """Return `tree` with its keys in the order of `like`, as `nnx.merge` expects them."""
+    if isinstance(like, dict):
+        return {key: in_order_of(tree[key], value) for key, value in like.items()}
+    return tree
+
+
 def param_count(tree: Any) -> int:
     """Return the number of elements in all leaves (arrays or `jax.ShapeDtypeStruct`)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
