@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["deit_jax", "deit_jax.*"]),
+    package_data={"deit_jax": ["imagenet_classes.txt"]},
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12.6,<0.14",
@@ -31,6 +32,7 @@ setup(
         "tensorflow-cpu>=2.20,<2.23; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.20,<2.23; platform_system != 'Linux' or platform_machine != 'x86_64'",
         "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
     ],
     extras_require={
         "demo": DEMO,

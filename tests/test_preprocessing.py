@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from deit_jax.errors import InputError
@@ -12,6 +13,15 @@ from deit_jax.preprocessing import preprocess
 from tests.oracles.torchvision_ops import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """On busy machines torch's threads wait for one another far longer than this work takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def info(**changes):
@@ -107,12 +117,66 @@ def test_path_array_pil_and_model_agree(tmp_path: Path):
     np.testing.assert_array_equal(preprocess(info(), np.asarray(grey)), preprocess(info(), grey))
 
 
-def test_jpeg_file_equals_torchvision(tmp_path: Path):
-    path = tmp_path / "cmyk.jpg"
-    noise(60, 45).convert("CMYK").save(path)
-    np.testing.assert_array_equal(
-        preprocess(info(), path), torchvision_chain(Image.open(path), info())
-    )
+@pytest.fixture(scope="module")
+def hundred_jpegs(sample_images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The pictures near here, up to 100; what is missing is made: odd sizes, grey, CMYK."""
+    files = sorted(sample_images.rglob("*.JPEG"))[:100]
+    folder = tmp_path_factory.mktemp("jpegs")
+    rng = np.random.default_rng(0)
+    for number in range(100 - len(files)):
+        width, height = map(int, rng.integers(90, 700, 2))
+        coarse = Image.fromarray(rng.integers(0, 256, (7, 8, 3), np.uint8))
+        picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(picture, int) + rng.integers(-20, 21, (height, width, 3))
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        files.append(folder / f"{number}.JPEG")
+        picture.convert(("RGB", "L", "RGB", "CMYK")[number % 4]).save(files[-1], quality=90)
+    return files
+
+
+@pytest.mark.parametrize(("size", "crop_ratio"), [(224, 0.875), (224, 0.9), (224, 1.0), (384, 1.0)])
+def test_bit_equal_on_a_hundred_jpegs(hundred_jpegs, size, crop_ratio):
+    read = import_torchvision().datasets.folder.pil_loader
+    i = info(image_size=size, crop_ratio=crop_ratio)
+    assert len(hundred_jpegs) == 100
+    for path in hundred_jpegs:
+        np.testing.assert_array_equal(
+            preprocess(i, path), torchvision_chain(read(path), i), err_msg=str(path)
+        )
+
+
+def _jpeg_with_orientation(path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(300, 200).save(path, exif=exif)
+    with Image.open(path) as saved:
+        assert saved.getexif()[0x0112] == orientation
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("rgba.png", lambda path: _half_transparent().save(path)),
+        ("grey.jpg", lambda path: noise(300, 200).convert("L").save(path)),
+        ("cmyk.jpg", lambda path: noise(300, 200).convert("CMYK").save(path)),
+        # The reference ignores EXIF: a picture taken sideways stays so.
+        ("sideways.jpg", lambda path: _jpeg_with_orientation(path, 6)),
+        ("upside_down.jpg", lambda path: _jpeg_with_orientation(path, 3)),
+    ],
+)
+def test_bit_equal_to_the_references_loader_on_other_files(tmp_path: Path, name, write):
+    write(tmp_path / name)
+    read = import_torchvision().datasets.folder.pil_loader
+    for changes in ({"image_size": 224}, {"crop_ratio": None}):
+        i = info(**changes)
+        want = torchvision_chain(read(tmp_path / name), i)
+        np.testing.assert_array_equal(preprocess(i, tmp_path / name), want)
+
+
+def _half_transparent() -> Image.Image:
+    image = noise(300, 200)
+    image.putalpha(noise(300, 200).getchannel("R"))
+    return image
 
 
 def test_bad_files_and_arrays_give_one_clear_line(tmp_path: Path):
