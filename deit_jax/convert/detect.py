@@ -1,0 +1,164 @@
+"""Which model a file's tensors belong to, and in whose names: from keys and shapes alone."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from deit_jax.convert import regnet_keys, vit_keys
+from deit_jax.convert.mapping import Layout
+from deit_jax.errors import InputError
+from deit_jax.models import registry
+from deit_jax.models.regnet import stage_plan
+
+_LAYOUTS = (
+    vit_keys.REFERENCE,
+    vit_keys.TIMM,
+    vit_keys.HF_VIT,
+    vit_keys.HF_DEIT,
+    vit_keys.HF_VIT_MODULES,
+    vit_keys.HF_DEIT_MODULES,
+    regnet_keys.TIMM,
+    regnet_keys.TORCHVISION,
+)
+# timm's keys that only one layout of a family can have as its own.
+_MARKS = {"vit": ("pos_embed", "blocks.0.attn.qkv.weight"), "regnet": ("stem.conv.weight",)}
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the tensors say: their layout, and the arguments of `registry.abstract_model`."""
+
+    layout: Layout
+    name: str
+    num_classes: int
+    image_size: int | None  # None where the model takes any size
+    overrides: dict[str, Any]
+
+
+def layout_of(tensors: Tensors, what: str) -> Layout:
+    """The layout in whose names the tensors are.
+
+    Raises InputError, naming the file `what`, where no layout fits.
+    """
+    for layout in _LAYOUTS:
+        marks = [layout.key(mark) for mark in _MARKS[layout.family]]
+        if layout is vit_keys.REFERENCE:  # as timm's but for LayerScale
+            marks.append("blocks.0.gamma_1")
+        if all(mark in tensors for mark in marks):
+            return layout
+    some = ", ".join(list(tensors)[:4]) or "nothing"
+    raise InputError(
+        f"{what}: not recognised as DeiT, DeiT III or RegNetY in the names of the reference, timm, "
+        f"Hugging Face or torchvision; {len(tensors)} tensors, starting with {some}"
+    )
+
+
+def identify(tensors: Tensors, layout: Layout, *, what: str, name: str | None = None) -> Found:
+    """The registered model whose structure the tensors have.
+
+    Args:
+      tensors: of a file in `layout`.
+      layout: as `layout_of` found it.
+      what: names the file in errors.
+      name: a registered model to prefer; without it the structure decides, and among models that
+        differ in the image size alone the nearest.
+
+    Raises:
+      InputError: no registered model has this structure; says what was found.
+    """
+    if layout.family == "vit":
+        return _identify_vit(tensors, layout, what, name)
+    return _identify_regnet(tensors, layout, what, name)
+
+
+def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
+    if key not in tensors:
+        raise InputError(f"{what}: no tensor {key}; the file is not a whole classifier")
+    shape = tensors[key].shape
+    if len(shape) != ndim or 0 in shape:
+        raise InputError(f"{what}: {key} has shape {shape}, expected {ndim} axes")
+    return shape
+
+
+def _identify_vit(tensors: Tensors, layout: Layout, what: str, wanted: str | None) -> Found:
+    classes = _shape(tensors, layout.key("head.weight"), 2, what)[0]
+    patch = _shape(tensors, layout.key("patch_embed.proj.weight"), 4, what)[2]
+    _, positions, dim = _shape(tensors, layout.key("pos_embed"), 3, what)
+    block = re.escape(layout.key("blocks.0.norm1.weight")).replace("0", r"(\d+)", 1)
+    numbers = {int(found[1]) for key in tensors if (found := re.fullmatch(block, key))}
+    traits = {
+        "embed_dim": dim,
+        "depth": len(numbers),
+        "distilled": layout.key("dist_token") in tensors,
+        "layer_scale": layout.key("blocks.0.ls1.gamma") in tensors,
+    }
+    # DeiT III, which has LayerScale, gives its prefix tokens no position.
+    prefix = 0 if traits["layer_scale"] else 1 + traits["distilled"]
+    side = math.isqrt(max(positions - prefix, 0))
+    if side == 0 or side * side + prefix != positions:
+        raise InputError(
+            f"{what}: {positions} position embeddings, {prefix} of them for prefix tokens, make no "
+            "square grid; only square images are supported"
+        )
+    size = side * patch
+    candidates = [
+        (abs(options["image_size"] - size), options["patch_size"] != patch, name)
+        for name in registry.list_models()
+        if (options := _vit_options(name)) and all(options[key] == traits[key] for key in traits)
+    ]
+    if wanted is not None:
+        options = _vit_options(wanted)
+        candidates = [(0, (options or {}).get("patch_size") != patch, wanted)]
+        if options is None:
+            raise InputError(f"{what} holds a vision transformer, but --model {wanted} is none")
+    if not candidates:
+        found = ", ".join(f"{key} {value}" for key, value in traits.items())
+        raise InputError(f"{what}: no registered model has {found}")
+    _, other_patch, name = min(candidates, key=lambda found: (found[1], found[0], found[2]))
+    overrides = {"patch_size": patch} if other_patch else {}
+    return Found(layout, name, classes, size, overrides)
+
+
+def _vit_options(name: str) -> dict[str, Any] | None:
+    """The traits of a registered vision transformer; None for other models."""
+    options = registry.model_options(name)
+    if "embed_dim" not in options:
+        return None
+    scaled = options.get("layer_scale_init") is not None
+    return {"patch_size": 16, "distilled": False} | options | {"layer_scale": scaled}
+
+
+def _identify_regnet(tensors: Tensors, layout: Layout, what: str, wanted: str | None) -> Found:
+    classes = _shape(tensors, layout.key("head.fc.weight"), 2, what)[0]
+    if wanted is not None:
+        if "w0" not in registry.model_options(wanted):
+            raise InputError(f"{what} holds a RegNetY, but --model {wanted} is none")
+        return Found(layout, wanted, classes, None, {})
+    for name in registry.list_models("regnety*"):
+        if _is_regnet(tensors, layout, registry.model_options(name)):
+            return Found(layout, name, classes, None, {})
+    widths = [
+        tensors[key].shape[0]
+        for stage in range(1, 5)
+        if (key := layout.key(f"s{stage}.b1.conv1.conv.weight")) in tensors
+    ]
+    raise InputError(f"{what}: no registered RegNetY has stages of these widths: {widths}")
+
+
+def _is_regnet(tensors: Tensors, layout: Layout, options: dict[str, Any]) -> bool:
+    """Whether the widths, depths and groups of all stages are the model's."""
+    plan = stage_plan(*(options[key] for key in ("w0", "wa", "wm", "group_width", "depth")))
+    for stage, (width, groups, blocks) in enumerate(plan, start=1):
+        last = layout.key(f"s{stage}.b{blocks}.conv2.conv.weight")
+        after = layout.key(f"s{stage}.b{blocks + 1}.conv2.conv.weight")
+        if after in tensors or last not in tensors:
+            return False
+        if tensors[last].shape[:2] != (width, width // groups):
+            return False
+    return layout.key(f"s{len(plan) + 1}.b1.conv2.conv.weight") not in tensors

@@ -1,0 +1,183 @@
+"""The tensors of a PyTorch file and the leaves of our trees that they hold, one by one, by name.
+
+Our modules carry timm's names, so a leaf's timm key follows from its own name. The other layouts
+are renamings of timm's keys (`vit_keys`, `regnet_keys`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from deit_jax import trees
+from deit_jax.errors import InputError
+from deit_jax.steps import Variables
+
+COUNTER = "num_batches_tracked"  # PyTorch's count of BatchNorm updates; no leaf of ours
+
+_LAST_PART = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One family's naming of tensors.
+
+    `rename` maps timm's key of a tensor to this layout's; three keys mean that the tensor's
+    rows are stored as three (query, key, value). `family` is "vit" or "regnet".
+    """
+
+    name: str
+    family: str
+    rename: Callable[[str], tuple[str, ...]]
+
+    def key(self, timm_key: str) -> str:
+        """The one key (the first of three) that stands for a timm key."""
+        return self.rename(timm_key)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file: its key and shape, the leaf it holds and the way there."""
+
+    key: str
+    shape: tuple[int, ...]
+    leaf: str
+    kind: str  # "same", "linear" (transposed), "pointwise" (a linear kept as 1×1 conv), "conv"
+    part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts of the leaf's last axis
+
+    def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
+        """The tensor, C-contiguous, cut from our leaf."""
+        index, count = self.part
+        width = leaf.shape[-1] // count
+        part = np.asarray(leaf)[..., index * width : (index + 1) * width]
+        if self.kind == "conv":  # HWIO → OIHW
+            part = part.transpose(3, 2, 0, 1)
+        elif self.kind != "same":
+            part = part.T
+        return np.ascontiguousarray(part.reshape(self.shape))
+
+    def to_leaf(self, tensor: np.ndarray) -> np.ndarray:
+        """Our leaf (or its part), a view where possible."""
+        if self.kind == "conv":
+            return tensor.transpose(2, 3, 1, 0)
+        if self.kind == "same":
+            return tensor
+        return tensor.reshape(tensor.shape[:2]).T
+
+
+def tensors_of(like: Variables, layout: Layout) -> list[Tensor]:
+    """The tensors, without counters, that a file of `layout` has for a model shaped as `like`."""
+    result = []
+    for collection in ("params", "batch_stats"):
+        for name, leaf in trees.flat(getattr(like, collection)).items():
+            result += _tensors_of_leaf(f"{collection}/{name}", tuple(leaf.shape), layout)
+    return result
+
+
+def _tensors_of_leaf(leaf: str, shape: tuple[int, ...], layout: Layout) -> list[Tensor]:
+    _, *path, last = leaf.split("/")
+    kind = "same"
+    if last == "kernel":
+        if len(shape) == 4:
+            kind, shape = "conv", (shape[3], shape[2], shape[0], shape[1])
+        elif "se" in path:
+            kind, shape = "pointwise", (shape[1], shape[0], 1, 1)
+        else:
+            kind, shape = "linear", shape[::-1]
+    keys = layout.rename(".".join([*path, _LAST_PART.get(last, last)]))
+    if len(keys) > 1:
+        shape = (shape[0] // len(keys), *shape[1:])
+    return [Tensor(key, shape, leaf, kind, (i, len(keys))) for i, key in enumerate(keys)]
+
+
+def counters_of(like: Variables, layout: Layout) -> list[str]:
+    """The keys of PyTorch's BatchNorm counters in a file of `layout`, sorted by timm's names."""
+    means = [name for name in trees.flat(like.batch_stats) if name.endswith("/mean")]
+    timm_keys = [name.removesuffix("mean").replace("/", ".") + COUNTER for name in sorted(means)]
+    return [layout.key(key) for key in timm_keys]
+
+
+def to_variables(
+    tensors: Mapping[str, np.ndarray], like: Variables, layout: Layout, *, what: str
+) -> tuple[Variables, tuple[int, ...]]:
+    """Reads a file's tensors into a tree shaped as `like`.
+
+    Args:
+      tensors: float32 arrays by the keys of `layout`, and possibly counters.
+      like: shapes of the model's variables.
+      layout: how the file names its tensors.
+      what: names the file in errors.
+
+    Returns:
+      The variables (views of `tensors` where possible), and the counters: () where there are none
+      or all are 0, one number where all agree, else one per BatchNorm layer.
+
+    Raises:
+      InputError: a tensor is missing, superfluous or of another shape; lists the differences.
+    """
+    wanted = tensors_of(like, layout)
+    counter_keys = counters_of(like, layout)
+    counts = [
+        int(tensors[key].item())
+        for key in counter_keys
+        if key in tensors and tensors[key].size == 1
+    ]
+    if len(counts) not in (0, len(counter_keys)):
+        raise InputError(
+            f"{what}: {len(counts)} usable {COUNTER} for {len(counter_keys)} BatchNorm layers, "
+            "expected all or none; the file is not a whole state dict"
+        )
+    skip = set(counter_keys)
+    given = {key: tensor for key, tensor in tensors.items() if key not in skip}
+    expected = {tensor.key: jax.ShapeDtypeStruct(tensor.shape, np.float32) for tensor in wanted}
+    trees.check_like(given, expected, f"{what} ({layout.name} names): its tensors")
+
+    parts: dict[str, list[np.ndarray]] = {}
+    for tensor in wanted:
+        parts.setdefault(tensor.leaf, []).append(tensor.to_leaf(given[tensor.key]))
+    leaves = {
+        name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        for name, arrays in parts.items()
+    }
+    collections = {
+        name: _fill(getattr(like, name), leaves, name) for name in ("params", "batch_stats")
+    }
+    return Variables(**collections), _shorten(counts)
+
+
+def from_variables(
+    variables: Variables, layout: Layout, *, num_batches_tracked: tuple[int, ...] = ()
+) -> dict[str, np.ndarray]:
+    """The tensors of a file of `layout`, with the counters that `to_variables` returned."""
+    leaves = {
+        f"{collection}/{name}": leaf
+        for collection in ("params", "batch_stats")
+        for name, leaf in trees.flat(getattr(variables, collection)).items()
+    }
+    tensors = {t.key: t.from_leaf(leaves[t.leaf]) for t in tensors_of(variables, layout)}
+    counter_keys = counters_of(variables, layout)
+    counts = num_batches_tracked or (0,)
+    if len(counts) == 1:
+        counts = counts * len(counter_keys)
+    if len(counts) != len(counter_keys):
+        raise InputError(
+            f"the model's description has {len(counts)} {COUNTER}, expected one or "
+            f"{len(counter_keys)}: one for each BatchNorm layer"
+        )
+    return tensors | {
+        key: np.asarray(count, np.int64) for key, count in zip(counter_keys, counts, strict=True)
+    }
+
+
+def _shorten(counts: list[int]) -> tuple[int, ...]:
+    if len(set(counts)) > 1:
+        return tuple(counts)
+    return tuple(counts[:1]) if any(counts) else ()
+
+
+def _fill(like: object, leaves: Mapping[str, np.ndarray], name: str) -> object:
+    """`like`, in its order, with each shape replaced by the array of that name."""
+    if isinstance(like, dict):
+        return {key: _fill(value, leaves, f"{name}/{key}") for key, value in like.items()}
+    return leaves[name]

@@ -1,0 +1,244 @@
+"""Reading and writing `.pth` and `.safetensors` files without ever running what a file contains.
+
+torch is imported only where a `.pth` is read or written; `.safetensors` do without it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from deit_jax.errors import InputError, brief
+from deit_jax.models.registry import ModelInfo
+
+_INFO = "deit_jax"  # where a file we wrote keeps the model's description
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+_CONTAINERS = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """What a file holds: its tensors as NumPy arrays, and our description where we wrote it."""
+
+    tensors: dict[str, np.ndarray]
+    info: ModelInfo | None = None
+
+
+def read(path: str | os.PathLike, *, weights: str = "raw") -> TensorFile:
+    """Reads a state dict.
+
+    Floating-point tensors come back as float32, whatever they were; `.pth` files are mapped into
+    memory rather than read.
+
+    Args:
+      path: `.safetensors`, or anything that `torch.save` wrote: a state dict, or a training
+        checkpoint of the reference or timm that contains one.
+      weights: which of a training checkpoint: "raw", or "ema" for the moving average.
+
+    Raises:
+      InputError: the file is missing, damaged, holds no state dict or asks to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    # By content: hubs and mirrors rename files.
+    if start[8:] == b"{" or path.suffix == ".safetensors":
+        if weights != "raw":
+            raise InputError(f"{path}: a .safetensors file holds one set of weights, not an EMA")
+        return _read_safetensors(path)
+    return _read_torch(path, weights)
+
+
+def _read_safetensors(path: Path) -> TensorFile:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: _float32(file.get_tensor(key), key, path) for key in file.keys()}  # noqa: SIM118
+    except InputError:
+        raise
+    except Exception as error:  # a parser of untrusted bytes: any type may come
+        raise InputError(
+            f"{path}: not a readable .safetensors file ({brief(error)}); download it again"
+        ) from error
+    return TensorFile(_unwrap_names(tensors), _parse_info(metadata.get(_INFO), path))
+
+
+def _read_torch(path: Path, weights: str) -> TensorFile:
+    torch = _import_torch(path)
+    # Only zip files, which torch has written since 1.6, can be mapped.
+    mapped = zipfile.is_zipfile(path)
+    try:
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about a foreign file, our error says
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a parser of untrusted bytes: any type may come
+        raise InputError(f"{path}: {_why_not(error)}") from error
+    info = content.get(_INFO) if isinstance(content, dict) else None
+    state = _state_dict(content, weights, path)
+    tensors = {}
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"{path}: entry {key!r:.60} is a {type(tensor).__name__}, expected tensors only; "
+                "save the model's state_dict()"
+            )
+        tensors[key] = _from_torch(tensor, key, path, torch)
+    return TensorFile(_unwrap_names(tensors), _parse_info(info, path))
+
+
+def _import_torch(path: Path) -> ModuleType:
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise InputError(
+            f"{path}: reading or writing this needs PyTorch (pip install 'deit-jax[torch]'); "
+            ".safetensors files do not"
+        ) from error
+
+
+def _harmless() -> list:
+    """What training checkpoints hold besides tensors: their options, and NumPy numbers."""
+    return [
+        argparse.Namespace,
+        pathlib.PosixPath,
+        np.dtype,
+        np.dtypes.Float64DType,
+        np.dtypes.Float32DType,
+        np.dtypes.Int64DType,
+        np.float64(0).__reduce__()[0],  # numpy's function that makes a scalar
+    ]
+
+
+def _why_not(error: Exception) -> str:
+    text = str(error)
+    if "Unsupported" in text or "weights_only" in text.lower() or "GLOBAL" in text:
+        name = text.partition("GLOBAL ")[2].split(" ")[0]
+        asks = f"it asks for {name}" if name else "it holds more than tensors and plain data"
+        return (
+            f"refused, since loading it could run code ({asks}); save the model's state_dict() "
+            "alone, where you trust the file"
+        )
+    return f"not a readable PyTorch file ({brief(error)}); download it again"
+
+
+def _state_dict(content: Any, weights: str, path: Path) -> Mapping[str, Any]:
+    """The state dict inside what `torch.load` returned."""
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a state dict")
+    for name in _CONTAINERS[weights]:
+        if isinstance(content.get(name), dict):
+            return content[name]
+    if weights == "ema":
+        listed = ", ".join(repr(key) for key in list(content)[:5])
+        raise InputError(
+            f"{path}: no moving average ('model_ema' or 'state_dict_ema') in it; it has {listed}"
+        )
+    return content
+
+
+def _from_torch(tensor: Any, key: str, path: Path, torch: ModuleType) -> np.ndarray:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise InputError(f"{path}: {key} is no plain dense tensor; save a float32 state_dict()")
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()  # NumPy has no such type
+    try:
+        array = tensor.detach().numpy()
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{path}: {key} cannot be read ({brief(error)})") from error
+    return _float32(array, key, path)
+
+
+def _float32(array: np.ndarray, key: str, path: Path) -> np.ndarray:
+    if array.dtype == np.int64 and array.ndim <= 1:  # a counter
+        return array
+    if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
+        return array.astype(np.float32, copy=False)
+    raise InputError(f"{path}: {key} has dtype {array.dtype}, expected floating-point weights")
+
+
+def _unwrap_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for prefix in _WRAPPERS:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def _parse_info(text: Any, path: Path) -> ModelInfo | None:
+    if text is None:
+        return None
+    try:
+        return ModelInfo.from_json(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: entry {_INFO!r} is damaged ({brief(error)})") from error
+
+
+def write(
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    info: ModelInfo | None = None,
+    container: str | None = None,
+) -> None:
+    """Writes a state dict; the file appears only when it is complete.
+
+    Args:
+      path: `.safetensors`, or one of `.pth`, `.pt`, `.bin` for PyTorch's own format.
+      tensors: C-contiguous arrays.
+      info: kept in the file where its format has room for it: beside the state dict in a
+        container, and in the metadata of safetensors.
+      container: the key that the state dict gets, as "model" in the reference's files; None
+        writes the bare dict. PyTorch's own format only.
+
+    Raises:
+      InputError: another suffix, torch is missing, or the disk refuses.
+    """
+    path = Path(path)
+    text = None if info is None else json.dumps(info.to_json(), ensure_ascii=False)
+    with replacing(path) as part:
+        if path.suffix == ".safetensors":
+            metadata = {"format": "pt"} | ({} if text is None else {_INFO: text})
+            safetensors.numpy.save_file(dict(tensors), part, metadata=metadata)
+        elif path.suffix in _TORCH_SUFFIXES:
+            torch = _import_torch(path)
+            content = {key: torch.from_numpy(np.array(array)) for key, array in tensors.items()}
+            if container is not None:
+                content = {container: content} | ({} if text is None else {_INFO: text})
+            torch.save(content, part)
+        else:
+            expected = ", ".join((".safetensors", *_TORCH_SUFFIXES))
+            raise InputError(f"{path}: suffix {path.suffix!r}, expected one of {expected}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block succeeds."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            part.chmod(0o644)  # mkstemp's files are for their owner alone
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be written ({brief(error)})") from error

@@ -1,0 +1,131 @@
+"""Mutates weight files and converts each: it must succeed, or end with one line and no folder.
+
+python tests/convert/fuzz.py --files=2000 [--seed=0]
+
+Every file is a small model's, in one of the formats, damaged in one of several ways. Prints how
+many succeeded and how many were refused; exits with 1 at the first traceback, with its number.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import traceback
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np  # noqa: E402
+import safetensors.numpy  # noqa: E402
+import torch  # noqa: E402
+
+from tests.convert.conftest import timm_twin  # noqa: E402
+from tools import torch_to_jax  # noqa: E402
+
+
+def originals() -> dict[str, bytes]:
+    """The sound files, by suffix-bearing names."""
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("deit_testing_distilled", "deit3_testing", "regnety_testing"):
+            state = timm_twin(name, num_classes=3).state_dict()
+            path = Path(folder) / name
+            arrays = {key: tensor.numpy() for key, tensor in state.items()}
+            safetensors.numpy.save_file(arrays, f"{path}.safetensors", {"format": "pt"})
+            torch.save({"model": state, "epoch": 1}, f"{path}.pth")
+            torch.save(state, f"{path}_old.pth", _use_new_zipfile_serialization=False)
+        for path in Path(folder).iterdir():
+            files[path.name] = path.read_bytes()
+    return dict(sorted(files.items()))
+
+
+def header_of(name: str, content: bytes) -> tuple[int, int]:
+    """Where the structure of a file is: the bytes around its numbers."""
+    if name.endswith(".safetensors"):
+        return 0, 8 + struct.unpack("<Q", content[:8])[0]
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entry = next(e for e in archive.infolist() if e.filename.endswith("data.pkl"))
+            if len(content) % 2:  # either the pickle, or the directory at the end
+                return entry.header_offset, entry.header_offset + entry.file_size
+            return archive.start_dir, len(content)
+    return 0, 20_000
+
+
+def mutate(name: str, content: bytes, rng: np.random.Generator) -> bytes:
+    """One of several kinds of damage."""
+    data = bytearray(content)
+    start, end = header_of(name, content) if rng.random() < 0.7 else (0, len(data))
+    kind = rng.integers(7)
+    place = int(rng.integers(start, end))
+    length = int(rng.integers(1, 64))
+    if kind == 0:
+        data[place] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        data[place : place + length] = rng.bytes(length)
+    elif kind == 2:
+        del data[place:]
+    elif kind == 3:
+        del data[place : place + length]
+    elif kind == 4:
+        data[place:place] = rng.bytes(length)
+    elif kind == 5:
+        data[place : place + length] = bytes(length)
+    else:  # one number becomes another in the text of a header
+        digits = [i for i in range(start, end) if 48 <= data[i] < 58]
+        if digits:
+            data[digits[int(rng.integers(len(digits)))]] = int(rng.integers(48, 58))
+    return bytes(data)
+
+
+def convert(path: Path, target: Path) -> tuple[int, str]:
+    """Runs the tool in this process; returns its status and what it wrote to stderr."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        status = torch_to_jax.main(["--src", str(path), "--dst", str(target)])
+    return status, errors.getvalue()
+
+
+def fuzz(files: int, seed: int) -> collections.Counter:
+    """Converts that many damaged files. Raises AssertionError at the first misbehaviour."""
+    sound = originals()
+    rng = np.random.default_rng(seed)
+    counts = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(files):
+            name = list(sound)[number % len(sound)]
+            path, target = Path(folder) / name, Path(folder) / "model"
+            path.write_bytes(mutate(name, sound[name], rng))
+            try:
+                status, errors = convert(path, target)
+            except BaseException as error:
+                raise AssertionError(f"file {number} ({name}): {traceback.format_exc()}") from error
+            if status == 0:
+                assert (target / "model.json").is_file()
+                shutil.rmtree(target)
+            else:
+                lines = errors.strip().splitlines()
+                assert len(lines) == 1, f"file {number} ({name}): {errors}"
+                assert lines[0].startswith("error: "), errors
+            assert sorted(p.name for p in Path(folder).iterdir()) == [name], f"file {number}"
+            counts["converted" if status == 0 else "refused"] += 1
+            path.unlink()
+            if sys.stdout.isatty() or (number + 1) % 200 == 0:
+                print(f"{number + 1}/{files} {dict(counts)}", flush=True)
+    return counts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(dict(fuzz(arguments.files, arguments.seed)))

@@ -1,0 +1,85 @@
+"""Converts a large model both ways and loads it, each in a process of its own; prints peak memory.
+
+python tests/convert/peak_memory.py [--model=deit3_huge_patch14_224] [--limit_gib=12]
+
+Exits with 1 if a step takes more than the limit. Needs about 8 GB of disk for the huge model.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+_CREATE = """
+import sys
+import numpy as np
+import torch
+from deit_jax.convert import mapping, vit_keys
+from deit_jax.models import registry
+from deit_jax.steps import split_model
+
+_, like = split_model(registry.abstract_model(sys.argv[1]))
+generator = torch.Generator().manual_seed(0)
+torch.save(
+    {
+        "model": {
+            tensor.key: torch.randn(tensor.shape, generator=generator) * 0.02
+            for tensor in mapping.tensors_of(like, vit_keys.REFERENCE)
+        }
+    },
+    sys.argv[2],
+)
+"""
+_LOAD = """
+import sys
+import jax
+import deit_jax
+
+model = deit_jax.load_model(sys.argv[1])
+jax.block_until_ready(model.head.kernel[...])
+"""
+
+
+def peak_gib(*arguments: str) -> float:
+    """Runs Python and returns the largest resident set of the process, in GiB."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        sys.exit(f"error: {arguments[0]} failed")
+    return usage.ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def measure(model: str) -> dict[str, float]:
+    """The peak of each step."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target, back = (Path(folder) / name for name in ("a.pth", "model", "b.pth"))
+        peak_gib("-c", _CREATE, model, source)
+        peaks = {
+            "torch_to_jax": peak_gib("tools/torch_to_jax.py", "--src", source, "--dst", target)
+        }
+        source.unlink()
+        peaks["load_model"] = peak_gib("-c", _LOAD, target)
+        arguments = ["--src", target, "--dst", back, "--format", "fb"]
+        peaks["jax_to_torch"] = peak_gib("tools/jax_to_torch.py", *arguments)
+        return peaks
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="deit3_huge_patch14_224")
+    parser.add_argument("--limit_gib", type=float, default=12.0)
+    arguments = parser.parse_args()
+    measured = measure(arguments.model)
+    for step, peak in measured.items():
+        print(f"{step}: {peak:.1f} GiB at most", flush=True)
+    sys.exit(int(max(measured.values()) > arguments.limit_gib))

@@ -1,0 +1,281 @@
+"""To PyTorch and back, bit by bit; timm, transformers and torchvision load and are loaded."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+import deit_jax
+from deit_jax import checkpoint, imagenet, trees
+from deit_jax.convert import detect, from_torch, mapping, to_torch, torch_files
+from deit_jax.models import registry
+from deit_jax.steps import split_model
+from tests.convert import peak_memory
+from tests.convert.conftest import SMALL, options, random_variables, timm_twin
+from tests.oracles import reference_vit, timm_models
+from tests.oracles.torchvision_ops import import_torchvision
+from tools import jax_to_torch, torch_to_jax
+
+TRANSFORMERS_ATOL = 2e-5  # relative to the largest logit
+
+
+def assert_same_bits(got, want):
+    """Same keys, dtypes, shapes and bits."""
+    assert set(got) == set(want)
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype, key
+        np.testing.assert_array_equal(got[key], value, err_msg=key)
+
+
+def numpy_state(module):
+    return {key: tensor.numpy() for key, tensor in module.state_dict().items()}
+
+
+def logits(model, images):
+    return np.asarray(jax.jit(lambda m, x: m(x))(model, images))
+
+
+def torch_logits(module, images):
+    with torch.no_grad():
+        return module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+
+
+def assert_close(got, want):
+    assert np.abs(got - want).max() <= TRANSFORMERS_ATOL * np.abs(want).max()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", SMALL)
+def test_from_timm_through_the_tools_and_back(tmp_path, name, suffix):
+    want = timm_twin(name)
+    source, folder, back = tmp_path / f"a{suffix}", tmp_path / "model", tmp_path / f"b{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": want.state_dict(), "epoch": 3}, source)
+    else:
+        safetensors.numpy.save_file(numpy_state(want), source)
+    assert torch_to_jax.main(["--src", str(source), "--dst", str(folder)]) == 0
+    assert deit_jax.load_model(folder).info.name == name
+    arguments = ["--src", str(folder), "--dst", str(back), "--format", "timm"]
+    assert jax_to_torch.main(arguments) == 0
+    if suffix == ".pth":
+        state = torch.load(back, weights_only=True)
+        got = {key: tensor.numpy() for key, tensor in state.items()}
+    else:
+        got = safetensors.numpy.load_file(back)
+        state = {key: torch.from_numpy(value) for key, value in got.items()}
+    assert_same_bits(got, numpy_state(want))
+    timm_twin(name, seed=1).load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_from_jax_and_back_in_every_format(tmp_path, name):
+    variables, info = random_variables(name)
+    checkpoint.write_model(tmp_path / "model", variables, info)
+    forms = {
+        "deit3_testing": ("timm", "fb"),
+        "regnety_testing": ("timm", "fb", "torchvision"),
+    }.get(name, ("timm", "fb", "hf"))
+    paths = [
+        (form, tmp_path / f"{form}{suffix}")
+        for form in forms
+        for suffix in (("",) if form == "hf" else (".safetensors", ".pth"))
+    ]
+    for form, path in paths:
+        to_torch.write(tmp_path / "model", path, form)
+        read = from_torch.read(path)
+        assert_same_bits(
+            trees.flat([read.variables.params, read.variables.batch_stats]),
+            trees.flat([variables.params, variables.batch_stats]),
+        )
+        if path.name in ("timm.pth", "torchvision.pth"):  # a bare state dict says nothing else
+            assert (read.info.name, read.info.num_classes) == (info.name, info.num_classes)
+        else:
+            assert read.info == info
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("deit3_testing", "hf"), ("regnety_testing", "hf"), ("deit_testing", "torchvision")],
+)
+def test_formats_that_do_not_know_the_model(tmp_path, name, form):
+    checkpoint.write_model(tmp_path / "model", *random_variables(name))
+    with pytest.raises(deit_jax.InputError, match=f"{name}.*timm"):
+        to_torch.write(tmp_path / "model", tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", SMALL[:3])
+def test_reference_layout(tmp_path, name, images):
+    """A file under "model", with gamma_1 for DeiT III, loads into a module with those names."""
+    chosen = options(name) | {"num_classes": 7}
+    want = timm_models.randomise(reference_vit.ReferenceVit(**chosen), seed=0)
+    source = tmp_path / "a.pth"
+    torch.save({"model": want.state_dict(), "optimizer": {}, "epoch": 299}, source)
+    read = from_torch.read(source)
+    assert read.info.name == name
+    assert read.layout == ("reference" if name == "deit3_testing" else "timm")
+    assert_close(logits(read.model(), images), torch_logits(want, images).numpy())
+
+    checkpoint.write_model(tmp_path / "model", read.variables, read.info)
+    to_torch.write(tmp_path / "model", tmp_path / "b.pth", "fb")
+    state = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
+    assert_same_bits({k: v.numpy() for k, v in state.items()}, numpy_state(want))
+    timm_models.randomise(reference_vit.ReferenceVit(**chosen), seed=1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", SMALL[:2])
+def test_transformers_loads_our_folder(tmp_path, name, images):
+    import transformers
+
+    variables, info = random_variables(name)
+    jaxmodel = from_torch.Converted(variables, info, "").model()
+    checkpoint.write_model(tmp_path / "model", variables, info)
+    to_torch.write(tmp_path / "model", tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["layer_norm_eps"] == 1e-6
+    cls = getattr(transformers, config["architectures"][0])
+    module, loading = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_close(logits(jaxmodel, images), torch_logits(module.eval(), images).logits.numpy())
+
+
+@pytest.mark.parametrize("name", SMALL[:2])
+@pytest.mark.parametrize("form", ["saved", "module names", "pytorch_model.bin"])
+def test_from_transformers_and_back(tmp_path, name, form, images):
+    import transformers
+
+    chosen = options(name)
+    distilled = chosen.get("distilled", False)
+    settings = {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "image_size": 32,
+        "patch_size": 4,
+        "layer_norm_eps": 1e-6,
+        "num_labels": 7,
+    }
+    kind = "DeiT" if distilled else "ViT"
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    suffix = "WithTeacher" if distilled else ""
+    cls = getattr(transformers, f"{kind}ForImageClassification{suffix}")
+    module = timm_models.randomise(cls(config), seed=0)
+    folder = tmp_path / "hf"
+    module.save_pretrained(folder)
+    on_disk = safetensors.numpy.load_file(folder / "model.safetensors")
+    if form == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+        state = {key: torch.from_numpy(value) for key, value in on_disk.items()}
+        torch.save(state, folder / "pytorch_model.bin")
+    elif form == "module names":
+        safetensors.numpy.save_file(numpy_state(module), folder / "model.safetensors")
+        assert any(".q_proj." in key for key in numpy_state(module))
+    read = from_torch.read(folder)
+    assert read.info.name == name
+    assert read.info.class_names == ()
+    assert_close(logits(read.model(), images), torch_logits(module, images).logits.numpy())
+
+    checkpoint.write_model(tmp_path / "model", read.variables, read.info)
+    to_torch.write(tmp_path / "model", tmp_path / "back", "hf")
+    assert_same_bits(safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors"), on_disk)
+
+
+def test_transformers_description_travels(tmp_path):
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
+        image_size=32, patch_size=4, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    processor = {
+        "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2,
+        "size": {"height": 40, "width": 40}, "do_center_crop": True, "crop_size": 32,
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    read = from_torch.read(tmp_path)
+    assert read.info.class_names == ("cat", "dog")
+    assert (read.info.mean, read.info.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert (read.info.crop_ratio, read.info.interpolation) == (0.8, "bilinear")
+    assert any("layer_norm_eps 1e-12" in notice for notice in read.notices)
+
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
+    with pytest.raises(deit_jax.InputError, match="4 attention heads, but deit_testing has 2"):
+        from_torch.read(tmp_path)
+
+
+def test_timm_folder(tmp_path):
+    safetensors.numpy.save_file(
+        numpy_state(timm_twin("deit3_testing")), tmp_path / "model.safetensors"
+    )
+    settings = {"mean": [0.5, 0.5, 0.5], "std": [0.25] * 3, "crop_pct": 0.9, "num_classes": 7}
+    config = {"architecture": "deit3_testing", "pretrained_cfg": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    info = from_torch.read(tmp_path).info
+    assert (info.name, info.mean, info.crop_ratio) == ("deit3_testing", (0.5, 0.5, 0.5), 0.9)
+
+
+def test_torchvision_regnet(tmp_path):
+    """Every layer's counter differs here, and all come back."""
+    torchvision = import_torchvision()
+    module = timm_models.randomise(torchvision.models.regnet_y_400mf(), seed=0)
+    state = module.state_dict()
+    for number, key in enumerate(key for key in state if key.endswith("num_batches_tracked")):
+        state[key].fill_(number)
+    read = from_torch.from_tensors(numpy_state(module), what="a file")
+    assert (read.info.name, read.layout) == ("regnety_004", "torchvision")
+    assert read.info.class_names == imagenet.wnids()
+    images = np.random.default_rng(1).standard_normal((1, 64, 64, 3)).astype(np.float32)
+    assert_close(logits(read.model(), images), torch_logits(module, images).numpy())
+    back = to_torch.tensors(read.variables, read.info, "torchvision")
+    assert_same_bits(back, numpy_state(module))
+
+
+@pytest.mark.parametrize("name", [n for n in registry.list_models() if "testing" not in n])
+def test_every_registered_model_is_recognised_by_its_shapes(name):
+    _, like = split_model(registry.abstract_model(name, num_classes=3))
+    forms = ("timm", "torchvision") if name.startswith("regnet") else ("timm", "fb")
+    for form in forms:
+        layout = to_torch.layout(registry.model_info(name), form)
+        tensors = {
+            tensor.key: np.broadcast_to(np.float32(0), tensor.shape)  # one zero, seen many times
+            for tensor in mapping.tensors_of(like, layout)
+        }
+        found_layout = detect.layout_of(tensors, "it")
+        if name.startswith(("deit3", "regnet")):  # the reference names plain DeiT as timm does
+            assert found_layout is layout
+        found = detect.identify(tensors, found_layout, what="it")
+        assert (found.name, found.num_classes, found.overrides) == (name, 3, {})
+
+
+def test_weights_of_a_training_checkpoint(tmp_path):
+    raw, ema = timm_twin("deit_testing"), timm_twin("deit_testing", seed=1)
+    content = {"model": raw.state_dict(), "model_ema": ema.state_dict()}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    for weights, module in (("raw", raw), ("ema", ema)):
+        read = from_torch.read(tmp_path / "checkpoint.pth", weights=weights)
+        assert read.info.weights == weights
+        assert_same_bits(to_torch.tensors(read.variables, read.info, "timm"), numpy_state(module))
+
+
+def test_half_precision_and_wrappers(tmp_path):
+    want = timm_twin("deit_testing").state_dict()
+    for dtype in (torch.bfloat16, torch.float16):
+        state = {f"module.{key}": tensor.to(dtype) for key, tensor in want.items()}
+        torch.save(state, tmp_path / "half.pth")
+        got = torch_files.read(tmp_path / "half.pth").tensors
+        assert_same_bits(
+            got, {key: tensor.to(dtype).float().numpy() for key, tensor in want.items()}
+        )
+
+
+def test_peak_memory_can_be_measured():
+    """`python tests/convert/peak_memory.py` does it for the huge model."""
+    peaks = peak_memory.measure("deit_testing")
+    assert sorted(peaks) == ["jax_to_torch", "load_model", "torch_to_jax"]
+    assert all(0.05 < peak < 4 for peak in peaks.values()), peaks

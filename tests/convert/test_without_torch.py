@@ -1,0 +1,60 @@
+"""`.safetensors` need no torch; a `.pth` says so in one line where there is none."""
+
+import safetensors.numpy
+import torch
+
+from tests.convert.conftest import timm_twin
+
+_BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "torchvision", "timm", "transformers", "tensorflow"}:
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+
+def test_safetensors_both_ways_without_torch(run_python, tmp_path):
+    state = timm_twin("deit_testing_distilled").state_dict()
+    arrays = {key: tensor.numpy() for key, tensor in state.items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pth")
+    program = _BLOCK + (
+        """
+folder = sys.argv[1]
+try:
+    import torch
+except ModuleNotFoundError:
+    print("no torch")
+import deit_jax
+from tools import jax_to_torch, torch_to_jax
+
+assert torch_to_jax.main(["--src", folder + "/a.safetensors", "--dst", folder + "/model"]) == 0
+assert deit_jax.load_model(folder + "/model").info.name == "deit_testing_distilled"
+for form, name in (("timm", "b.safetensors"), ("fb", "c.safetensors"), ("hf", "hf")):
+    arguments = ["--src", folder + "/model", "--dst", f"{folder}/{name}", "--format", form]
+    assert jax_to_torch.main(arguments) == 0
+assert torch_to_jax.main(["--src", folder + "/hf", "--dst", folder + "/model2"]) == 0
+assert torch_to_jax.main(["--src", folder + "/a.pth", "--dst", folder + "/model3"]) == 2
+arguments = ["--src", folder + "/model", "--dst", folder + "/b.pth", "--format", "timm"]
+assert jax_to_torch.main(arguments) == 2
+assert "torch" not in sys.modules
+"""
+    )
+    finished = run_python("-c", program, str(tmp_path))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.startswith("no torch")
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("pip install 'deit-jax[torch]'" in line for line in errors)
+    back = safetensors.numpy.load_file(tmp_path / "b.safetensors")
+    assert all((back[key] == value).all() for key, value in arrays.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["a.safetensors", "a.pth", "model", "model2", "b.safetensors", "c.safetensors", "hf"]
+    )
