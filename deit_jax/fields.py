@@ -16,6 +16,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
 
     # Folder of a trained model to start from ("": from scratch). A checkpoint in the workdir wins.
+    # Another image size, other classes, and a distillation token more or less are made to fit.
     config.init_from = ""
 
     config.model = ConfigDict()

@@ -45,7 +45,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       NonFiniteLoss: see `train.max_nonfinite_steps`.
     """
     setup = startup.check(config, workdir)
-    with contextlib.closing(_open_checkpoints(setup)) as checkpoints:
+    with contextlib.closing(_open_checkpoints(setup, training=True)) as checkpoints:
         if setup.teacher_folder is not None and checkpoint.find_model(setup.teacher_folder) is None:
             say(f"No teacher in {setup.teacher_folder}: training one first.", on=_first_process())
             train(startup.teacher_config(config), setup.teacher_folder)
@@ -62,7 +62,7 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
             f"--workdir={workdir} holds no checkpoint to evaluate; train first, or name a model "
             "folder by --config.init_from"
         )
-    with contextlib.closing(_open_checkpoints(setup)) as checkpoints:
+    with contextlib.closing(_open_checkpoints(setup, training=False)) as checkpoints:
         state, _, _, origin = startup.initial_state(setup, checkpoints)
         say(startup.recipe(setup, origin), on=_first_process())
         teacher = None
@@ -311,7 +311,7 @@ def _write_final_models(setup: Setup, state: steps.TrainState) -> None:
         checkpoint.write_model(folder, state.ema, dataclasses.replace(info, weights="ema"))
 
 
-def _open_checkpoints(setup: Setup) -> checkpoint.TrainCheckpoints:
+def _open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckpoints:
     try:
         Path(setup.workdir).mkdir(parents=True, exist_ok=True)
         checkpoints = checkpoint.TrainCheckpoints(setup.workdir, keep=setup.config.checkpoint.keep)
@@ -319,7 +319,7 @@ def _open_checkpoints(setup: Setup) -> checkpoint.TrainCheckpoints:
         raise InputError(f"--workdir={setup.workdir} cannot be written ({error})") from error
     checkpoints.check(setup.network.info, ema=setup.config.train.ema_decay > 0)
     if setup.config.init_from and checkpoints.latest_step() is None:
-        checkpoint.check_weights(setup.config.init_from, setup.abstract)
+        startup.check_start(setup, training=training)
     return checkpoints
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from deit_jax import checkpoint, optim, parallel, trees
 from deit_jax.config import RunPlan, check_batch, load_config, plan_run, validate
+from deit_jax.convert import surgery
 from deit_jax.errors import InputError
 from deit_jax.metrics import import_tensorboard
 from deit_jax.models import registry
@@ -204,18 +205,44 @@ def initial_state(
         )
         state, best = checkpoints.restore(abstract)
         return state, shardings, best, f"resumed at step {latest}"
-    if setup.config.init_from:
-        variables = checkpoint.read_variables(setup.config.init_from, setup.abstract)
-        start = jax.jit(
-            lambda v: new_state(v, setup.optimizer, ema=setup.config.train.ema_decay > 0),
-            out_shardings=shardings,
-        )
-        return start(variables), shardings, none_yet, f"weights of {setup.config.init_from}"
     # LLVM takes minutes to optimise the hundreds of small random kernels of a large model, which
     # run once: on CPU devices without optimisation they compile in a quarter of the time.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     start = jax.jit(init, out_shardings=shardings, compiler_options=options)
-    return start(key), shardings, none_yet, "from scratch"
+    if not setup.config.init_from:
+        return start(key), shardings, none_yet, "from scratch"
+    folder = setup.config.init_from
+    source, like = checkpoint.read_network(folder)
+    variables = checkpoint.read_variables(folder, like)
+    _, notices = _fit(setup, like, source.info, fresh=setup.abstract)
+    fresh = parallel.to_host(start(key).model) if notices else None  # what is new comes from it
+    variables, notices = _fit(setup, variables, source.info, fresh=fresh)
+    begin = jax.jit(
+        lambda v: new_state(v, setup.optimizer, ema=setup.config.train.ema_decay > 0),
+        out_shardings=shardings,
+    )
+    return begin(variables), shardings, none_yet, "; ".join([f"weights of {folder}", *notices])
+
+
+def check_start(setup: Setup, *, training: bool) -> None:
+    """Raises InputError unless the weights of `init_from` fit the model.
+
+    In training they may be made to fit (`surgery.fit`); evaluation needs them as they are, but for
+    another image size.
+    """
+    folder = setup.config.init_from
+    network, like = checkpoint.read_network(folder)
+    checkpoint.check_weights(folder, like)
+    try:
+        _fit(setup, like, network.info, fresh=setup.abstract if training else None)
+    except InputError as error:
+        raise InputError(f"config.init_from: {folder}: {error}") from error
+
+
+def _fit(
+    setup: Setup, variables: Variables, info: registry.ModelInfo, *, fresh: Variables | None
+) -> tuple[Variables, list[str]]:
+    return surgery.fit(variables, info, setup.abstract, setup.network.info, fresh=fresh)
 
 
 def recipe(setup: Setup, origin: str) -> str:

@@ -233,16 +233,24 @@ def test_model_options_that_do_not_fit(digits, tmp_path):
     assert "remat" in _refusal(digits, tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["nothing", "other classes"])
-def test_weights_to_start_from_that_do_not_fit(digits, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("name", "run", "words"),
+    [
+        ("", loop.train, "no model folder"),
+        ("deit3_testing", loop.train, "unexpected params/blocks/0/ls1/gamma"),
+        ("deit_testing", loop.evaluate_only, "10 classes, where deit_testing has 4"),
+    ],
+)
+def test_weights_to_start_from_that_do_not_fit(digits, tmp_path, name, run, words):
     folder = tmp_path / "start"
-    if kind == "other classes":
-        weights, info = _untrained("deit_testing", num_classes=4)
+    if name:
+        options = {"num_classes": 4, "patch_size": digits.model.patch_size}
+        weights, info = _untrained(name, **options)
         checkpoint.write_model(folder, weights, info)
     digits.init_from = str(folder)
-    message = _refusal(digits, tmp_path / "run")
+    message = _refusal(digits, tmp_path / "run", run)
     assert str(folder) in message
-    assert ("no model folder" if kind == "nothing" else "head/kernel has shape") in message
+    assert words in message
 
 
 def test_batch_larger_than_the_train_split(digits, tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs in one process: folders of images, stopping, faults and what a run leaves behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import deit_jax
 from configs import digits, folder
-from deit_jax import loop
+from deit_jax import checkpoint, loop, startup
 from deit_jax.config import load_config
+from deit_jax.convert import surgery
+from deit_jax.models import registry
+from deit_jax.steps import split_model
 from tests import kill_and_resume
 
 QUICK_TEACHER = """
@@ -146,3 +151,34 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path):
     config.init_from = str(tmp_path / "gone")
     resumed = loop.train(config, str(tmp_path / "first"))
     assert resumed["loss"] == first["loss"]
+
+
+def test_fine_tuning_makes_weights_fit(tmp_path):
+    """Another resolution, other classes, and a distillation token that the start does not have."""
+    config = quick_digits()
+    config.model.name = "deit_testing_distilled"
+    network, like = split_model(
+        registry.abstract_model(
+            "deit_testing", num_classes=4, image_size=64, patch_size=config.model.patch_size
+        )
+    )
+    rng = np.random.default_rng(0)
+    start = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), like)
+    checkpoint.write_model(tmp_path / "start", start, network.info)
+    config.init_from = str(tmp_path / "start")
+    setup = startup.check(config, str(tmp_path / "run"))
+    with contextlib.closing(checkpoint.TrainCheckpoints(setup.workdir, keep=1)) as checkpoints:
+        startup.check_start(setup, training=True)
+        state, _, _, origin = startup.initial_state(setup, checkpoints)
+        config.init_from = ""
+        scratch, *_ = startup.initial_state(setup, checkpoints)
+    for words in ("pos_embed resized from 8×8 to 4×4", "head newly", "dist_token newly"):
+        assert words in origin
+    params, fresh, want = state.model.params, scratch.model.params, start.params
+    for name in ("head", "head_dist", "dist_token"):
+        jax.tree.map(np.testing.assert_array_equal, params[name], fresh[name])
+    for name in ("blocks", "norm", "patch_embed", "cls_token"):
+        jax.tree.map(np.testing.assert_array_equal, params[name], want[name])
+    resized = surgery.resize_pos_embed(want["pos_embed"], grid=(4, 4), num_prefix=1)
+    np.testing.assert_array_equal(np.delete(params["pos_embed"], 1, axis=1), resized)
+    np.testing.assert_array_equal(params["pos_embed"][:, 1], fresh["pos_embed"][:, 1])
