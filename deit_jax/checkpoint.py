@@ -158,7 +158,7 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
     path = Path(path).absolute()
     if path.exists() and not (path / _MODEL_FILE).is_file():  # never delete what we did not write
         raise InputError(f"{path} exists and is no model folder; remove it or choose another path")
-    fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    fresh, old = _beside(path, "new"), _beside(path, "old")
     weights = parallel.to_host({"params": variables.params, "batch_stats": variables.batch_stats})
     if jax.process_index() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -166,18 +166,23 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(fresh / _WEIGHTS, weights)
+        if jax.process_index() == 0:
+            text = json.dumps({"format": _FORMAT, **info.to_json()}, indent=2, ensure_ascii=False)
+            (fresh / _MODEL_FILE).write_text(text + "\n", encoding="utf-8")
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            fresh.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:  # a full disk or Ctrl-C: leave nothing half-written
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    if jax.process_index() == 0:
-        text = json.dumps({"format": _FORMAT, **info.to_json()}, indent=2, ensure_ascii=False)
-        (fresh / _MODEL_FILE).write_text(text + "\n", encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        fresh.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
     parallel.wait_for_all(f"write {path.name}")  # before any process looks for the folder
+
+
+def _beside(path: Path, what: str) -> Path:
+    """A name for what is on its way in or out: the same on every process, and nobody else's."""
+    return path.with_name(f".{path.name}.deit_jax.{what}")
 
 
 def find_model(path: str | os.PathLike) -> Path | None:
@@ -187,7 +192,7 @@ def find_model(path: str | os.PathLike) -> Path | None:
     """
     path = Path(path).absolute()
     for folder in (path, path / "model"):
-        old = folder.with_name(folder.name + ".old")
+        old = _beside(folder, "old")
         if not folder.exists() and (old / _MODEL_FILE).is_file():
             old.rename(folder)
         if (folder / _MODEL_FILE).is_file():

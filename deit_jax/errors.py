@@ -19,11 +19,18 @@ def brief(error: BaseException, width: int = 200) -> str:
 
 
 def exit_status(tool: Callable[[], int | None]) -> int:
-    """Runs a command-line tool and returns its exit status: 2 and one line for an InputError."""
+    """Runs a command-line tool and returns its exit status: 2 and one line for what a person mends.
+
+    Besides InputError those are a system that refuses (a full disk, a missing permission) and
+    memory that does not suffice.
+    """
     try:
         return tool() or 0
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except (InputError, OSError, MemoryError) as error:
+        line = " ".join((str(error) or type(error).__name__).split())
+        # Names from foreign files may hold control characters.
+        line = "".join(c if c.isprintable() else "?" for c in line)
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -133,7 +133,7 @@ def _crash_at_rename_of(monkeypatch, name):
     monkeypatch.setattr(Path, "rename", crash)
 
 
-@pytest.mark.parametrize("stage", ["model", "model.new"])
+@pytest.mark.parametrize("stage", ["model", ".model.deit_jax.new"])
 def test_a_crash_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch, stage):
     """Before the first rename, and between the two: the old model is there, and replaced later."""
     path = tmp_path / "model"
@@ -155,7 +155,7 @@ def test_a_second_try_after_a_crash_needs_no_reader_in_between(tmp_path, monkeyp
     path = tmp_path / "model"
     save_model(path, _tiny(seed=1))
     with monkeypatch.context() as patch:
-        _crash_at_rename_of(patch, "model.new")
+        _crash_at_rename_of(patch, ".model.deit_jax.new")
         with pytest.raises(_Crash):
             save_model(path, _tiny(seed=2))
     save_model(path, _tiny(seed=3))

@@ -9,13 +9,14 @@ folder that transformers loads with from_pretrained. torchvision: RegNetY in tor
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deit_jax.convert import to_torch  # noqa: E402
+from deit_jax.convert import huggingface, to_torch  # noqa: E402
 from deit_jax.errors import InputError, exit_status  # noqa: E402
 
 
@@ -35,13 +36,22 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def convert(arguments: argparse.Namespace) -> None:
     """Does what the arguments say. Raises InputError for bad input; --dst is whole or absent."""
     target = arguments.dst
-    if target.exists():
+    if os.path.lexists(target):
         if not arguments.overwrite:
             raise InputError(f"--dst {target} exists; choose another path, or add --overwrite")
-        is_hf_folder = (target / "config.json").is_file()
-        if target.is_dir() and not (arguments.format == "hf" and is_hf_folder):
+        is_folder = target.is_dir()
+        if is_folder and not (arguments.format == "hf" and huggingface.is_ours(target)):
             raise InputError(f"--dst {target} is a folder that this tool did not write")
+        if not is_folder and arguments.format == "hf":
+            raise InputError(f"--dst {target} is a file; --format hf writes a folder")
     info = to_torch.write(arguments.src, target, arguments.format)
+    unseen = set(dict(info.overrides)) - {"patch_size", "distilled"}
+    bare = target.suffix != ".safetensors" and arguments.format in ("timm", "torchvision")
+    if unseen and bare:
+        print(
+            f"note: nothing in {target.name} says that {', '.join(sorted(unseen))} differ from "
+            f"{info.name}'s; a .safetensors file would"
+        )
     print(f"{target}: {info.name}, {info.num_classes} classes, format {arguments.format}")
 
 

@@ -10,6 +10,7 @@ with a config.json), and finds out which model it is. With another --model, --im
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--src", required=True, help="file, folder, https:// URL or hf:OWNER/NAME")
     parser.add_argument("--dst", required=True, type=Path, help="model folder to write")
-    parser.add_argument("--model", help="registered name; needed where the file does not tell")
-    parser.add_argument("--image_size", type=int, help="side in pixels, if not the file's")
+    parser.add_argument("--model", help="registered name, if not the file's")
+    parser.add_argument("--image_size", type=int, help="side in pixels, if not the model's")
     parser.add_argument("--num_classes", type=int, help="if not the file's: new heads")
     parser.add_argument(
         "--pos_embed",
@@ -47,32 +48,23 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Does what the arguments say. Raises InputError for bad input; --dst is whole or absent."""
-    _check_target(arguments.dst, arguments.overwrite)
-    if arguments.model is not None:
-        registry.model_options(arguments.model)
+    _check_arguments(arguments)
     names = None
     if arguments.class_names is not None:
         names = _class_names(arguments.class_names)
     source = download.fetch(arguments.src)
-    named = arguments.model
-    try:
-        converted = from_torch.read(
-            source, model=named, weights=arguments.weights, class_names=names
-        )
-    except InputError:
-        if named is None:
-            raise
-        # Perhaps the file is another model, which has to be made to fit.
-        converted = from_torch.read(source, weights=arguments.weights, class_names=names)
-    found = converted.info
+    if arguments.dst.resolve() in [source.resolve(), *source.resolve().parents]:
+        raise InputError(f"--dst {arguments.dst} is or holds the source; choose another path")
+    converted = from_torch.read(source, weights=arguments.weights)
+    print(f"{arguments.src}: {converted.info.name}, {converted.layout} names", flush=True)
     converted = from_torch.adapt(
         converted,
-        model=named,
+        model=arguments.model,
         num_classes=arguments.num_classes,
         image_size=arguments.image_size,
+        class_names=names,
         kernel=arguments.pos_embed,
     )
-    print(f"{arguments.src}: {found.name}, {converted.layout} names", flush=True)
     for notice in converted.notices:
         print(f"note: {notice}", flush=True)
     info, variables = converted.info, converted.variables
@@ -86,20 +78,29 @@ def convert(arguments: argparse.Namespace) -> None:
     )
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """What can be checked before anything is read or downloaded."""
+    if arguments.model is not None:
+        registry.model_options(arguments.model)
+    for name, largest in (("image_size", 2**14), ("num_classes", 2**24)):
+        value = getattr(arguments, name)
+        if value is not None and not 1 <= value <= largest:
+            raise InputError(f"--{name} is {value}, expected 1 to {largest}")
+    folder = arguments.dst
+    if not os.path.lexists(folder):
         return
     if not (folder / "model.json").is_file():
         raise InputError(f"--dst {folder} exists and is no model folder; choose another path")
-    if not overwrite:
+    if not arguments.overwrite:
         raise InputError(f"--dst {folder} exists; choose another path, or add --overwrite")
 
 
 def _class_names(file: Path) -> tuple[str, ...]:
     try:
-        return tuple(file.read_text(encoding="utf-8").splitlines())
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--class_names {file} cannot be read ({brief(error)})") from error
+    return tuple(line.removesuffix("\r") for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:

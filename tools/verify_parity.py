@@ -138,12 +138,15 @@ def _report(rows: list[Row]) -> Iterator[str]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compares the models asked for and prints a table row for each."""
+    if bool(arguments.names) == arguments.all:
+        raise InputError("name models, or pass --all, and not both")
     names = _NAMES if arguments.all else arguments.names
-    if not names:
-        raise InputError("no model named; name some, or pass --all")
     for name in names:
         registry.model_options(name)
     pictures = _pictures(arguments.images)
+    if arguments.write:  # a place that cannot be written shows now, not after half an hour
+        arguments.write.parent.mkdir(parents=True, exist_ok=True)
+        arguments.write.touch()
     rows = []
     for number, name in enumerate(names, start=1):
         start = time.monotonic()
@@ -152,9 +155,8 @@ def run(arguments: argparse.Namespace) -> int:
         jax.clear_caches()
         seconds = time.monotonic() - start
         print(f"{rows[-1]} {number}/{len(names)}, {seconds:.0f} s", flush=True)
-    bad = [row.name for row in rows if not max(row.logits, row.features) <= row.limit]
+    bad = [row.name for row in rows if not (row.logits <= row.limit and row.features <= row.limit)]
     if arguments.write:
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
         arguments.write.write_text("\n".join(_report(rows)) + "\n", encoding="utf-8")
     print(f"beyond the limit: {', '.join(bad)}" if bad else f"all {len(rows)} within their limits")
     return 1 if bad else 0

@@ -59,26 +59,29 @@ def layout_of(tensors: Tensors, what: str) -> Layout:
     )
 
 
-def identify(tensors: Tensors, layout: Layout, *, what: str, name: str | None = None) -> Found:
-    """The registered model whose structure the tensors have.
+def identify(tensors: Tensors, layout: Layout, *, what: str) -> Found:
+    """The registered model whose structure the tensors have; of several, the nearest in image size.
 
     Args:
       tensors: of a file in `layout`.
       layout: as `layout_of` found it.
       what: names the file in errors.
-      name: a registered model to prefer; without it the structure decides, and among models that
-        differ in the image size alone the nearest.
 
     Raises:
       InputError: no registered model has this structure; says what was found.
     """
     if layout.family == "vit":
-        return _identify_vit(tensors, layout, what, name)
-    return _identify_regnet(tensors, layout, what, name)
+        return _identify_vit(tensors, layout, what)
+    return _identify_regnet(tensors, layout, what)
 
 
 def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
     if key not in tensors:
+        if "deit.embeddings.cls_token" in tensors and "classifier.weight" in tensors:
+            raise InputError(
+                f"{what}: a DeiTForImageClassification, which has two tokens and one head, is not "
+                "supported; DeiTForImageClassificationWithTeacher and ViTForImageClassification are"
+            )
         raise InputError(f"{what}: no tensor {key}; the file is not a whole classifier")
     shape = tensors[key].shape
     if len(shape) != ndim or 0 in shape:
@@ -86,11 +89,11 @@ def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
     return shape
 
 
-def _identify_vit(tensors: Tensors, layout: Layout, what: str, wanted: str | None) -> Found:
+def _identify_vit(tensors: Tensors, layout: Layout, what: str) -> Found:
     classes = _shape(tensors, layout.key("head.weight"), 2, what)[0]
     patch = _shape(tensors, layout.key("patch_embed.proj.weight"), 4, what)[2]
     _, positions, dim = _shape(tensors, layout.key("pos_embed"), 3, what)
-    block = re.escape(layout.key("blocks.0.norm1.weight")).replace("0", r"(\d+)", 1)
+    block = re.escape(layout.key("blocks.0.norm1.weight")).replace("0", r"(\d{1,4})", 1)
     numbers = {int(found[1]) for key in tensors if (found := re.fullmatch(block, key))}
     traits = {
         "embed_dim": dim,
@@ -112,11 +115,6 @@ def _identify_vit(tensors: Tensors, layout: Layout, what: str, wanted: str | Non
         for name in registry.list_models()
         if (options := _vit_options(name)) and all(options[key] == traits[key] for key in traits)
     ]
-    if wanted is not None:
-        options = _vit_options(wanted)
-        candidates = [(0, (options or {}).get("patch_size") != patch, wanted)]
-        if options is None:
-            raise InputError(f"{what} holds a vision transformer, but --model {wanted} is none")
     if not candidates:
         found = ", ".join(f"{key} {value}" for key, value in traits.items())
         raise InputError(f"{what}: no registered model has {found}")
@@ -134,12 +132,8 @@ def _vit_options(name: str) -> dict[str, Any] | None:
     return {"patch_size": 16, "distilled": False} | options | {"layer_scale": scaled}
 
 
-def _identify_regnet(tensors: Tensors, layout: Layout, what: str, wanted: str | None) -> Found:
+def _identify_regnet(tensors: Tensors, layout: Layout, what: str) -> Found:
     classes = _shape(tensors, layout.key("head.fc.weight"), 2, what)[0]
-    if wanted is not None:
-        if "w0" not in registry.model_options(wanted):
-            raise InputError(f"{what} holds a RegNetY, but --model {wanted} is none")
-        return Found(layout, wanted, classes, None, {})
     for name in registry.list_models("regnety*"):
         if _is_regnet(tensors, layout, registry.model_options(name)):
             return Found(layout, name, classes, None, {})

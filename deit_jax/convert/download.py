@@ -70,6 +70,7 @@ def _from_url(url: str, cache: str | os.PathLike | None) -> Path:
     target = folder / _file_name(url)
     try:  # errors of the network are translated where they arise: what is left is the disk's
         if _is_intact(target):  # needs no lock, for only whole files get this name
+            print(f"{url}: using the copy in {target}", file=sys.stderr)
             return target
         folder.mkdir(parents=True, exist_ok=True)
         # The lock's file stays: deleting it would let two processes in.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from flax import nnx
 
 from deit_jax import checkpoint, imagenet
 from deit_jax.convert import detect, huggingface, mapping, surgery, torch_files
-from deit_jax.errors import InputError
+from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
-from deit_jax.models.registry import ModelInfo
+from deit_jax.models.info import ModelInfo
 from deit_jax.steps import Variables, join_model, split_model
 
 
@@ -41,26 +41,18 @@ class Converted:
         return join_model(network, jax.tree.map(jax.numpy.asarray, self.variables))
 
 
-def read(
-    path: str | os.PathLike,
-    *,
-    model: str | None = None,
-    weights: str = "raw",
-    class_names: tuple[str, ...] | None = None,
-) -> Converted:
+def read(path: str | os.PathLike, *, weights: str = "raw") -> Converted:
     """Reads a `.pth`, a `.safetensors`, or a folder of transformers or timm.
 
-    Layout and model are recognised by names and shapes (`detect`).
+    Layout and model are recognised by names and shapes (`detect`), but for files that `to_torch`
+    wrote, which say what they are.
 
     Args:
       path: the file or folder.
-      model: the registered name, where the structure alone does not decide.
       weights: "raw" or, of a training checkpoint, "ema".
-      class_names: one name per class; by default those that the source knows, and for 1000
-        classes without names the WordNet ids of ImageNet-1k.
 
     Raises:
-      InputError: see `torch_files.read`, `detect.identify` and `from_tensors`.
+      InputError: see `torch_files.read`, `huggingface.read_description` and `from_tensors`.
     """
     path = Path(path)
     described: dict[str, Any] = {}
@@ -74,31 +66,21 @@ def read(
         described = {"info": content.info}
     if "info" not in described:
         described = described | {"weights": weights}
-    if class_names is not None:
-        described = described | {"class_names": class_names}
-    return from_tensors(
-        content.tensors,
-        what=str(file),
-        model=model,
-        described=described,
-        notices=notices,
-    )
+    return from_tensors(content.tensors, what=str(file), described=described, notices=notices)
 
 
 def from_tensors(
     tensors: Mapping[str, np.ndarray],
     *,
     what: str,
-    model: str | None = None,
     described: Mapping[str, Any] | None = None,
-    notices: list[str] | None = None,
+    notices: Iterable[str] = (),
 ) -> Converted:
     """Turns a state dict into a model.
 
     Args:
       tensors: float32 arrays (and int64 BatchNorm counters) by the names of any known layout.
       what: names the source in errors and in `info.source`.
-      model: as for `read`.
       described: what the source says, as `huggingface.read_description` returns it.
       notices: to be passed on.
 
@@ -108,46 +90,41 @@ def from_tensors(
     """
     described = dict(described or {})
     known: ModelInfo | None = described.pop("info", None)
-    heads = described.pop("num_heads", None)
-    name = model or (known.name if known else described.pop("name", None))
-    described.pop("name", None)
-    if name is not None:
-        registry.model_options(name)  # an unknown name is said before anything else
-
+    num_heads = described.pop("num_heads", None)
     layout = detect.layout_of(tensors, what)
-    found = detect.identify(tensors, layout, what=what, name=name)
-    arguments = {"num_classes": found.num_classes} | found.overrides
-    if found.image_size is not None:
-        arguments["image_size"] = found.image_size
-    if known is not None and known.name == found.name:
-        arguments = {"image_size": known.image_size} | dict(known.overrides) | arguments
-    abstract = registry.abstract_model(found.name, **arguments)
-    _, like = split_model(abstract)
-    if heads not in (None, registry.model_options(found.name).get("num_heads")):
-        raise InputError(
-            f"{what}: config.json says {heads} attention heads, but {found.name} has "
-            f"{registry.model_options(found.name).get('num_heads')}"
+    if known is not None:
+        try:
+            abstract = checkpoint.build(known, registry.abstract_model)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise InputError(f"{what}: its description fits no model ({brief(error)})") from error
+    else:
+        found = detect.identify(tensors, layout, what=what)
+        size = {} if found.image_size is None else {"image_size": found.image_size}
+        abstract = registry.abstract_model(
+            found.name, num_classes=found.num_classes, **size, **found.overrides
         )
+        ours = registry.model_options(found.name).get("num_heads")
+        if num_heads not in (None, ours):
+            raise InputError(
+                f"{what}: config.json says {num_heads} attention heads, but {found.name} has {ours}"
+            )
+    _, like = split_model(abstract)
     variables, counts = mapping.to_variables(tensors, like, layout, what=what)
     _check_finite(tensors, what)
 
-    # The structure is the tensors'; everything else is as the source describes it.
+    notices = list(notices)
     info = abstract.info
-    if known is not None:
-        structure = {
-            field: getattr(info, field)
-            for field in ("name", "num_classes", "image_size", "overrides")
-        }
-        info = dataclasses.replace(known, **structure)
-    else:
-        info = dataclasses.replace(info, source=f"{Path(what).name} ({layout.name} names)")
-    lines = list(notices or [])
-    more: list[str] = []
-    names = info.class_names
-    if known is None or "class_names" in described:
-        names, more = _class_names(described.pop("class_names", ()), found.num_classes, what)
-    info = dataclasses.replace(info, **described, class_names=names, num_batches_tracked=counts)
-    return Converted(variables, info, layout.name, (*lines, *more))
+    if known is None:
+        names, more = _class_names(described.pop("class_names", ()), info.num_classes)
+        notices += more
+        source = f"{Path(what).name} ({layout.name} names)"
+        info = dataclasses.replace(info, source=source, class_names=names, **described)
+    info = dataclasses.replace(info, num_batches_tracked=counts)
+    try:
+        ModelInfo.from_json(info.to_json())
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    return Converted(variables, info, layout.name, tuple(notices))
 
 
 def adapt(
@@ -156,6 +133,7 @@ def adapt(
     model: str | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
+    class_names: tuple[str, ...] | None = None,
     kernel: str = "reference",
     seed: int = 0,
 ) -> Converted:
@@ -165,7 +143,8 @@ def adapt(
       converted: what `read` returned.
       model: the registered name of the other model; None keeps it.
       num_classes: None keeps it; other classes get newly initialised heads.
-      image_size: side in pixels; None keeps it.
+      image_size: side in pixels; None takes the named model's, or keeps it.
+      class_names: one per class; None keeps them while their number stays.
       kernel: of the position embeddings' resize, see `surgery.resize_pos_embed`.
       seed: of what is newly initialised.
 
@@ -173,23 +152,30 @@ def adapt(
       InputError: the models differ in more than that.
     """
     old = converted.info
-    name = model or old.name
-    overrides = dict(old.overrides) if name == old.name else {}
+    name = old.name if model is None else model
+    size = old.image_size if name == old.name else registry.model_options(name)["image_size"]
     target = dataclasses.replace(
         old,
         name=name,
-        num_classes=num_classes or old.num_classes,
-        image_size=image_size or old.image_size,
-        overrides=tuple(sorted(overrides.items())),
-        class_names=old.class_names if num_classes in (None, old.num_classes) else (),
+        num_classes=old.num_classes if num_classes is None else num_classes,
+        image_size=size if image_size is None else image_size,
     )
-    if target == old:
-        return converted
+    if class_names is not None:
+        if len(class_names) != target.num_classes:
+            raise InputError(f"{len(class_names)} class names for {target.num_classes} classes")
+        target = dataclasses.replace(target, class_names=class_names)
+    elif target.num_classes != old.num_classes:
+        target = dataclasses.replace(target, class_names=())
+    # The names of the classes alone change no weights here: the user knows what they are.
+    renamed = dataclasses.replace(old, class_names=target.class_names)
     _, like = split_model(checkpoint.build(target, registry.abstract_model))
-    created = checkpoint.build(target, registry.create_model, rngs=nnx.Rngs(seed))
-    _, fresh = split_model(created)
+    _, old_like = split_model(checkpoint.build(old, registry.abstract_model))
+    _, notices = surgery.fit(old_like, renamed, like, target, fresh=like, kernel=kernel)
+    fresh = None
+    if notices:
+        _, fresh = split_model(checkpoint.build(target, registry.create_model, rngs=nnx.Rngs(seed)))
     variables, notices = surgery.fit(
-        converted.variables, old, like, target, fresh=fresh, kernel=kernel
+        converted.variables, renamed, like, target, fresh=fresh, kernel=kernel
     )
     return dataclasses.replace(
         converted, variables=variables, info=target, notices=(*converted.notices, *notices)
@@ -206,12 +192,12 @@ def _check_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
             )
 
 
-def _class_names(
-    names: tuple[str, ...], num_classes: int, what: str
-) -> tuple[tuple[str, ...], list[str]]:
+def _class_names(names: tuple[str, ...], num_classes: int) -> tuple[tuple[str, ...], list[str]]:
     """The names to keep, and notices about them."""
     if names and len(names) != num_classes:
-        raise InputError(f"{what}: {len(names)} class names for {num_classes} classes")
+        return (), [
+            f"the source names {len(names)} classes, but its head has {num_classes}: no names"
+        ]
     if not names and num_classes == 1000:
         return imagenet.wnids(), ["1000 classes without names: taken to be ImageNet-1k's"]
     if all(name == f"LABEL_{i}" for i, name in enumerate(names)):

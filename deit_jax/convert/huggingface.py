@@ -1,7 +1,7 @@
 """Folders as transformers and timm write them: `config.json` beside the weights."""
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from deit_jax import imagenet
 from deit_jax.convert import mapping, torch_files, vit_keys
 from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
-from deit_jax.models.registry import ModelInfo
+from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 from deit_jax.steps import Variables
 
 LAYER_NORM_EPS = 1e-6
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_FILES = {"config.json", "preprocessor_config.json", _WEIGHTS[0]}
 _INFO = "deit_jax"
 
 
@@ -40,41 +41,44 @@ def read_description(folder: Path) -> tuple[dict[str, Any], list[str]]:
       where we wrote the folder, or `num_heads`; and notices.
 
     Raises:
-      InputError: a JSON file is damaged, or we wrote the description and it is.
+      InputError: a JSON file is damaged or describes another kind of model.
     """
-    config = _read_json(folder / "config.json")
-    if config is None:
-        return {}, []
+    file = folder / "config.json"
+    config, processor = _read_json(file), _read_json(folder / "preprocessor_config.json")
     try:
         if _INFO in config:
-            return {"info": ModelInfo.from_json(config[_INFO])}, []
+            info = ModelInfo.from_json(config[_INFO])
+            labels = _config(info)["id2label"]
+            # transformers keeps our entry when it saves a model that was fine-tuned since.
+            if config.get("id2label") == labels and processor == _processor(info):
+                return {"info": info}, []
         if "architecture" in config:
             return _timm_description(config), []
-        return _transformers_description(config, folder)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'} is damaged ({brief(error)})") from error
+        return _transformers_description(config, processor, file)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{file} or its preprocessor is damaged ({brief(error)})") from error
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, without entries that are null; {} for a missing file."""
     if not file.is_file():
-        return None
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({brief(error)}); download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, expected a JSON object")
-    return content
+    return {key: value for key, value in content.items() if value is not None or key == _INFO}
 
 
 def _timm_description(config: dict[str, Any]) -> dict[str, Any]:
     settings = config.get("pretrained_cfg", config)
-    fields: dict[str, Any] = {}
-    if config["architecture"] in registry.list_models():
-        fields["name"] = config["architecture"]
-    for ours, theirs in (("mean", "mean"), ("std", "std")):
-        if theirs in settings:
-            fields[ours] = _three(settings[theirs])
+    fields: dict[str, Any] = {
+        name: _three(settings[name]) for name in ("mean", "std") if name in settings
+    }
     if "crop_pct" in settings:
         fields["crop_ratio"] = float(settings["crop_pct"])
     if "interpolation" in settings:
@@ -85,8 +89,13 @@ def _timm_description(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _transformers_description(
-    config: dict[str, Any], folder: Path
+    config: dict[str, Any], processor: dict[str, Any], file: Path
 ) -> tuple[dict[str, Any], list[str]]:
+    for key, expected in (("model_type", ("vit", "deit")), ("hidden_act", ("gelu",))):
+        if config.get(key, expected[0]) not in expected:
+            raise InputError(
+                f"{file}: {key} is {config[key]!r:.40}, expected {' or '.join(expected)}"
+            )
     fields: dict[str, Any] = {}
     notices = []
     eps = float(config.get("layer_norm_eps", 1e-12))
@@ -97,20 +106,41 @@ def _transformers_description(
         )
     if "num_attention_heads" in config:  # which the shapes of the weights do not show
         fields["num_heads"] = int(config["num_attention_heads"])
-    labels = config.get("id2label")
-    if labels:
+    labels = config.get("id2label", {})
+    if set(labels) == {str(i) for i in range(len(labels))}:
         fields["class_names"] = tuple(str(labels[str(i)]) for i in range(len(labels)))
-    processor = _read_json(folder / "preprocessor_config.json")
+    else:
+        notices.append("id2label of config.json does not number the classes from 0: no names")
     if processor:
-        fields["mean"] = _three(processor.get("image_mean", registry.IMAGENET_MEAN))
-        fields["std"] = _three(processor.get("image_std", registry.IMAGENET_STD))
-        if "resample" in processor:
-            fields["interpolation"] = Image.Resampling(processor["resample"]).name.lower()
-        crop, size = (_side(processor.get(key)) for key in ("crop_size", "size"))
-        if not processor.get("do_center_crop", False):
-            crop = size
-        if crop and size:
-            fields["crop_ratio"] = crop / size
+        preprocessing, more = _preprocessing(processor)
+        fields |= preprocessing
+        notices += more
+    return fields, notices
+
+
+def _preprocessing(processor: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """ModelInfo's fields for a `preprocessor_config.json`, and what it asks that we do not do."""
+    odd = [
+        key
+        for key, usual in (("do_resize", True), ("do_rescale", True), ("rescale_factor", 1 / 255))
+        if abs(float(processor.get(key, usual)) - usual) > 1e-6
+    ]
+    notices = [f"preprocessor_config.json: {key} {processor[key]} is not followed" for key in odd]
+    fields: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    if processor.get("do_normalize", True):
+        fields["mean"] = _three(processor.get("image_mean", IMAGENET_MEAN))
+        fields["std"] = _three(processor.get("image_std", IMAGENET_STD))
+    if "resample" in processor:
+        fields["interpolation"] = Image.Resampling(processor["resample"]).name.lower()
+    size, crop = (_side(processor.get(key)) for key in ("size", "crop_size"))
+    if not processor.get("do_center_crop", False):
+        fields["crop_ratio"] = None  # the whole image, whatever its aspect
+    elif size and crop:
+        if crop > size:
+            raise ValueError(f"crop_size {crop} is larger than size {size}")
+        ratio = crop / size
+        # preprocess() truncates crop / ratio, which has to give back the size.
+        fields["crop_ratio"] = ratio if int(crop / ratio) == size else crop / (size + 0.5)
     return fields, notices
 
 
@@ -129,47 +159,64 @@ def _side(size: Any) -> int | None:
 def check(info: ModelInfo) -> None:
     """Raises InputError for the models that transformers does not have."""
     options = registry.model_options(info.name) | dict(info.overrides)
-    if "embed_dim" not in options or options.get("layer_scale_init") is not None:
+    unknown = options.get("layer_scale_init") is not None or options.get("no_embed_class", False)
+    if "embed_dim" not in options or unknown:
         raise InputError(
-            f"{info.name}: transformers' ViT and DeiT have no LayerScale and are no RegNetY; "
-            "use --format timm"
+            f"{info.name}: transformers has ViT and DeiT without LayerScale and with positions for "
+            "all tokens; use --format timm"
         )
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds what `write_folder` wrote, and nothing else."""
+    config = _read_json(folder / "config.json")
+    return _INFO in config and {file.name for file in folder.iterdir()} <= _FILES
+
+
 def write_folder(folder: Path, variables: Variables, info: ModelInfo) -> None:
-    """Writes `config.json`, `preprocessor_config.json` and `model.safetensors` into a new folder.
+    """Writes `config.json`, `preprocessor_config.json` and `model.safetensors` into a folder.
 
     Plain DeiT becomes a ViTForImageClassification, a distilled one a
-    DeiTForImageClassificationWithTeacher, both with LayerNorm's eps at 1e-6.
+    DeiTForImageClassificationWithTeacher, both with LayerNorm's eps at 1e-6. A folder of ours is
+    replaced when the new one is complete.
 
     Raises:
       InputError: transformers has no such model (DeiT III, RegNetY), or the disk refuses.
     """
     check(info)
-    options = registry.model_options(info.name) | dict(info.overrides)
-    distilled = options.get("distilled", False)
-    layout = vit_keys.HF_DEIT if distilled else vit_keys.HF_VIT
-    tensors = mapping.from_variables(variables, layout)
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    folder = folder.absolute()
+    distilled = is_distilled(info)
+    tensors = mapping.from_variables(variables, vit_keys.HF_DEIT if distilled else vit_keys.HF_VIT)
+    contents = {"config.json": _config(info), "preprocessor_config.json": _processor(info)}
     try:
-        torch_files.write(fresh / _WEIGHTS[0], tensors)
-        for name, content in (
-            ("config.json", _config(info, options, distilled)),
-            ("preprocessor_config.json", _processor(info)),
-        ):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (fresh / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        fresh.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+            fresh = Path(beside, "new")
+            torch_files.write(fresh / _WEIGHTS[0], tensors)
+            for name, content in contents.items():
+                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (fresh / name).write_text(text, encoding="utf-8")
+            old = Path(beside, "old")
+            if folder.exists():
+                folder.rename(old)
+            try:
+                fresh.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({brief(error)})") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _config(info: ModelInfo, options: dict[str, Any], distilled: bool) -> dict[str, Any]:
+def is_distilled(info: ModelInfo) -> bool:
+    """Whether the model has a distillation token."""
+    return dict(info.overrides).get("distilled", registry.is_distilled(info.name))
+
+
+def _config(info: ModelInfo) -> dict[str, Any]:
+    options = registry.model_options(info.name) | dict(info.overrides)
+    distilled = is_distilled(info)
     names = info.class_names or tuple(f"LABEL_{i}" for i in range(info.num_classes))
     names = tuple(imagenet.readable(name) for name in names)
     dim = options["embed_dim"]

@@ -118,16 +118,18 @@ def to_variables(
     """
     wanted = tensors_of(like, layout)
     counter_keys = counters_of(like, layout)
-    counts = [
-        int(tensors[key].item())
-        for key in counter_keys
-        if key in tensors and tensors[key].size == 1
-    ]
-    if len(counts) not in (0, len(counter_keys)):
+    counters = {key: tensors[key] for key in counter_keys if key in tensors}
+    for key, counter in counters.items():
+        if counter.dtype != np.int64 or counter.size != 1:
+            raise InputError(
+                f"{what}: {key} is {counter.dtype} {counter.shape}, expected one int64 number"
+            )
+    if len(counters) not in (0, len(counter_keys)):
         raise InputError(
-            f"{what}: {len(counts)} usable {COUNTER} for {len(counter_keys)} BatchNorm layers, "
-            "expected all or none; the file is not a whole state dict"
+            f"{what}: {len(counters)} {COUNTER} for {len(counter_keys)} BatchNorm layers, expected "
+            "all or none; the file is not a whole state dict"
         )
+    counts = [int(counter.item()) for counter in counters.values()]
     skip = set(counter_keys)
     given = {key: tensor for key, tensor in tensors.items() if key not in skip}
     expected = {tensor.key: jax.ShapeDtypeStruct(tensor.shape, np.float32) for tensor in wanted}

@@ -12,7 +12,7 @@ import numpy as np
 from deit_jax import trees
 from deit_jax.errors import InputError
 from deit_jax.models import registry
-from deit_jax.models.registry import ModelInfo
+from deit_jax.models.info import ModelInfo
 from deit_jax.steps import Tree, Variables
 
 KERNELS = ("reference", "timm")

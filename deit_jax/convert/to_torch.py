@@ -10,7 +10,7 @@ from deit_jax.convert import huggingface, mapping, regnet_keys, torch_files, vit
 from deit_jax.convert.mapping import Layout
 from deit_jax.errors import InputError
 from deit_jax.models import registry
-from deit_jax.models.registry import ModelInfo
+from deit_jax.models.info import ModelInfo
 from deit_jax.steps import Variables
 
 FORMATS = ("timm", "fb", "hf", "torchvision")
@@ -59,12 +59,13 @@ def write(source: str | os.PathLike, path: str | os.PathLike, form: str) -> Mode
     Raises:
       InputError: no model folder, a format that does not know the model, or a full disk.
     """
-    info = checkpoint.read_info(source)
-    _, like = checkpoint.read_network(source)
+    network, like = checkpoint.read_network(source)
+    info = network.info
     if form == "hf":
         huggingface.check(info)
     else:
         layout(info, form)
+        torch_files.check_suffix(Path(path))
     variables = checkpoint.read_variables(source, like)
     if form == "hf":
         huggingface.write_folder(Path(path), variables, info)

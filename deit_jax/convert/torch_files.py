@@ -22,8 +22,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from deit_jax.convert.mapping import COUNTER
 from deit_jax.errors import InputError, brief
-from deit_jax.models.registry import ModelInfo
+from deit_jax.models.info import ModelInfo
 
 _INFO = "deit_jax"  # where a file we wrote keeps the model's description
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
@@ -56,8 +57,11 @@ def read(path: str | os.PathLike, *, weights: str = "raw") -> TensorFile:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({brief(error)})") from error
     # By content: hubs and mirrors rename files.
     if start[8:] == b"{" or path.suffix == ".safetensors":
         if weights != "raw":
@@ -96,8 +100,8 @@ def _read_torch(path: Path, weights: str) -> TensorFile:
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise InputError(
-                f"{path}: entry {key!r:.60} is a {type(tensor).__name__}, expected tensors only; "
-                "save the model's state_dict()"
+                f"{path}: has {key!r:.60}, a {type(tensor).__name__}, where names with tensors are "
+                "expected; save the model's state_dict() alone, or under 'model' or 'state_dict'"
             )
         tensors[key] = _from_torch(tensor, key, path, torch)
     return TensorFile(_unwrap_names(tensors), _parse_info(info, path))
@@ -144,7 +148,9 @@ def _state_dict(content: Any, weights: str, path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     for name in _CONTAINERS[weights]:
         if isinstance(content.get(name), dict):
-            return content[name]
+            inner = content[name]
+            nested = [key for key in _CONTAINERS["raw"] if isinstance(inner.get(key), dict)]
+            return inner[nested[0]] if nested else inner
     if weights == "ema":
         listed = ", ".join(repr(key) for key in list(content)[:5])
         raise InputError(
@@ -156,6 +162,11 @@ def _state_dict(content: Any, weights: str, path: Path) -> Mapping[str, Any]:
 def _from_torch(tensor: Any, key: str, path: Path, torch: ModuleType) -> np.ndarray:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise InputError(f"{path}: {key} is no plain dense tensor; save a float32 state_dict()")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise InputError(
+            f"{path}: {key} claims {tensor.nbytes:,} bytes, the file has "
+            f"{tensor.untyped_storage().nbytes():,} for it; save contiguous tensors"
+        )
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()  # NumPy has no such type
     try:
@@ -166,15 +177,16 @@ def _from_torch(tensor: Any, key: str, path: Path, torch: ModuleType) -> np.ndar
 
 
 def _float32(array: np.ndarray, key: str, path: Path) -> np.ndarray:
-    if array.dtype == np.int64 and array.ndim <= 1:  # a counter
+    if key.endswith(COUNTER):
         return array
     if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
-        return array.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 is found as not finite later
+            return array.astype(np.float32, copy=False)
     raise InputError(f"{path}: {key} has dtype {array.dtype}, expected floating-point weights")
 
 
 def _unwrap_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for prefix in _WRAPPERS:
+    for prefix in _WRAPPERS * 2:  # one may wrap the other
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
@@ -210,20 +222,27 @@ def write(
       InputError: another suffix, torch is missing, or the disk refuses.
     """
     path = Path(path)
+    check_suffix(path)
     text = None if info is None else json.dumps(info.to_json(), ensure_ascii=False)
     with replacing(path) as part:
         if path.suffix == ".safetensors":
             metadata = {"format": "pt"} | ({} if text is None else {_INFO: text})
             safetensors.numpy.save_file(dict(tensors), part, metadata=metadata)
-        elif path.suffix in _TORCH_SUFFIXES:
+        else:
             torch = _import_torch(path)
             content = {key: torch.from_numpy(np.array(array)) for key, array in tensors.items()}
             if container is not None:
                 content = {container: content} | ({} if text is None else {_INFO: text})
             torch.save(content, part)
-        else:
-            expected = ", ".join((".safetensors", *_TORCH_SUFFIXES))
-            raise InputError(f"{path}: suffix {path.suffix!r}, expected one of {expected}")
+
+
+def check_suffix(path: Path) -> None:
+    """Raises InputError for a file name that `write` knows no format for, or has no torch for."""
+    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        expected = ", ".join((".safetensors", *_TORCH_SUFFIXES))
+        raise InputError(f"{path}: suffix {path.suffix!r}, expected one of {expected}")
+    if path.suffix != ".safetensors":
+        _import_torch(path)
 
 
 @contextlib.contextmanager
@@ -236,7 +255,9 @@ def replacing(path: Path) -> Iterator[Path]:
         part = Path(name)
         try:
             yield part
-            part.chmod(0o644)  # mkstemp's files are for their owner alone
+            umask = os.umask(0)  # there is no other way to ask
+            os.umask(umask)
+            part.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

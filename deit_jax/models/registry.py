@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import fnmatch
 import inspect
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,99 +12,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
+from deit_jax.models.info import ModelInfo
 from deit_jax.models.regnet import RegNetY
 from deit_jax.models.vit import VisionTransformer
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Options that change training only: they leave weights and predictions as they are, so they are
 # no part of a model's description.
 _TRAINING_OPTIONS = frozenset({"drop_rate", "drop_path_mode", "remat"})
 # Arguments of the constructors that create_model gives them by its own means.
 _GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(x) for x in value) if isinstance(value, list) else value
-
-
-def _list_of(*types: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(isinstance(x, types) for x in value)
-
-
-def _is_three_numbers(value: Any) -> bool:
-    return _list_of(int, float)(value) and len(value) == 3
-
-
-def _is_pairs(value: Any) -> bool:
-    return _list_of(list)(value) and all(len(x) == 2 and isinstance(x[0], str) for x in value)
-
-
-# What each field of ModelInfo may be in JSON.
-_JSON_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "name": lambda value: isinstance(value, str),
-    "num_classes": lambda value: type(value) is int and value > 0,
-    "image_size": lambda value: type(value) is int and value > 0,
-    "class_names": _list_of(str),
-    "mean": _is_three_numbers,
-    "std": _is_three_numbers,
-    "crop_ratio": lambda value: value is None or type(value) in (int, float),
-    "interpolation": lambda value: isinstance(value, str),
-    "overrides": _is_pairs,
-    "source": lambda value: isinstance(value, str),
-    "weights": lambda value: isinstance(value, str),
-    "num_batches_tracked": _list_of(int),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelInfo:
-    """Everything needed to predict with a model besides its weights; `model.json` holds it.
-
-    A `crop_ratio` of None means that evaluation resizes the whole image and crops nothing.
-    `overrides` holds the structural options that differ from the registry's, as (option, value)
-    pairs sorted by option. `source` says where the weights come from, `weights` which: "raw" or
-    "ema". `num_batches_tracked` is PyTorch's count of updates of each BatchNorm layer, kept for the
-    way back: sorted by the layers' names, or one number where all agree.
-    """
-
-    name: str
-    num_classes: int
-    image_size: int
-    class_names: tuple[str, ...] = ()
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    crop_ratio: float | None = 0.875
-    interpolation: str = "bicubic"
-    overrides: tuple[tuple[str, Any], ...] = ()
-    source: str = ""
-    weights: str = "raw"
-    num_batches_tracked: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        for field in ("class_names", "mean", "std", "num_batches_tracked"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        object.__setattr__(self, "overrides", tuple(tuple(pair) for pair in self.overrides))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON knows them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_json(cls, fields: Any) -> "ModelInfo":
-        """Return what `to_json` described. Raises InputError for anything else."""
-        if not isinstance(fields, dict):
-            raise InputError(f"the model's description is {fields!r:.40}, expected a JSON object")
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        _check_known(fields, set(known), "model description")
-        for name, field in known.items():
-            if name not in fields and field.default is dataclasses.MISSING:
-                raise InputError(f'the model\'s description lacks "{name}"')
-        for name, value in fields.items():
-            if not _JSON_FIELDS[name](value):
-                raise InputError(f'the model\'s description has {value!r:.40} as "{name}"')
-        return cls(**{name: _tuples(value) for name, value in fields.items()})
 
 
 @dataclasses.dataclass(frozen=True)

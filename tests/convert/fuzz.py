@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
 
+from deit_jax.convert import from_torch, torch_files  # noqa: E402
 from tests.convert.conftest import timm_twin  # noqa: E402
 from tools import torch_to_jax  # noqa: E402
 
@@ -42,6 +43,10 @@ def originals() -> dict[str, bytes]:
             safetensors.numpy.save_file(arrays, f"{path}.safetensors", {"format": "pt"})
             torch.save({"model": state, "epoch": 1}, f"{path}.pth")
             torch.save(state, f"{path}_old.pth", _use_new_zipfile_serialization=False)
+            # As our own converter writes it, with the model's description.
+            info = from_torch.from_tensors(arrays, what=name).info
+            torch_files.write(f"{path}_ours.safetensors", arrays, info=info)
+            torch_files.write(f"{path}_ours.pth", arrays, info=info, container="model")
         for path in Path(folder).iterdir():
             files[path.name] = path.read_bytes()
     return dict(sorted(files.items()))

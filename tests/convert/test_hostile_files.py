@@ -1,5 +1,6 @@
 """Broken and hostile files end in one line, and never leave a half-written model folder."""
 
+import json
 import os
 import pickle
 import struct
@@ -222,3 +223,116 @@ def test_mutated_files():
     counts = fuzz(files=36, seed=1)
     assert counts["refused"] >= 12, counts
     assert counts["converted"] >= 1, counts
+
+
+def described(state, folder, **changes):
+    """A file that carries a description, with some of it changed."""
+    fields = random_variables("deit_testing")[1].to_json() | changes
+    path = folder / "described.safetensors"
+    safetensors.numpy.save_file(state, path, {"format": "pt", "deit_jax": json.dumps(fields)})
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"overrides": [["depth", 1_000_000_000]]},
+        {"overrides": [["depth", "x"]]},
+        {"overrides": [["num_heads", 0]]},
+        {"overrides": [["patch_size", 0]]},
+        {"overrides": [["embed_dim", None]]},
+        {"overrides": [["rngs", 1]]},
+        {"overrides": [["name", "deit_testing"]]},
+        {"overrides": [["w0", 24]]},
+        {"overrides": 5},
+        {"class_names": ["cat"]},
+        {"mean": [float("nan"), 0, 0]},
+        {"std": [0, 1, 1]},
+        {"crop_ratio": 1.6},
+        {"num_classes": 10**12},
+        {"name": "deit_tasting"},
+        {"name": None},
+        {"surprise": 1},
+    ],
+)
+def test_a_lying_description(tmp_path, state, refused, changes):
+    source = described(state, tmp_path, **changes)
+    assert source.name in refused(source)
+    assert "described" in str(described(state, tmp_path))
+    assert torch_to_jax.main(["--src", str(source), "--dst", str(tmp_path / "sound")]) == 0
+
+
+@pytest.mark.parametrize("counter", [np.float32(np.nan), np.ones(2, np.int64), np.int32(1)])
+def test_damaged_counters(tmp_path, refused, counter):
+    tensors = {k: v.numpy() for k, v in timm_twin("regnety_testing").state_dict().items()}
+    tensors["stem.bn.num_batches_tracked"] = np.asarray(counter)
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
+    assert "stem.bn.num_batches_tracked" in refused(tmp_path / "a.safetensors")
+
+
+def test_a_tensor_that_claims_more_than_it_has(tmp_path, state, refused):
+    tensors = {key: torch.from_numpy(value) for key, value in state.items()}
+    tensors["head.weight"] = torch.zeros(1, 64).expand(10**11, 64)
+    torch.save(tensors, tmp_path / "a.pth")
+    assert "head.weight claims" in refused(tmp_path / "a.pth")
+
+
+def test_impossible_sizes_and_places(tmp_path, state, refused):
+    source = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file(state, source)
+    for flag in ("--num_classes", "--image_size"):
+        for value in ("0", "-3", str(10**12)):
+            line = refused(source, flag, value)
+            assert flag in line
+            assert value in line
+    status = torch_to_jax.main(["--src", str(source), "--dst", str(tmp_path / ("x" * 300))])
+    assert status == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_nothing_of_other_people_is_replaced(tmp_path, one_error_line):
+    """A run folder has a config.json too; names like ours may be somebody's."""
+    run = tmp_path / "run"
+    checkpoint.write_model(run / "model", *random_variables("deit_testing"))
+    (run / "config.json").write_text("{}")
+    for name in ("out.new", "out.old", "hf.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("yes")
+    hf = ["--format", "hf", "--overwrite"]
+    status = jax_to_torch.main(["--src", str(run), "--dst", str(run), *hf])
+    assert "did not write" in one_error_line(status)
+    assert (run / "model" / "model.json").is_file()
+    for _ in range(2):  # the second replaces the first
+        assert jax_to_torch.main(["--src", str(run), "--dst", str(tmp_path / "hf"), *hf]) == 0
+        arguments = ["--src", str(tmp_path / "hf"), "--dst", str(tmp_path / "out"), "--overwrite"]
+        assert torch_to_jax.main(arguments) == 0
+    inside = str(tmp_path / "out" / "b.safetensors")
+    assert jax_to_torch.main(["--src", str(run), "--dst", inside, "--format", "timm"]) == 0
+    status = torch_to_jax.main(["--src", inside, "--dst", str(tmp_path / "out"), "--overwrite"])
+    assert "holds the source" in one_error_line(status)
+    for name in ("out.new", "out.old", "hf.new"):
+        assert (tmp_path / name / "precious").read_text() == "yes"
+    names = {"run", "out", "hf", "out.new", "out.old", "hf.new"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("config.json", {"model_type": "beit"}, "model_type is 'beit'"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 1e999}}, "damaged"),
+        ("preprocessor_config.json", {"image_mean": [1, 2]}, "damaged"),
+        ("preprocessor_config.json", {"crop_size": 400}, "crop_size 400 is larger"),
+    ],
+)
+def test_odd_folders_of_transformers(tmp_path, refused, file, changes, words):
+    folder = tmp_path / "hf"
+    checkpoint.write_model(tmp_path / "sound", *random_variables("deit_testing"))
+    to_torch.write(tmp_path / "sound", folder, "hf")
+    content = json.loads((folder / file).read_text())
+    content.pop("deit_jax", None)
+    if file == "preprocessor_config.json":
+        content |= {"do_center_crop": True}
+    (folder / file).write_text(json.dumps(content | changes))
+    assert words in refused(folder)

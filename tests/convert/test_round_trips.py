@@ -279,3 +279,51 @@ def test_peak_memory_can_be_measured():
     peaks = peak_memory.measure("deit_testing")
     assert sorted(peaks) == ["jax_to_torch", "load_model", "torch_to_jax"]
     assert all(0.05 < peak < 4 for peak in peaks.values()), peaks
+
+
+def test_a_model_fine_tuned_in_transformers_is_described_anew(tmp_path):
+    """transformers keeps our entry of config.json, which then describes another model."""
+    import transformers
+
+    checkpoint.write_model(tmp_path / "model", *random_variables("deit_testing"))
+    to_torch.write(tmp_path / "model", tmp_path / "hf", "hf")
+    assert from_torch.read(tmp_path / "hf").layout == "Hugging Face ViT"
+    labels = {0: "cat", 1: "dog", 2: "owl"}
+    module = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path / "hf", id2label=labels, label2id={}, ignore_mismatched_sizes=True
+    )
+    module.save_pretrained(tmp_path / "tuned")
+    assert "deit_jax" in json.loads((tmp_path / "tuned" / "config.json").read_text())
+    info = from_torch.read(tmp_path / "tuned").info
+    assert (info.num_classes, info.class_names) == (3, ("cat", "dog", "owl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("deit_testing", {"no_embed_class": True}),
+        ("deit_testing", {"layer_scale_init": 1e-4}),
+        ("deit3_testing", {"no_embed_class": False}),
+        ("deit_testing", {"num_heads": 4, "depth": 2}),
+    ],
+)
+def test_unusual_models_come_back_from_files_that_say_what_they_are(tmp_path, name, overrides):
+    network, like = split_model(registry.abstract_model(name, num_classes=3, **overrides))
+    start = jax.tree.map(lambda x: np.ones(x.shape, np.float32), like)
+    checkpoint.write_model(tmp_path / "model", start, network.info)
+    to_torch.write(tmp_path / "model", tmp_path / "a.safetensors", "timm")
+    assert from_torch.read(tmp_path / "a.safetensors").info == network.info
+
+
+def test_weights_are_made_to_fit_on_request(tmp_path, capsys):
+    safetensors.numpy.save_file(numpy_state(timm_twin("deit_testing")), tmp_path / "a.safetensors")
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+    arguments = ["--src", str(tmp_path / "a.safetensors"), "--dst", str(tmp_path / "model")]
+    more = ["--model", "deit_testing_distilled", "--image_size", "64", "--num_classes", "3"]
+    assert torch_to_jax.main([*arguments, *more, "--class_names", str(tmp_path / "names.txt")]) == 0
+    printed = capsys.readouterr().out
+    for words in ("resized from 8×8 to 16×16", "dist_token newly", "head newly", "head_dist newly"):
+        assert words in printed
+    info = deit_jax.load_model(tmp_path / "model").info
+    assert (info.name, info.image_size) == ("deit_testing_distilled", 64)
+    assert info.class_names == ("cat", "dog", "owl")
