@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from deit_jax.errors import InputError
 from deit_jax.fields import default_config
+from deit_jax.policy import parse_policy
 
 _CHOICES = {
     "dataset.source": ("tfds", "folder", "digits"),
@@ -90,10 +91,10 @@ def validate(config: ConfigDict) -> None:
         if not 0 < low <= high:
             _refuse(config, name, "two numbers, 0 < low <= high")
     if config.input.auto_augment:
-        raise InputError(
-            f"config.input.auto_augment is {config.input.auto_augment!r}, but this version has no "
-            "RandAugment yet; train without it by --config.input.auto_augment=''"
-        )
+        try:
+            parse_policy(config.input.auto_augment)
+        except InputError as error:
+            raise InputError(f"config.input.auto_augment: {error}") from None
     if config.distill.kind == "none" and (config.distill.teacher or config.distill.teacher_config):
         raise InputError(
             "config.distill.teacher or teacher_config is set, but config.distill.kind is 'none'; "

@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
     config.input.ratio = (3 / 4, 4 / 3)  # random_resized: aspect of the crop
     config.input.pad = 4  # small: pixels of zero padding on each side
     config.input.hflip = 0.5  # probability
-    config.input.auto_augment = ""  # RandAugment policy, such as rand-m9-mstd0.5-inc1
+    config.input.auto_augment = ""  # RandAugment policy, such as rand-m9-mstd0.5-inc1; "": none
     config.input.repeats = 1  # repeated augmentation: views of each drawn image in an epoch
     config.input.interpolation = "bicubic"  # bicubic | bilinear
     config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side

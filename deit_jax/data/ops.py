@@ -1,4 +1,4 @@
-"""Stateless image operations on uint8: decode, crop, resize and flip, for training and evaluation.
+"""Stateless image operations on uint8: what training and evaluation do to a picture.
 
 Every random operation takes a seed (int64 [2]) and is a pure function of its arguments. `data` is
 either the bytes of an image file (a scalar string) or decoded uint8 [h, w, 3]. Pixels are those of
@@ -11,9 +11,11 @@ from collections.abc import Callable
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from deit_jax.data.randaugment import rand_augment
 from deit_jax.data.resize import resize
+from deit_jax.policy import parse_policy
 
-_CROP, _FLIP = range(2)  # what a seed is folded with, one number per random operation
+_CROP, _FLIP, _AUGMENT = range(3)  # what a seed is folded with, one number per random operation
 _TRIES = 10
 
 
@@ -22,6 +24,8 @@ def train_transform(
 ) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """The training augmentation: (data, seed) → uint8 [image_size, image_size, 3]."""
     interpolation = input_config.interpolation
+    policy = parse_policy(input_config.auto_augment) if input_config.auto_augment else None
+    fill = tuple(max(0, min(255, round(255 * mean))) for mean in input_config.mean)
 
     def transform(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         crop_seed = fold(seed, _CROP)
@@ -38,7 +42,12 @@ def train_transform(
                 interpolation=interpolation,
             )
         image = random_flip(image, fold(seed, _FLIP), probability=input_config.hflip)
-        return tf.ensure_shape(image, (image_size, image_size, 3))
+        image = tf.ensure_shape(image, (image_size, image_size, 3))
+        if policy is None:
+            return image
+        return rand_augment(
+            image, fold(seed, _AUGMENT), policy=policy, interpolation=interpolation, fill=fill
+        )
 
     return transform
 

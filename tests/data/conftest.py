@@ -42,9 +42,11 @@ def input_config():
             "ratio": (3 / 4, 4 / 3),
             "pad": 4,
             "hflip": 0.5,
+            "auto_augment": "",
             "repeats": 1,
             "interpolation": "bicubic",
             "crop_ratio": 0.875,
+            "mean": (0.485, 0.456, 0.406),
         }
     )
 

@@ -1,0 +1,142 @@
+"""RandAugment as timm does it on PIL images, stateless and in TensorFlow operations.
+
+`draw` makes all random choices, as a pure function of the seed; `apply` follows them. Only the
+operation that was drawn runs.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from deit_jax.data import geometry, tone
+from deit_jax.policy import OPERATIONS, Policy
+
+
+class Draws(NamedTuple):
+    """The choices of a policy for one image, each [num_ops], in the order of application."""
+
+    operation: tf.Tensor  # int32, index into OPERATIONS
+    applied: tf.Tensor  # bool; False: this operation is skipped
+    level: tf.Tensor  # float64 in [0, magnitude_max]
+    negative: tf.Tensor  # bool; the sign, where an operation has one
+
+
+def rand_augment(
+    image: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    policy: Policy,
+    interpolation: str,
+    fill: tuple[int, int, int],
+) -> tf.Tensor:
+    """Applies the policy to uint8 [S, S, 3]: a pure function of the image and the seed (int64 [2]).
+
+    Args:
+      image: square, of static shape.
+      seed: of all choices.
+      policy: how many operations, how often and how strongly.
+      interpolation: "bicubic" or "bilinear", of shear, translation and rotation.
+      fill: colour of what these bring in from outside, 0 … 255.
+
+    Returns:
+      An image of the same type and shape.
+    """
+    draws = draw(seed, policy)
+    return apply(image, draws, policy=policy, interpolation=interpolation, fill=fill)
+
+
+def draw(seed: tf.Tensor, policy: Policy) -> Draws:
+    """Makes the random choices for one image from its seed (int64 [2])."""
+    seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 4))
+    shape = (policy.num_ops,)
+
+    def uniform(seed: tf.Tensor) -> tf.Tensor:
+        return tf.random.stateless_uniform(shape, seed, dtype=tf.float64)
+
+    if math.isinf(policy.magnitude_std):
+        level = policy.magnitude * uniform(seeds[2])
+    else:
+        noise = tf.random.stateless_normal(shape, seeds[2], dtype=tf.float64)
+        level = policy.magnitude + policy.magnitude_std * noise
+    return Draws(
+        operation=tf.random.stateless_uniform(shape, seeds[0], 0, len(OPERATIONS), dtype=tf.int32),
+        applied=uniform(seeds[1]) < policy.probability,
+        level=tf.clip_by_value(level, 0.0, float(policy.magnitude_max)),
+        negative=uniform(seeds[3]) < 0.5,
+    )
+
+
+def apply(
+    image: tf.Tensor,
+    draws: Draws,
+    *,
+    policy: Policy,
+    interpolation: str,
+    fill: tuple[int, int, int],
+) -> tf.Tensor:
+    """Applies the drawn operations in turn; arguments as `rand_augment`."""
+    shape = image.shape
+    for operation, applied, level, negative in zip(*map(tf.unstack, draws), strict=True):
+        branches = _branches(image, level, negative, policy.increasing, interpolation, fill)
+        chosen = tf.where(applied, operation, len(OPERATIONS))
+        image = tf.switch_case(
+            chosen,
+            [branches[name] for name in OPERATIONS],
+            default=lambda unchanged=image: tf.identity(unchanged),
+        )
+        image = tf.ensure_shape(image, shape)
+    return image
+
+
+def _branches(
+    image: tf.Tensor,
+    level: tf.Tensor,
+    negative: tf.Tensor,
+    increasing: bool,
+    interpolation: str,
+    fill: tuple[int, int, int],
+) -> dict[str, Callable[[], tf.Tensor]]:
+    """Every operation at a level; timm's arguments in timm's float64 arithmetic."""
+    share = level / 10.0
+    size = image.shape[0]
+    how = {"interpolation": interpolation, "fill": fill}
+
+    def signed(strength: float) -> tf.Tensor:
+        value = share * strength
+        return tf.where(negative, -value, value)
+
+    def whole(strength: float) -> tf.Tensor:
+        return tf.cast(share * strength, tf.int32)  # truncates, as int() does
+
+    def bits() -> tf.Tensor:
+        kept = 4 - whole(4.0) if increasing else whole(4.0)
+        return tf.clip_by_value(kept, 0, 8)
+
+    def threshold() -> tf.Tensor:
+        value = tf.minimum(whole(256.0), 256)
+        return 256 - value if increasing else value
+
+    def factor() -> tf.Tensor:
+        # 1 changes nothing. The list that does not increase goes from 0.1 to 1.9 with the level.
+        value = tf.maximum(1.0 + signed(0.9), 0.1) if increasing else share * 1.8 + 0.1
+        return tf.cast(value, tf.float32)
+
+    return {
+        "AutoContrast": lambda: tone.auto_contrast(image),
+        "Equalize": lambda: tone.equalize(image),
+        "Invert": lambda: tone.invert(image),
+        "Rotate": lambda: geometry.rotate(image, signed(30.0), **how),
+        "Posterize": lambda: tone.posterize(image, bits()),
+        "Solarize": lambda: tone.solarize(image, threshold()),
+        "SolarizeAdd": lambda: tone.solarize_add(image, tf.minimum(whole(110.0), 128)),
+        "Color": lambda: tone.color(image, factor()),
+        "Contrast": lambda: tone.contrast(image, factor()),
+        "Brightness": lambda: tone.brightness(image, factor()),
+        "Sharpness": lambda: tone.sharpness(image, factor()),
+        "ShearX": lambda: geometry.shear(image, signed(0.3), vertical=False, **how),
+        "ShearY": lambda: geometry.shear(image, signed(0.3), vertical=True, **how),
+        "TranslateX": lambda: geometry.translate(image, signed(0.45) * size, vertical=False, **how),
+        "TranslateY": lambda: geometry.translate(image, signed(0.45) * size, vertical=True, **how),
+    }

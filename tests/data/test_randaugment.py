@@ -1,0 +1,396 @@
+"""RandAugment against timm's own, on PIL images, with the same draws and with draws of its own."""
+
+import functools
+import random
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from scipy import stats
+
+from deit_jax.data import ops, randaugment
+from deit_jax.errors import InputError
+from deit_jax.policy import OPERATIONS, Policy, parse_policy
+from tests.data.conftest import picture
+from tests.oracles.torchvision_ops import import_torchvision
+
+import_torchvision()
+
+from timm.data import auto_augment as timm_augment  # noqa: E402
+
+FILL = (124, 116, 104)
+DEIT = "rand-m9-mstd0.5-inc1"
+GEOMETRY = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"}
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@pytest.fixture(scope="module")
+def photographs(sample_images):
+    """side → uint8 images [side, side, 3], 16 of 96 and 4 of 224."""
+    paths = sorted(sample_images.glob("*/*/*.JPEG"))
+    paths = paths[:: max(1, len(paths) // 20)][:20]
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    pictures += [Image.fromarray(picture(i, 240, 300)) for i in range(20 - len(pictures))]
+
+    def squares(side, chosen):
+        return [np.asarray(p.resize((side, side), Image.Resampling.BICUBIC)) for p in chosen]
+
+    return {96: squares(96, pictures[:16]), 224: squares(224, pictures[16:])}
+
+
+def _timm(text, interpolation="bicubic"):
+    hparams = {"img_mean": FILL, "interpolation": RESAMPLE[interpolation]}
+    return timm_augment.rand_augment_transform(text, hparams)
+
+
+@functools.cache
+def _ours(text, interpolation="bicubic"):
+    """(image, *draws) → image, traced once per side."""
+    policy = parse_policy(text)
+
+    @tf.function
+    def function(image, operation, applied, level, negative):
+        draws = randaugment.Draws(operation, applied, level, negative)
+        return randaugment.apply(
+            image, draws, policy=policy, interpolation=interpolation, fill=FILL
+        )
+
+    def run(image, operation, applied, level, negative):
+        return function(
+            tf.constant(image),
+            tf.constant(operation, tf.int32),
+            tf.constant(applied, tf.bool),
+            tf.constant(level, tf.float64),
+            tf.constant(negative, tf.bool),
+        ).numpy()
+
+    return run
+
+
+def _timm_operation(operation, image, level, negative, monkeypatch):
+    """One operation of timm at exactly this level; 0 bits, which Pillow now refuses, give black."""
+    monkeypatch.setattr(timm_augment, "_randomly_negate", lambda v: -v if negative else v)
+    arguments = operation.level_fn(level, operation.hparams) if operation.level_fn else ()
+    if operation.name.startswith("Posterize") and arguments[0] <= 0:
+        return np.zeros_like(image)
+    return np.asarray(operation.aug_fn(Image.fromarray(image), *arguments, **operation.kwargs))
+
+
+def _compare(text, interpolation, images, levels, names, monkeypatch):
+    """Checks operations at all levels and both signs; returns the shares of differing pixels."""
+    ours, theirs = _ours(text.replace("rand", "rand-n1"), interpolation), _timm(text, interpolation)
+    shares = {}
+    for name in names:
+        number = OPERATIONS.index(name)
+        operation = theirs.ops[number]
+        assert operation.name.removesuffix("Rel").removesuffix("Increasing") == name
+        for level in levels:
+            for negative in (False, True):
+                different = []
+                for image in images:
+                    got = ours(image, [number], [True], [level], [negative])
+                    want = _timm_operation(operation, image, level, negative, monkeypatch)
+                    difference = np.abs(got.astype(int) - want).max(axis=-1)
+                    assert difference.max() <= (name in GEOMETRY), (name, level, negative)
+                    different.append((difference > 0).mean())
+                shares[name, level, negative] = np.mean(different)
+    return shares
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_equals_timms(photographs, name, monkeypatch):
+    """Bit for bit; in the geometry a pixel in a thousand may be a level off (none is, mostly)."""
+    for images, levels in (
+        (photographs[96], (0.0, 2.5, 7.3456, 9.0, 10.0)),
+        (photographs[224], (5.4321, 9.4)),
+    ):
+        shares = _compare(DEIT, "bicubic", images, levels, [name], monkeypatch)
+        assert max(shares.values()) < 1e-3
+        assert np.mean(list(shares.values())) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "interpolation", "names"),
+    [
+        # Without inc1: other maps from level to argument.
+        (
+            "rand-m9-mstd0.5",
+            "bicubic",
+            ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"),
+        ),
+        (DEIT, "bilinear", sorted(GEOMETRY)),
+    ],
+)
+def test_the_other_list_and_the_other_interpolation(
+    photographs, text, interpolation, names, monkeypatch
+):
+    levels = (0.0, 2.4, 4.9, 7.5, 9.21, 10.0)
+    shares = _compare(text, interpolation, photographs[96][:4], levels, names, monkeypatch)
+    assert max(shares.values()) < 1e-3
+
+
+@pytest.mark.parametrize("text", ["rand-m9-mmax30-inc1", "rand-m9-mmax30"])
+def test_levels_above_ten(photographs, text, monkeypatch):
+    """Right angles, everything outside, the bounds of all maps."""
+    levels = (11.0, 20.0, 24.6, 30.0)
+    shares = _compare(text, "bicubic", photographs[96][:2], levels, OPERATIONS, monkeypatch)
+    assert max(shares.values()) < 1e-3
+
+
+def test_images_at_the_edge_of_the_definitions(monkeypatch):
+    """Tables of a single value, of two, of a few pixels; saturation in both directions."""
+    side = 24
+    ramp = np.arange(side * side, dtype=int).reshape(side, side, 1) * 255 // side**2
+    one_pixel = np.full((side, side, 3), 77, np.uint8)
+    one_pixel[3, 5] = 200  # fewer than 255 pixels: Equalize has step 0
+    two_values = np.where(np.arange(side)[:, None, None] < 15, 100, (101, 180, 99))
+    images = [
+        np.zeros((side, side, 3)),
+        np.full((side, side, 3), 255),
+        np.full((side, side, 3), (0, 77, 255)),
+        one_pixel,
+        np.broadcast_to(two_values, (side, side, 3)),
+        np.concatenate([ramp, 255 - ramp, ramp // 2 + 30], axis=-1),
+        np.random.default_rng(0).integers(0, 256, (side, side, 3)),
+        np.random.default_rng(1).integers(100, 103, (side, side, 3)),
+    ]
+    images = [np.ascontiguousarray(image, np.uint8) for image in images]
+    shares = _compare(DEIT, "bicubic", images, (0.0, 9.3, 10.0), OPERATIONS, monkeypatch)
+    assert max(shares.values()) < 1e-3
+    # Every pixel at the border; sizes 1 and 2 take the same paths.
+    _compare(DEIT, "bicubic", [picture(0, 3, 3)], (9.3,), OPERATIONS, monkeypatch)
+
+
+class _Recorder:
+    """Stands for the module `random` inside timm and notes what it returned."""
+
+    def __init__(self, seed):
+        self.source = random.Random(seed)
+        self.operations = []  # (index, [numbers])
+
+    def random(self):
+        return self._note(self.source.random())
+
+    def gauss(self, mean, deviation):
+        return self._note(self.source.gauss(mean, deviation))
+
+    def uniform(self, low, high):
+        return self._note(self.source.uniform(low, high))
+
+    def _note(self, number):
+        self.operations[-1][1].append(number)
+        return number
+
+    def watch(self, transform):
+        """Makes the transform's operations announce themselves."""
+
+        def announced(index, operation):
+            def call(image):
+                self.operations.append((index, []))
+                return operation(image)
+
+            return call
+
+        transform.ops = [announced(*pair) for pair in enumerate(transform.ops)]
+
+    def draws(self, policy):
+        """The recorded operations as Draws, each as a list, and whether each had a sign."""
+        rows, signed = [], []
+        for index, numbers in self.operations:
+            applied = numbers[0] <= policy.probability
+            level = min(max(numbers[1], 0.0), 10.0) if applied else 0.0
+            signed.append(len(numbers) > 2)
+            rows.append((index, applied, level, signed[-1] and numbers[2] > 0.5))
+        return randaugment.Draws(*map(list, zip(*rows, strict=True))), signed
+
+
+def test_whole_policy_with_timms_draws(photographs, monkeypatch):
+    policy, ours, theirs = parse_policy(DEIT), _ours(DEIT), _timm(DEIT)
+    recorder = _Recorder(0)
+    monkeypatch.setattr(timm_augment, "random", recorder)
+    recorder.watch(theirs)
+    np.random.seed(0)  # noqa: NPY002 - timm draws the operations from the global generator
+    differences, compared, changed = [], 0, 0
+    for number in range(240):
+        image = photographs[96][number % 16]
+        recorder.operations = []
+        try:
+            want = np.asarray(theirs(Image.fromarray(image)), int)
+        except ValueError as error:  # 0 bits in Pillow 13
+            assert "bits" in str(error)  # noqa: PT017
+            continue
+        draws, _ = recorder.draws(policy)
+        got = ours(image, *draws)
+        differences.append(np.abs(got - want).mean())
+        compared += 1
+        changed += (got != image).any()
+    assert compared > 230
+    assert 0.6 * compared < changed < 0.85 * compared  # a quarter of the images gets no operation
+    assert np.mean(differences) < 0.01
+    assert np.max(differences) < 0.5
+
+
+def _drawn(policy, count):
+    seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([tf.constant(5, tf.int64), i]))
+    dataset = seeds.map(lambda seed: tuple(randaugment.draw(seed, policy))).batch(count)
+    return randaugment.Draws(*next(dataset.as_numpy_iterator()))
+
+
+def test_statistics_are_timms(monkeypatch):
+    count, policy, theirs = 20_000, parse_policy(DEIT), _timm(DEIT)
+    ours = _drawn(policy, count)
+    for operation in theirs.ops:
+        operation.aug_fn = lambda image, *arguments, **how: image
+    recorder = _Recorder(1)
+    monkeypatch.setattr(timm_augment, "random", recorder)
+    recorder.watch(theirs)
+    np.random.seed(1)  # noqa: NPY002
+    for _ in range(count):
+        theirs(None)
+    timms, signed = recorder.draws(policy)
+    timms = randaugment.Draws(*(np.reshape(x, (count, 2)) for x in timms))
+    signed = np.reshape(signed, (count, 2))
+
+    def same_counts(a, b, size):
+        table = [np.bincount(x.ravel(), minlength=size) for x in (a, b)]
+        assert stats.chi2_contingency(table).pvalue > 1e-3, table
+
+    # Pairs of operations: uniform, independent, with replacement.
+    pairs = [draws.operation.astype(int) @ (15, 1) for draws in (ours, timms)]
+    same_counts(*pairs, 225)
+    assert stats.chisquare(np.bincount(pairs[0], minlength=225)).pvalue > 1e-3
+    same_counts(ours.applied.astype(int) @ (2, 1), timms.applied.astype(int) @ (2, 1), 4)
+    # Levels, of the operations that timm applied: clipped at 10, never below 0.
+    levels = [draws.level[draws.applied] for draws in (ours, timms)]
+    assert stats.ks_2samp(*levels).pvalue > 1e-3
+    assert max(map(np.max, levels)) == 10.0
+    full = [(level == 10.0).mean() for level in levels]
+    assert abs(full[0] - full[1]) < 4.5 * np.sqrt(2 * 0.0228 / levels[1].size)
+    # Signs, of those that have one.
+    same_counts(ours.negative.astype(int)[signed], timms.negative.astype(int)[signed], 2)
+    assert 0.28 < signed.mean() < 0.32  # 9 of 15 are signed, and half of them applied
+    # Nothing is drawn from the same numbers as something else, or as the other layer.
+    columns = np.concatenate([np.asarray(x, float) for x in ours], axis=1)
+    correlations = np.corrcoef(columns, rowvar=False)[np.triu_indices(8, 1)]
+    assert np.abs(correlations).max() < 4.5 / np.sqrt(count)
+
+
+def test_statistics_of_other_policies():
+    count = 4000
+    plain = _drawn(parse_policy("rand-m7-n3-p0.2"), count)
+    assert plain.operation.shape == (count, 3)
+    assert (plain.level == 7.0).all()
+    assert abs(plain.applied.mean() - 0.2) < 4.5 * np.sqrt(0.16 / count / 3)
+    uniform = _drawn(parse_policy("rand-m6-mstd101"), count)
+    assert stats.kstest(uniform.level.ravel() / 6.0, "uniform").pvalue > 1e-3
+    assert _drawn(parse_policy("rand-p1"), 100).applied.all()
+    assert not _drawn(parse_policy("rand-p0"), 100).applied.any()
+    wide = _drawn(parse_policy("rand-m9-mstd20-mmax15"), count)
+    assert (wide.level.min(), wide.level.max()) == (0.0, 15.0)
+
+
+def test_a_function_of_the_seed_eagerly_and_in_a_parallel_map(photographs):
+    image = tf.constant(photographs[96][0])
+    seeds = [tf.constant([7, i], tf.int64) for i in range(64)]
+
+    def augment(seed):
+        return randaugment.rand_augment(
+            image, seed, policy=parse_policy(DEIT), interpolation="bicubic", fill=FILL
+        )
+
+    dataset = tf.data.Dataset.from_tensor_slices(seeds)
+    runs = [
+        list(dataset.map(augment, num_parallel_calls=calls).as_numpy_iterator())
+        for calls in (1, 4, 4)
+    ]
+    for first, *others in zip(*runs, strict=True):
+        assert all((first == other).all() for other in others)
+    for seed, mapped in zip(seeds[:12], runs[0], strict=False):
+        np.testing.assert_array_equal(augment(seed), mapped)
+    assert len({result.tobytes() for result in runs[0]}) > 35
+
+
+def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):
+    data = tf.constant(jpegs[0].read_bytes())
+    seeds = [tf.constant([1, i], tf.int64) for i in range(6)]
+    plain = ops.train_transform(input_config, image_size=48)
+    input_config.auto_augment = "rand-m9-mstd0.5-inc1-n4-p1"
+    augmented = ops.train_transform(input_config, image_size=48)
+    for seed in seeds:
+        want = randaugment.rand_augment(
+            plain(data, seed),
+            ops.fold(seed, 2),
+            policy=parse_policy(input_config.auto_augment),
+            interpolation="bicubic",
+            fill=FILL,
+        )
+        np.testing.assert_array_equal(augmented(data, seed), want)
+        assert (want.numpy() != plain(data, seed).numpy()).any()
+
+
+def test_training_passes_interpolation_and_mean_on(jpegs, input_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ops, "rand_augment", lambda image, _, **how: seen.append(how) or image)
+    for mean, interpolation in ((input_config.mean, "bicubic"), ((0.5, 1.2, -0.1), "bilinear")):
+        input_config.update(
+            {"auto_augment": DEIT, "mean": mean, "interpolation": interpolation, "pad": 0}
+        )
+        ops.train_transform(input_config, image_size=8)(
+            tf.constant(jpegs[0].read_bytes()), tf.constant([1, 2], tf.int64)
+        )
+    assert [how["fill"] for how in seen] == [FILL, (128, 255, 0)]
+    assert [how["interpolation"] for how in seen] == ["bicubic", "bilinear"]
+    assert {how["policy"] for how in seen} == {parse_policy(DEIT)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["rand", DEIT, "rand-m9-n3-p0.25", "rand-inc0-m4", "rand-inc2-mstd1.-mmax12", "rand-mstd101"],
+)
+def test_policies_mean_what_they_mean_to_timm(text):
+    policy, theirs = parse_policy(text), _timm(text)
+    operation = theirs.ops[4]
+    assert policy == Policy(
+        num_ops=theirs.num_layers,
+        magnitude=operation.magnitude,
+        magnitude_std=operation.magnitude_std,
+        magnitude_max=operation.magnitude_max or 10,
+        probability=operation.prob,
+        increasing=operation.name == "PosterizeIncreasing",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("augmix-m3", "'augmix'"),
+        ("", "''"),
+        ("original-mstd0.5", "'original'"),
+        ("rand-m9-x3", "'x3'"),
+        ("rand-m9-tweights", "'tweights'"),
+        ("rand-m9-w0", "'w0'"),
+        ("rand-m9-inc", "'inc'"),
+        ("rand-m", "'m'"),
+        ("rand-m9.5", "'m9.5'"),
+        ("rand-m9-", "''"),
+        ("rand-m9-mstd", "'mstd'"),
+        ("rand-m9-mstd-0.5", "'mstd'"),
+        ("rand-mstdnan", "'mstdnan'"),
+        ("rand-mstd0.5.5", "'mstd0.5.5'"),
+        ("rand-p1.5", "'p1.5'"),
+        ("rand-n0", "'n0'"),
+        ("rand-mmax0", "'mmax0'"),
+        ("rand-m9-m8", "'m' twice"),
+        ("rand-m9 -inc1", "'m9 '"),
+        ("rand-m²", "'m²'"),
+        ("RAND-m9", "'RAND'"),
+    ],
+)
+def test_malformed_policies_are_refused_by_their_part(text, part):
+    with pytest.raises(InputError) as caught:
+        parse_policy(text)
+    message = str(caught.value)
+    assert repr(text) in message
+    assert part in message
+    assert "\n" not in message
