@@ -47,6 +47,7 @@ setup(
             "hypothesis>=6",
             "importlib_resources",  # tensorflow-datasets needs it to write a data set
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "timm>=1.0.29",
             "torchvision>=0.26",

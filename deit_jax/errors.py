@@ -1,5 +1,6 @@
 """The one exception type for mistakes a person can fix, and how programs end with it."""
 
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -26,6 +27,9 @@ def exit_status(tool: Callable[[], int | None]) -> int:
     """
     try:
         return tool() or 0
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (InputError, OSError, MemoryError) as error:
         line = " ".join((str(error) or type(error).__name__).split())
         # Names from foreign files may hold control characters.

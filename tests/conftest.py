@@ -11,6 +11,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 # Before anything imports jax; subprocesses inherit all of it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".jax_cache"))
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A cache for each of pytest's processes: JAX does not write its files atomically.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{worker}"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # the tests compile more than they run

@@ -84,6 +84,14 @@ def test_every_recipe_loads_and_validates(repo_root):
         validate(config)
 
 
+@pytest.mark.parametrize("policy", ["rand-m9-x3", "augmix-m3", "rand-m", " "])
+def test_policies_that_are_none_are_refused(policy):
+    config = _set(default_config(), "input.auto_augment", policy)
+    message = _error(config)
+    assert message.startswith(f"config.input.auto_augment: policy {policy!r} ")
+    assert "rand-m9-mstd0.5-inc1" in message
+
+
 def test_recipe_file_that_is_missing_or_no_recipe(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.py does not exist"):
         load_config(str(tmp_path / "nowhere.py"))

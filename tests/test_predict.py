@@ -279,9 +279,9 @@ def test_models_that_cannot_predict(tool, photos, tmp_path, capsys):
     good, model = _save(tmp_path / "model", "deit_testing", ("a", "b"))
     description = json.loads((tmp_path / "model" / "model.json").read_text())
     for changes, message in (
-        ({"class_names": ["a"]}, "names 1 classes, but the model has 2"),
+        ({"class_names": ["a"]}, "1 class names for 2 classes"),
         ({"interpolation": "cubic"}, "interpolation is 'cubic'"),
-        ({"crop_ratio": 2}, "crop_ratio is 2"),
+        ({"crop_ratio": 2}, 'has 2 as "crop_ratio"'),
     ):
         text = json.dumps(description | changes)
         (tmp_path / "model" / "model.json").write_text(text)

@@ -46,14 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Predicts, prints or writes; returns the exit status."""
-    try:
-        return exit_status(lambda: _run(_arguments(argv)))
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a disk that is full, most likely
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(_arguments(argv)))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -150,11 +143,6 @@ def predict(
 
     info = model.info
     classes = info.class_names or tuple(f"class {i}" for i in range(info.num_classes))
-    if len(classes) != info.num_classes:
-        raise InputError(
-            f"model.json names {len(classes)} classes, but the model has {info.num_classes}; "
-            "convert or save the model again"
-        )
     # A description that no picture can be prepared with fails here, not once for each picture.
     blank = deit_jax.preprocess(info, np.zeros((1, 1, 3), np.uint8))[0]
     network, variables = split_model(model)

@@ -86,9 +86,9 @@ def _read_safetensors(path: Path) -> TensorFile:
 
 def _read_torch(path: Path, weights: str) -> TensorFile:
     torch = _import_torch(path)
-    # Only zip files, which torch has written since 1.6, can be mapped.
-    mapped = zipfile.is_zipfile(path)
     try:
+        # Only zip files, which torch has written since 1.6, can be mapped.
+        mapped = zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about a foreign file, our error says
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

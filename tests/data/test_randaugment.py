@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageEnhance
 from scipy import stats
 
-from deit_jax.data import ops, randaugment
+from deit_jax.data import ops, randaugment, tone
 from deit_jax.errors import InputError
 from deit_jax.policy import OPERATIONS, Policy, parse_policy
 from tests.data.conftest import picture
@@ -158,8 +158,13 @@ def test_images_at_the_edge_of_the_definitions(monkeypatch):
     images = [np.ascontiguousarray(image, np.uint8) for image in images]
     shares = _compare(DEIT, "bicubic", images, (0.0, 9.3, 10.0), OPERATIONS, monkeypatch)
     assert max(shares.values()) < 1e-3
-    # Every pixel at the border; sizes 1 and 2 take the same paths.
-    _compare(DEIT, "bicubic", [picture(0, 3, 3)], (9.3,), OPERATIONS, monkeypatch)
+
+
+def test_sharpness_keeps_the_border():
+    for side in (1, 2, 3):
+        image = picture(side, side, side)
+        want = ImageEnhance.Sharpness(Image.fromarray(image)).enhance(1.9)
+        np.testing.assert_array_equal(tone.sharpness(image, tf.constant(1.9)), want)
 
 
 class _Recorder:
@@ -301,19 +306,17 @@ def test_a_function_of_the_seed_eagerly_and_in_a_parallel_map(photographs):
 
     dataset = tf.data.Dataset.from_tensor_slices(seeds)
     runs = [
-        list(dataset.map(augment, num_parallel_calls=calls).as_numpy_iterator())
-        for calls in (1, 4, 4)
+        list(dataset.map(augment, num_parallel_calls=calls).as_numpy_iterator()) for calls in (1, 4)
     ]
-    for first, *others in zip(*runs, strict=True):
-        assert all((first == other).all() for other in others)
-    for seed, mapped in zip(seeds[:12], runs[0], strict=False):
+    np.testing.assert_array_equal(*runs)
+    for seed, mapped in zip(seeds[:8], runs[0], strict=False):
         np.testing.assert_array_equal(augment(seed), mapped)
     assert len({result.tobytes() for result in runs[0]}) > 35
 
 
 def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):
     data = tf.constant(jpegs[0].read_bytes())
-    seeds = [tf.constant([1, i], tf.int64) for i in range(6)]
+    seeds = [tf.constant([1, i], tf.int64) for i in range(3)]
     plain = ops.train_transform(input_config, image_size=48)
     input_config.auto_augment = "rand-m9-mstd0.5-inc1-n4-p1"
     augmented = ops.train_transform(input_config, image_size=48)
