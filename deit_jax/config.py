@@ -16,7 +16,8 @@ from deit_jax.policy import parse_policy
 
 _CHOICES = {
     "dataset.source": ("tfds", "folder", "digits"),
-    "input.train_crop": ("random_resized", "small"),
+    "input.train_crop": ("random_resized", "simple_random", "small"),
+    "input.on_bad_image": ("error", "skip"),
     "input.interpolation": ("bicubic", "bilinear"),
     "distill.kind": ("none", "hard", "soft"),
     "distill.reduction": ("numel", "batchmean"),
@@ -33,8 +34,8 @@ _PROBABILITIES = (
     "mixing.switch_prob", "mixing.smoothing", "distill.alpha", "train.ema_decay",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "model.patch_size", "dataset.num_classes", "input.pad", "mixing.mixup_alpha",
-    "mixing.cutmix_alpha", "distill.teacher_epochs", "optimizer.lr",
+    "model.patch_size", "dataset.num_classes", "input.pad", "input.color_jitter",
+    "mixing.mixup_alpha", "mixing.cutmix_alpha", "distill.teacher_epochs", "optimizer.lr",
     "optimizer.weight_decay", "optimizer.clip_norm",
     "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr", "train.seed",
     "train.eval_every_epochs", "checkpoint.every_epochs", "checkpoint.every_steps",
@@ -95,6 +96,12 @@ def validate(config: ConfigDict) -> None:
             parse_policy(config.input.auto_augment)
         except InputError as error:
             raise InputError(f"config.input.auto_augment: {error}") from None
+        if config.input.three_augment:
+            raise InputError(
+                f"config.input.three_augment is True, but config.input.auto_augment is "
+                f"{config.input.auto_augment!r}: the one takes the place of the other; set "
+                "auto_augment to '' or three_augment to False"
+            )
     if config.distill.kind == "none" and (config.distill.teacher or config.distill.teacher_config):
         raise InputError(
             "config.distill.teacher or teacher_config is set, but config.distill.kind is 'none'; "

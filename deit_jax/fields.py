@@ -39,15 +39,19 @@ def default_config() -> ConfigDict:
 
     config.input = ConfigDict()  # on the host, in uint8
     config.input.image_size = 224
-    config.input.train_crop = (
-        "random_resized"  # random_resized | small (resize, pad, crop; eval uncropped)
-    )
+    # random_resized | simple_random (DeiT III: short side resized, padded by reflection, cropped) |
+    # small (resized whole, padded with zeros, cropped; evaluation uncropped)
+    config.input.train_crop = "random_resized"
     config.input.scale = (0.08, 1.0)  # random_resized: area of the crop
     config.input.ratio = (3 / 4, 4 / 3)  # random_resized: aspect of the crop
-    config.input.pad = 4  # small: pixels of zero padding on each side
+    config.input.pad = 4  # simple_random and small: pixels of padding on each side
     config.input.hflip = 0.5  # probability
     config.input.auto_augment = ""  # RandAugment policy, such as rand-m9-mstd0.5-inc1; "": none
+    config.input.three_augment = False  # DeiT III: one of grey, solarise, blur; no auto_augment
+    # Brightness, contrast and saturation, each by a factor from [1 - this, 1 + this].
+    config.input.color_jitter = 0.0
     config.input.repeats = 1  # repeated augmentation: views of each drawn image in an epoch
+    config.input.on_bad_image = "error"  # error | skip (another image in place of a broken one)
     config.input.interpolation = "bicubic"  # bicubic | bilinear
     config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side
     config.input.mean = IMAGENET_MEAN

@@ -92,6 +92,14 @@ def test_policies_that_are_none_are_refused(policy):
     assert "rand-m9-mstd0.5-inc1" in message
 
 
+def test_three_augment_takes_the_place_of_a_policy():
+    config = _set(default_config(), "input.three_augment", True)
+    validate(config)
+    config.input.auto_augment = "rand-m9-mstd0.5-inc1"
+    message = _error(config)
+    assert message.startswith("config.input.three_augment is True, but config.input.auto_augment")
+
+
 def test_recipe_file_that_is_missing_or_no_recipe(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.py does not exist"):
         load_config(str(tmp_path / "nowhere.py"))
@@ -192,6 +200,9 @@ def test_structure_replaced_by_an_override():
         ("train.tensorboard", 1, "must be bool"),
         ("model.name", 3, "must be str"),
         ("distill.kind", "warm", "one of none, hard, soft"),
+        ("input.train_crop", "resize", "one of random_resized, simple_random, small"),
+        ("input.on_bad_image", "ignore", "one of error, skip"),
+        ("input.color_jitter", -0.3, "0 or more"),
         ("mixing.prob", 1.5, "between 0 and 1"),
         ("optimizer.lr", -1.0, "0 or more"),
         ("optimizer.lr", float("nan"), "0 or more"),
