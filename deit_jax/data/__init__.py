@@ -17,6 +17,6 @@ for _kind in ("GPU", "TPU"):
     tf.config.set_visible_devices([], _kind)
 
 from deit_jax.data.sources import Source, open_source  # noqa: E402
-from deit_jax.data.stream import eval_batches, example_ids, train_batches  # noqa: E402
+from deit_jax.data.stream import Batches, eval_batches, example_ids, train_batches  # noqa: E402
 
-__all__ = ["Source", "eval_batches", "example_ids", "open_source", "train_batches"]
+__all__ = ["Batches", "Source", "eval_batches", "example_ids", "open_source", "train_batches"]

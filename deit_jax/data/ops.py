@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from deit_jax.data.randaugment import rand_augment
 from deit_jax.data.resize import resize
+from deit_jax.data.tone import compiled
 from deit_jax.policy import parse_policy
 
 _CROP, _FLIP, _AUGMENT = range(3)  # what a seed is folded with, one number per random operation
@@ -22,32 +23,46 @@ _TRIES = 10
 def train_transform(
     input_config: ConfigDict, *, image_size: int
 ) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """The training augmentation: (data, seed) → uint8 [image_size, image_size, 3]."""
+    """The training augmentation: (data, seeds int64 [n, 2]) → uint8 [n, S, S, 3].
+
+    Every seed is a view of the image. Of a JPEG with a single view only the crop is decoded, unless
+    broken images are to be skipped: whether one is broken must not depend on the crop.
+    """
     interpolation = input_config.interpolation
+    crop = {name: input_config[name] for name in ("scale", "ratio")}
     policy = parse_policy(input_config.auto_augment) if input_config.auto_augment else None
     fill = tuple(max(0, min(255, round(255 * mean))) for mean in input_config.mean)
+    decode_all = input_config.train_crop != "random_resized" or input_config.on_bad_image == "skip"
 
-    def transform(data: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        crop_seed = fold(seed, _CROP)
-        if input_config.train_crop == "small":
-            image = resize_whole(decode(data), size=image_size, interpolation=interpolation)
-            image = pad_and_crop(image, crop_seed, pad=input_config.pad)
+    def transform(data: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+        if data.dtype != tf.string:
+            whole = tf.constant(True)
         else:
-            image = random_resized_crop(
-                data,
-                crop_seed,
-                size=image_size,
-                scale=input_config.scale,
-                ratio=input_config.ratio,
-                interpolation=interpolation,
+            whole = decode_all | (tf.shape(seeds)[0] > 1) | ~tf.io.is_jpeg(data)
+        image = tf.cond(whole, lambda: decode(data), lambda: tf.zeros((0, 0, 3), tf.uint8))
+
+        def view(seed: tf.Tensor) -> tf.Tensor:
+            crop_seed = fold(seed, _CROP)
+            if input_config.train_crop == "small":
+                cut = resize_whole(image, size=image_size, interpolation=interpolation)
+                cut = pad_and_crop(cut, crop_seed, pad=input_config.pad)
+            else:
+                cut = tf.cond(
+                    whole,
+                    lambda: random_cut(image, crop_seed, **crop),
+                    lambda: random_jpeg_cut(data, crop_seed, **crop),
+                )
+                cut = resize(cut, (image_size, image_size), interpolation=interpolation)
+            cut = tf.ensure_shape(cut, (image_size, image_size, 3))
+            cut = random_flip(cut, fold(seed, _FLIP), probability=input_config.hflip)
+            if policy is None:
+                return cut
+            return rand_augment(
+                cut, fold(seed, _AUGMENT), policy=policy, interpolation=interpolation, fill=fill
             )
-        image = random_flip(image, fold(seed, _FLIP), probability=input_config.hflip)
-        image = tf.ensure_shape(image, (image_size, image_size, 3))
-        if policy is None:
-            return image
-        return rand_augment(
-            image, fold(seed, _AUGMENT), policy=policy, interpolation=interpolation, fill=fill
-        )
+
+        views = tf.TensorSpec((image_size, image_size, 3), tf.uint8)
+        return tf.map_fn(view, seeds, parallel_iterations=1, fn_output_signature=views)
 
     return transform
 
@@ -87,38 +102,26 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     return tf.cond(tf.io.is_jpeg(data), lambda: _decode_jpeg(data), lambda: _decode_other(data))
 
 
-def random_resized_crop(
-    data: tf.Tensor,
-    seed: tf.Tensor,
-    *,
-    size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    interpolation: str,
+def random_cut(
+    image: tf.Tensor, seed: tf.Tensor, *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tf.Tensor:
-    """torchvision's RandomResizedCrop: cuts a random box and resizes it to uint8 [size, size, 3].
-
-    Of a JPEG only the box is decoded. Pixels outside the box do not influence the result.
-    """
-
-    def crop_jpeg() -> tf.Tensor:
-        height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(data))
-        box = random_box(height, width, seed, scale=scale, ratio=ratio)
-        return decode_jpeg_box(data, box, width)
-
-    def crop_decoded() -> tf.Tensor:
-        image = _decode_other(data) if data.dtype == tf.string else data
-        height, width, _ = tf.unstack(tf.shape(image))
-        top, left, box_height, box_width = random_box(height, width, seed, scale=scale, ratio=ratio)
-        return image[top : top + box_height, left : left + box_width]
-
-    if data.dtype == tf.string:
-        image = tf.cond(tf.io.is_jpeg(data), crop_jpeg, crop_decoded)
-    else:
-        image = crop_decoded()
-    return resize(image, (size, size), interpolation=interpolation)
+    """The box of torchvision's RandomResizedCrop out of a decoded image [h, w, 3], not resized."""
+    height, width, _ = tf.unstack(tf.shape(image))
+    box = random_box(height, width, seed, scale=scale, ratio=ratio)
+    top, left, height, width = tf.unstack(box)
+    return image[top : top + height, left : left + width]
 
 
+def random_jpeg_cut(
+    data: tf.Tensor, seed: tf.Tensor, *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tf.Tensor:
+    """`random_cut` of the bytes of a JPEG, of which only the box is decoded."""
+    height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(data))
+    box = random_box(height, width, seed, scale=scale, ratio=ratio)
+    return decode_jpeg_box(data, box, width)
+
+
+@compiled
 def random_box(
     height: tf.Tensor,
     width: tf.Tensor,
@@ -126,8 +129,8 @@ def random_box(
     *,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Draws the box (top, left, height, width) of RandomResizedCrop, as int32 scalars.
+) -> tf.Tensor:
+    """Draws the box (top, left, height, width) of RandomResizedCrop, int32 [4].
 
     The first of ten draws of area and aspect that fits is placed uniformly; if none fits, the box
     is the largest centred one whose aspect is inside `ratio`.
@@ -144,25 +147,21 @@ def random_box(
     # At most one of the two minima binds, since ratio[0] <= ratio[1].
     centred_height = tf.minimum(tall, tf.round(wide / ratio[0]))
     centred_width = tf.minimum(wide, tf.round(tall * ratio[1]))
-    box_height = tf.cast(tf.where(found, heights[first], centred_height), tf.int32)
-    box_width = tf.cast(tf.where(found, widths[first], centred_width), tf.int32)
+    box_height = tf.cast(tf.where(found, tf.gather(heights, first), centred_height), tf.int32)
+    box_width = tf.cast(tf.where(found, tf.gather(widths, first), centred_width), tf.int32)
     room_y, room_x = height - box_height, width - box_width
     top = tf.where(found, _integer(fold(seed, 2), room_y), room_y // 2)
     left = tf.where(found, _integer(fold(seed, 3), room_x), room_x // 2)
-    return top, left, box_height, box_width
+    return tf.stack([top, left, box_height, box_width])
 
 
-def decode_jpeg_box(
-    data: tf.Tensor,
-    box: tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor],
-    image_width: tf.Tensor,
-) -> tf.Tensor:
-    """Decodes the box (top, left, height, width) of a JPEG: equal to cutting the decoded image.
+def decode_jpeg_box(data: tf.Tensor, box: tf.Tensor, image_width: tf.Tensor) -> tf.Tensor:
+    """Decodes the box (int32 [4]: top, left, height, width) of a JPEG, as if cut out of the whole.
 
     Chroma is interpolated from the neighbouring columns, which libjpeg does not have at the edge of
     what it decodes; one more column on either side makes the box exact.
     """
-    top, left, height, width = box
+    top, left, height, width = tf.unstack(box)
     begin = tf.maximum(left - 1, 0)
     end = tf.minimum(left + width + 1, image_width)
     image = tf.io.decode_and_crop_jpeg(
@@ -171,10 +170,11 @@ def decode_jpeg_box(
     return image[:, left - begin : left - begin + width]
 
 
+@compiled
 def random_flip(image: tf.Tensor, seed: tf.Tensor, *, probability: float) -> tf.Tensor:
     """Mirrors the image left to right with the given probability."""
     flip = _uniform(seed, (), 0.0, 1.0) < probability
-    return tf.cond(flip, lambda: tf.reverse(image, (1,)), lambda: image)
+    return tf.where(flip, tf.reverse(image, (1,)), image)
 
 
 def pad_and_crop(image: tf.Tensor, seed: tf.Tensor, *, pad: int) -> tf.Tensor:

@@ -1,13 +1,9 @@
-"""Position arithmetic: which example stands in which row of which batch.
+"""Batches of images for training and evaluation, from any step on, for any number of processes.
 
-The training stream is endless. Its element at position p is a pure function of (seed, p): p gives
-the epoch and the place in it, a keyed permutation gives the image, and p seeds the augmentation.
-There are no shuffle buffers, so any step starts at once and a run resumes by its step number alone.
-Rows belong to the global batch first and to processes second; more processes change nothing.
+What stands where is arithmetic (`order`). The views of an image that stand in one process's rows of
+a batch are loaded together, since reading and decoding it costs as much as all the rest.
 """
 
-import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterator
 
@@ -16,12 +12,15 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit_jax.data import ops
+from deit_jax.data.order import NONE, Order, Rows, among
 from deit_jax.data.sources import Source
 from deit_jax.errors import InputError
 
 _PREFETCH = 2  # batches; a DeiT batch of 1024 is 154 MB
+_OUTSIDE = "label outside the class range"  # a mistake in the data set, not a broken image
 
 Batch = dict[str, np.ndarray]
+Tensors = dict[str, tf.Tensor]
 
 
 def train_batches(
@@ -36,7 +35,7 @@ def train_batches(
     group_size: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> "Batches":
     """Yields this process's rows of the global batches from `start_step` on, without end.
 
     Args:
@@ -47,18 +46,19 @@ def train_batches(
       steps_per_epoch: batches after which a new permutation begins.
       seed: of order and augmentation.
       start_step: number of the first batch; any number is as quick as 0.
-      group_size: consecutive rows that stand for one GPU of the reference (`_Order.position`).
+      group_size: consecutive rows that stand for one GPU of the reference (`order.Order`).
       process_index: of this process.
       process_count: processes that share the batch; each takes batch_size / process_count rows.
 
     Returns:
-      {"image": uint8 [b, S, S, 3], "label": int32 [b]}, read-only.
+      {"image": uint8 [b, S, S, 3], "label": int32 [b]}, read-only. Where `on_bad_image` is "skip",
+      the next readable image of the epoch takes the place of one that cannot be read.
 
     Raises:
       InputError: arguments that do not fit together; while iterating, an example that cannot be
         read, by name.
     """
-    order = _Order(
+    order = Order(
         num_examples=source.num_examples,
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
@@ -66,20 +66,39 @@ def train_batches(
         repeats=input_config.repeats,
         group_size=group_size or batch_size,
     )
-    rows = _Rows(batch_size, process_index, process_count)
+    rows = Rows(batch_size, process_index, process_count)
     transform = ops.train_transform(input_config, image_size=image_size)
 
-    def load(row: tf.Tensor) -> dict[str, tf.Tensor]:
-        position = order.position(row)
-        data, label = source.fetch(order.index(position))
-        image = transform(data, tf.stack([tf.cast(seed, tf.int64), position]))
-        return {"image": image, "label": _checked(label, source.num_classes)}
+    def units(step: tf.Tensor, unreadable: list[int]) -> Tensors:
+        slots = order.slots(step)
+        positions = order.positions(slots)
+        local = rows.local_row(order.row(positions, step))
+        views = {"index": order.index(slots, unreadable), "position": positions, "row": local}
+        mine = tf.reduce_any(local != NONE, axis=1)
+        views = {name: tf.boolean_mask(value, mine) for name, value in views.items()}
+        # Without repeats this is the order of the rows.
+        by_row = tf.argsort(tf.reduce_max(views["row"], axis=1))
+        return {name: tf.gather(value, by_row) for name, value in views.items()}
 
-    def name(row: tf.Tensor) -> str:
-        return source.example_id(int(order.index(order.position(row))))
+    def load(unit: Tensors) -> Tensors:
+        present = unit["row"] != NONE
+        positions = tf.boolean_mask(unit["position"], present)
+        data, label = source.fetch(unit["index"])
+        seeds = tf.stack([tf.fill(tf.shape(positions), tf.cast(seed, tf.int64)), positions], axis=1)
+        return {
+            "image": transform(data, seeds),
+            "label": tf.fill(tf.shape(positions), _checked(label, source.num_classes)),
+            "row": tf.boolean_mask(unit["row"], present),
+        }
 
-    dataset = tf.data.Dataset.range(start_step * rows.local, tf.int64.max)
-    return _iterate(dataset, load, name, rows, first_batch=start_step, source=source)
+    return Batches(
+        source,
+        units,
+        load,
+        rows=rows.local,
+        steps=(start_step, tf.int64.max),
+        skip=input_config.on_bad_image == "skip",
+    )
 
 
 def eval_batches(
@@ -90,11 +109,11 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> "Batches":
     """Yields this process's rows of one pass over the split, every example once, in order.
 
     Every process yields ceil(num_examples / batch_size) batches; rows past the end are zeros with
-    mask 0.
+    mask 0, and so are images that cannot be read where `on_bad_image` is "skip".
 
     Returns:
       {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": float32 [b]}, read-only.
@@ -102,27 +121,38 @@ def eval_batches(
     Raises:
       InputError: as `train_batches`.
     """
-    rows = _Rows(batch_size, process_index, process_count)
+    rows = Rows(batch_size, process_index, process_count)
     transform = ops.eval_transform(input_config, image_size=image_size)
 
-    def example(row: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        data, label = source.fetch(row)
+    def units(step: tf.Tensor, unreadable: list[int]) -> Tensors:
+        index = step * batch_size + rows.first + tf.range(rows.local, dtype=tf.int64)
+        real = (index < source.num_examples) & ~among(index, unreadable)
+        return {"index": tf.where(real, index, NONE)}
+
+    def example(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        data, label = source.fetch(index)
         return transform(data), _checked(label, source.num_classes)
 
     def padding() -> tuple[tf.Tensor, tf.Tensor]:
         return tf.zeros((image_size, image_size, 3), tf.uint8), tf.constant(0, tf.int32)
 
-    def load(row: tf.Tensor) -> dict[str, tf.Tensor]:
-        real = row < source.num_examples
-        image, label = tf.cond(real, lambda: example(row), padding)
-        return {"image": image, "label": label, "mask": tf.cast(real, tf.float32)}
+    def load(unit: Tensors) -> Tensors:
+        real = unit["index"] != NONE
+        image, label = tf.cond(real, lambda: example(unit["index"]), padding)
+        return {
+            "image": image[None],
+            "label": label[None],
+            "mask": tf.cast(real, tf.float32)[None],
+        }
 
-    def name(row: tf.Tensor) -> str:
-        return source.example_id(int(row))
-
-    batches = -(-source.num_examples // batch_size)
-    dataset = tf.data.Dataset.range(batches * rows.local)
-    return _iterate(dataset, load, name, rows, first_batch=0, source=source)
+    return Batches(
+        source,
+        units,
+        load,
+        rows=rows.local,
+        steps=(0, -(-source.num_examples // batch_size)),
+        skip=input_config.on_bad_image == "skip",
+    )
 
 
 def example_ids(
@@ -136,7 +166,7 @@ def example_ids(
     group_size: int | None = None,
 ) -> list[str]:
     """The names of the examples in the global training batch of a step, row by row."""
-    order = _Order(
+    order = Order(
         num_examples=source.num_examples,
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
@@ -144,123 +174,111 @@ def example_ids(
         repeats=repeats,
         group_size=group_size or batch_size,
     )
-    rows = tf.data.Dataset.range(step * batch_size, (step + 1) * batch_size)
-    indices = rows.map(lambda row: order.index(order.position(row)))
-    return [source.example_id(int(index)) for index in indices.as_numpy_iterator()]
+    step = tf.constant(step, tf.int64)
+    slots = order.slots(step)
+    rows = order.row(order.positions(slots), step).numpy()
+    ids = [""] * batch_size
+    for index, views in zip(order.index(slots).numpy(), rows, strict=True):
+        for row in views[views != NONE]:
+            ids[row] = source.example_id(int(index))
+    return ids
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Order:
-    """The order of the training stream, as arithmetic on int64 scalars."""
+class Batches(Iterator[Batch]):
+    """Batches of one process, in order.
 
-    num_examples: int
-    batch_size: int
-    steps_per_epoch: int
-    seed: int
-    repeats: int
-    group_size: int
+    Attributes:
+      skipped: examples that could not be read so far, by name, each with the reason. Always empty
+        unless `on_bad_image` is "skip": the first such example is an error then.
+    """
 
-    def __post_init__(self) -> None:
-        if self.batch_size % self.group_size:
-            raise InputError(
-                f"group_size is {self.group_size}, which does not divide the batch of "
-                f"{self.batch_size}; choose a divisor"
-            )
-        images = self.steps_per_epoch * self.batch_size
-        views = self.num_examples * self.repeats
-        if not 0 < images <= views:
-            raise InputError(
-                f"an epoch of {self.steps_per_epoch} batches of {self.batch_size} does not fit "
-                f"{self.num_examples} examples × {self.repeats} repeats; choose a batch and a "
-                f"number of steps whose product is in 1..{views}"
-            )
+    def __init__(
+        self,
+        source: Source,
+        units: Callable[[tf.Tensor, list[int]], Tensors],
+        load: Callable[[Tensors], Tensors],
+        *,
+        rows: int,
+        steps: tuple[int, int],
+        skip: bool,
+    ) -> None:
+        """Batches of `rows` rows for the steps from one to before another.
 
-    def position(self, row: tf.Tensor) -> tf.Tensor:
-        """Stream position of a global row, counted over all batches.
-
-        The reference's sampler deals positions to its W GPUs in turn, so that the repeats of an
-        image go to different GPUs: row j of GPU g in a batch has position g + W·j.
+        `units` says what to load for a step: one entry an example, its `index` among others.
+        `load` turns an entry into one or more rows.
         """
-        batch, row = row // self.batch_size, row % self.batch_size
-        group, place = row // self.group_size, row % self.group_size
-        return batch * self.batch_size + group + place * (self.batch_size // self.group_size)
+        self.skipped: dict[str, str] = {}
+        self._source, self._units, self._load, self._rows = source, units, load, rows
+        self._step, self._end = steps
+        self._skip = skip
+        self._unreadable: list[int] = []
+        self._iterator = self._open()
 
-    def index(self, position: tf.Tensor) -> tf.Tensor:
-        """Example at a stream position: each epoch permutes the split, then repeats in place."""
-        epoch_size = self.steps_per_epoch * self.batch_size
-        epoch, offset = position // epoch_size, position % epoch_size
-        if self.num_examples == 1:  # index_shuffle needs two
-            return tf.zeros_like(offset)
-        return tf.random.experimental.index_shuffle(
-            offset // self.repeats,
-            seed=tf.stack([tf.cast(self.seed, tf.int64), epoch]),
-            max_index=tf.constant(self.num_examples - 1, tf.int64),
-        )
+    def __next__(self) -> Batch:
+        while True:
+            try:
+                batch = next(self._iterator)
+            except tf.errors.OpError as error:
+                self._find_unreadable(error)
+                self._iterator = self._open()
+            else:
+                self._step += 1
+                return batch
 
+    def _open(self) -> Iterator[Batch]:
+        dataset = tf.data.Dataset.range(self._step, self._end)
+        dataset = dataset.flat_map(self._entries)
+        dataset = dataset.map(self._load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        dataset = dataset.rebatch(self._rows, drop_remainder=True).map(_in_order_of_rows)
+        return dataset.prefetch(_PREFETCH).as_numpy_iterator()
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """This process's share of the rows of every global batch."""
+    def _entries(self, step: tf.Tensor) -> tf.data.Dataset:
+        return tf.data.Dataset.from_tensor_slices(self._units(step, self._unreadable))
 
-    batch_size: int
-    process_index: int
-    process_count: int
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.batch_size % self.process_count:
-            raise InputError(
-                f"batch_size is {self.batch_size}, expected a positive multiple of the "
-                f"{self.process_count} processes that share it"
-            )
-
-    @property
-    def local(self) -> int:
-        return self.batch_size // self.process_count
-
-    def global_row(self, local_row: tf.Tensor) -> tf.Tensor:
-        """Global row, counted over all batches, of a local row, counted likewise."""
-        batch, row = local_row // self.local, local_row % self.local
-        return batch * self.batch_size + self.process_index * self.local + row
-
-
-def _iterate(
-    dataset: tf.data.Dataset,
-    load: Callable[[tf.Tensor], dict[str, tf.Tensor]],
-    name: Callable[[tf.Tensor], str],
-    rows: _Rows,
-    *,
-    first_batch: int,
-    source: Source,
-) -> Iterator[Batch]:
-    """Loads and batches the local rows in `dataset`; a failure names its example."""
-    dataset = dataset.map(rows.global_row)
-    dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    dataset = dataset.batch(rows.local, drop_remainder=True).prefetch(_PREFETCH)
-    iterator = dataset.as_numpy_iterator()
-    for number in itertools.count(first_batch):
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except tf.errors.OpError:
-            # tf.data does not say which element failed: load the batch again, one by one.
-            span = tf.data.Dataset.range(number * rows.local, (number + 1) * rows.local)
-            singles = iter(span.map(rows.global_row).map(load))
-            for row in span.map(rows.global_row):
-                try:
-                    next(singles)
-                except tf.errors.OpError as cause:
+    def _find_unreadable(self, error: tf.errors.OpError) -> None:
+        """Finds what cannot be loaded in the present batch; raises InputError unless it may go."""
+        # tf.data does not say which element failed: load the batch again, one by one.
+        entries = self._entries(tf.constant(self._step, tf.int64))
+        loaded = iter(entries.map(self._load))
+        found = False
+        for entry in entries.as_numpy_iterator():
+            try:
+                next(loaded)
+            except tf.errors.OpError as cause:
+                found = True
+                name, reason = self._source.example_id(int(entry["index"])), _reason(cause)
+                if not self._skip or _OUTSIDE in reason:
                     raise InputError(
-                        f"{source.description}: {name(row)} cannot be used: {_reason(cause)}; "
+                        f"{self._source.description}: {name} cannot be used: {reason}; "
                         "replace or remove it"
                     ) from cause
-            raise
-        yield batch
+                self.skipped[name] = reason
+                self._unreadable.append(int(entry["index"]))
+        if not found:
+            raise error
+        if len(self._unreadable) == self._source.num_examples:
+            raise InputError(
+                f"{self._source.description}: none of its {self._source.num_examples} images can "
+                f"be read ({name}: {reason})"
+            ) from error
+
+
+def _in_order_of_rows(batch: Tensors) -> Tensors:
+    row = batch.pop("row", None)
+    if row is None:
+        return batch
+    order = tf.argsort(row)
+
+    def gather(value: tf.Tensor) -> tf.Tensor:
+        return tf.gather(value, order)
+
+    in_order = tf.reduce_all(row[1:] > row[:-1])
+    return tf.cond(in_order, lambda: batch, lambda: tf.nest.map_structure(gather, batch))
 
 
 def _checked(label: tf.Tensor, num_classes: int) -> tf.Tensor:
     inside = (label >= 0) & (label < num_classes)
-    message = f"label outside the class range 0..{num_classes - 1}:"
+    message = f"{_OUTSIDE} 0..{num_classes - 1}:"
     with tf.control_dependencies([tf.debugging.Assert(inside, [message, label])]):
         return tf.identity(label)
 

@@ -47,6 +47,9 @@ def input_config():
             "interpolation": "bicubic",
             "crop_ratio": 0.875,
             "mean": (0.485, 0.456, 0.406),
+            "on_bad_image": "error",
+            "three_augment": False,
+            "color_jitter": 0.0,
         }
     )
 

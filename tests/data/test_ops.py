@@ -45,12 +45,9 @@ def test_decode_equals_pillow_for_every_kind_of_file(jpegs):
 
 
 def test_jpeg_box_equals_the_cut_of_the_decoded_image(jpegs):
-    box_spec = [tf.TensorSpec((), tf.int32)] * 5
+    specs = (tf.string, ()), (tf.int32, (4,)), (tf.int32, ())
     function = tf.function(
-        lambda data, top, left, height, width, all_columns: ops.decode_jpeg_box(
-            data, (top, left, height, width), all_columns
-        ),
-        input_signature=[tf.TensorSpec((), tf.string), *box_spec],
+        ops.decode_jpeg_box, input_signature=[tf.TensorSpec(shape, kind) for kind, shape in specs]
     )
     rng = np.random.default_rng(0)
     for path in jpegs:
@@ -60,7 +57,7 @@ def test_jpeg_box_equals_the_cut_of_the_decoded_image(jpegs):
             top = int(rng.integers(0, image.shape[0] - height + 1))
             left = int(rng.integers(0, image.shape[1] - width + 1)) // left_step * left_step
             box = (top, left, height, width)
-            got = function(path.read_bytes(), *box, image.shape[1])
+            got = function(path.read_bytes(), box, image.shape[1])
             want = image[top : top + height, left : left + width]
             np.testing.assert_array_equal(got, want, err_msg=f"{path.name} {box}")
 
@@ -95,24 +92,25 @@ def test_evaluation_rounds_offsets_half_to_even(input_config):
 
 
 def test_random_resized_crop_is_pils_resize_of_the_box(jpegs, input_config):
+    """Of one view, of two of the same JPEG, of a PNG; flipped or not by a flip of its own."""
+    input_config.hflip = 0.0
     settings = {"scale": input_config.scale, "ratio": input_config.ratio}
-    function = tf.function(
-        lambda data, seed: ops.random_resized_crop(
-            data, seed, size=64, interpolation="bicubic", **settings
-        ),
-        input_signature=[tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int64)],
-    )
+    specs = [tf.TensorSpec((), tf.string), tf.TensorSpec((None, 2), tf.int64)]
+    function = tf.function(ops.train_transform(input_config, image_size=64), input_signature=specs)
     for number, path in enumerate(jpegs):
-        seed = tf.constant([number, 2], tf.int64)
         image = Image.open(path).convert("RGB")
-        box = ops.random_box(tf.constant(image.height), tf.constant(image.width), seed, **settings)
-        top, left, height, width = (int(value) for value in box)
-        want = image.crop((left, top, left + width, top + height)).resize(
-            (64, 64), Image.Resampling.BICUBIC
-        )
-        png = tf.constant(_encode(image, "PNG"))
-        np.testing.assert_array_equal(function(path.read_bytes(), seed), want, err_msg=path.name)
-        np.testing.assert_array_equal(function(png, seed), want, err_msg=path.name)
+        seeds = np.array([[number, 2], [number, 3]])
+        want = []
+        for seed in seeds:
+            crop_seed = ops.fold(tf.constant(seed), ops._CROP)
+            top, left, height, width = ops.random_box(*image.size[::-1], crop_seed, **settings)
+            box = [int(value) for value in (left, top, left + width, top + height)]
+            want.append(np.asarray(image.crop(box).resize((64, 64), Image.Resampling.BICUBIC)))
+        data = path.read_bytes()
+        np.testing.assert_array_equal(function(data, seeds), want, err_msg=path.name)
+        np.testing.assert_array_equal(function(data, seeds[:1]), want[:1], err_msg=path.name)
+        png = _encode(image, "PNG")
+        np.testing.assert_array_equal(function(png, seeds[1:]), want[1:], err_msg=path.name)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 300), (60, 100)])
@@ -125,9 +123,7 @@ def test_boxes_have_torchvisions_distribution(size, input_config):
     count = 4000
     scale, ratio = input_config.scale, input_config.ratio
     ours = _seeds(count).map(
-        lambda seed: tf.stack(
-            ops.random_box(tf.constant(height), tf.constant(width), seed, scale=scale, ratio=ratio)
-        )
+        lambda seed: ops.random_box(height, width, seed, scale=scale, ratio=ratio)
     )
     ours = np.stack(list(ours.as_numpy_iterator())).astype(float)
     blank = torch.zeros(3, height, width)
@@ -157,7 +153,7 @@ def test_box_that_never_fits_is_torchvisions_fallback(size):
     height, width = size
     scale, ratio = (4.0, 4.0), (0.75, 4 / 3)  # four times the image: no draw fits
     want = transforms.RandomResizedCrop.get_params(torch.zeros(3, height, width), scale, ratio)
-    got = ops.random_box(tf.constant(height), tf.constant(width), _SEED, scale=scale, ratio=ratio)
+    got = ops.random_box(height, width, _SEED, scale=scale, ratio=ratio)
     assert tuple(int(value) for value in got) == want
 
 
@@ -193,7 +189,7 @@ def test_small_images_are_resized_whole_and_only_if_needed(input_config):
     training = ops.train_transform(input_config, image_size=16)
     for data in (tf.constant(image), tf.constant(_encode(Image.fromarray(image), "PNG"))):
         np.testing.assert_array_equal(evaluation(data), want)
-        np.testing.assert_array_equal(training(data, _SEED), want)
+        np.testing.assert_array_equal(training(data, _SEED[None])[0], want)
     np.testing.assert_array_equal(evaluation(tf.constant(want)), want)
 
 
@@ -202,8 +198,9 @@ def test_training_is_a_function_of_the_seed_eagerly_and_in_a_map(jpegs, input_co
     input_config.train_crop = train_crop
     data = jpegs[0].read_bytes()
     transform = ops.train_transform(input_config, image_size=32)
-    mapped = _seeds(8).map(lambda seed: transform(tf.constant(data), seed))
+    seeds = list(_seeds(8).as_numpy_iterator())
+    mapped = _seeds(8).batch(4).map(lambda seeds: transform(tf.constant(data), seeds)).unbatch()
     images = list(mapped.as_numpy_iterator())
-    for seed, image in zip(_seeds(8), images, strict=True):
-        np.testing.assert_array_equal(transform(tf.constant(data), seed), image)
+    for seed, image in zip(seeds, images, strict=True):
+        np.testing.assert_array_equal(transform(tf.constant(data), seed[None])[0], image)
     assert len({image.tobytes() for image in images}) == 8

@@ -11,28 +11,29 @@ _FILTERS = {
 }
 
 
-def _compiled(interpolation):
-    scalar = tf.TensorSpec((), tf.int32)
-    signature = [tf.TensorSpec((None, None, 3), tf.uint8), scalar, scalar]
-    return tf.function(
-        lambda image, height, width: resize(image, (height, width), interpolation=interpolation),
-        input_signature=signature,
-    )
-
-
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_equals_pillow_to_the_bit_for_random_sizes(interpolation):
     rng = np.random.default_rng(0)
-    function = _compiled(interpolation)
-    for case in range(120):
-        # From 1 pixel to 300 on each side, in and out: every mix of reducing and enlarging.
-        height, width, to_height, to_width = np.exp(rng.uniform(0, 5.7, 4)).astype(int)
+    for case, to in enumerate(
+        [(64, 64)] * 40 + [(224, 224)] * 10 + [(1, 1), (7, 93), (150, 31)] * 6
+    ):
+        # From 1 pixel to 300 on each side: every mix of reducing and enlarging.
+        height, width = np.exp(rng.uniform(0, 5.7, 2)).astype(int)
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         if case % 2:  # black and white overshoots: the clipping at 0 and 255 matters
             image = (image > 127).astype(np.uint8) * 255
-        want = Image.fromarray(image).resize((to_width, to_height), _FILTERS[interpolation])
-        got = function(image, to_height, to_width).numpy()
-        np.testing.assert_array_equal(got, np.asarray(want), err_msg=f"{image.shape}→{got.shape}")
+        want = Image.fromarray(image).resize(to[::-1], _FILTERS[interpolation])
+        got = resize(tf.constant(image), to, interpolation=interpolation)
+        np.testing.assert_array_equal(got, np.asarray(want), err_msg=f"{image.shape} → {to}")
+
+
+@pytest.mark.parametrize("shape", [(20_000, 3), (3, 20_000), (2_500, 1_900), (32, 229), (48, 240)])
+def test_extreme_sides_and_whole_ratios(shape):
+    """Ratios such as 224/32 put pixels on the very end of a kernel, where it is 0."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    want = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+    got = resize(tf.constant(image), (224, 224), interpolation="bicubic")
+    np.testing.assert_array_equal(got, np.asarray(want))
 
 
 # The last size but one whose passes Pillow 13 keeps in the old order, and the first that it turns.
