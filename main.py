@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from deit_jax import loop
+from deit_jax import command_line, loop
 from deit_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
@@ -39,17 +39,12 @@ def _fail(message: str, *, status: int = 2) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; ml_collections' traceback for a misspelt field becomes one line."""
     try:
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.validate_all_flags()
-        _CONFIG.value.lock()  # locked already: any use raises for a file that is missing
-    except flags.Error as error:
-        _fail(" ".join(str(error).split()))
-    except (AttributeError, KeyError) as error:
-        _fail(f"no such config field: {' '.join(str(error.args[0]).split())}")
-    except (TypeError, ValueError) as error:
-        _fail(f"config field of another type: {' '.join(str(error).split())}")
-    except OSError as error:
-        _fail(f"--config: {str(error).splitlines()[-1].strip()}; recipes live in configs/")
+        with command_line.config_errors():
+            rest = flags.FLAGS(argv)
+            flags.FLAGS.validate_all_flags()
+            _CONFIG.value.lock()  # locked already: any use raises for a file that is missing
+    except InputError as error:
+        _fail(str(error))
     return rest
 
 

@@ -208,8 +208,10 @@ def mix(
     prob: float,
     switch_prob: float,
     replicated: jax.sharding.NamedSharding | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Mixup or cutmix per group of `group_size` consecutive rows; float images, targets [B,K].
+) -> tuple[jax.Array, jax.Array, MixDraw]:
+    """Mixup or cutmix per group of `group_size` consecutive rows.
+
+    Returns the mixed float images [B,H,W,C], the targets [B,K] and the draw of the B/G groups.
 
     The reference draws once per GPU batch; a group stands for such a batch, whatever the number of
     devices. In a program whose batch is sharded, pass the mesh's `replicated` sharding: every
@@ -219,8 +221,6 @@ def mix(
     Raises InputError where `group_size` does not divide the batch.
     """
     targets = one_hot_smooth(labels, num_classes, smoothing)
-    if prob == 0 or (mixup_alpha == 0 and cutmix_alpha == 0):
-        return images, targets
     if group_size < 1 or len(images) % group_size:
         raise InputError(
             f"mixing.group_size is {group_size}, which does not divide the batch of "
@@ -235,9 +235,11 @@ def mix(
         prob=prob,
         switch_prob=switch_prob,
     )
+    if prob == 0 or (mixup_alpha == 0 and cutmix_alpha == 0):
+        return images, targets, draw
     if replicated is not None:
         draw = jax.lax.with_sharding_constraint(draw, replicated)
-    return apply_mix(images, targets, draw)
+    return *apply_mix(images, targets, draw), draw
 
 
 def _beta(key: jax.Array, alpha: float, count: int) -> jax.Array:

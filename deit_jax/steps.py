@@ -98,6 +98,44 @@ def new_state(
     )
 
 
+def step_keys(seed: int, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of a training step: of its augmentation, and of the network's own noise."""
+    augment_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+    return augment_key, noise_key
+
+
+def make_augment(
+    config: ConfigDict, plan: RunPlan, *, replicated: NamedSharding | None = None
+) -> Callable[[jax.Array, dict], tuple[jax.Array, jax.Array, mixing.MixDraw]]:
+    """Builds a recipe's augmentation on the device; arguments as `make_train_step`.
+
+    Returns:
+      augment(key, batch) → (images, targets, draw): what the network sees, float [B,H,W,3], what
+      the loss wants, [B,K], and how the groups were mixed. `batch` as in `make_train_step`.
+    """
+
+    def augment(key: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, mixing.MixDraw]:
+        erase_key, mix_key = jax.random.split(key)
+        images = mixing.normalize(batch["image"], config.input.mean, config.input.std)
+        if config.mixing.random_erasing:
+            images = mixing.random_erasing(erase_key, images, prob=config.mixing.random_erasing)
+        return mixing.mix(
+            mix_key,
+            images,
+            batch["label"],
+            num_classes=plan.num_classes,
+            group_size=plan.group_size,
+            smoothing=config.mixing.smoothing,
+            mixup_alpha=config.mixing.mixup_alpha,
+            cutmix_alpha=config.mixing.cutmix_alpha,
+            prob=config.mixing.prob,
+            switch_prob=config.mixing.switch_prob,
+            replicated=replicated,
+        )
+
+    return augment
+
+
 def make_train_step(
     config: ConfigDict,
     plan: RunPlan,
@@ -125,32 +163,13 @@ def make_train_step(
       A step whose loss or gradient is not finite changes only the counters and `step`.
     """
     distil = config.distill
-
-    def augment(key: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array]:
-        erase_key, mix_key = jax.random.split(key)
-        images = mixing.normalize(batch["image"], config.input.mean, config.input.std)
-        if config.mixing.random_erasing:
-            images = mixing.random_erasing(erase_key, images, prob=config.mixing.random_erasing)
-        return mixing.mix(
-            mix_key,
-            images,
-            batch["label"],
-            num_classes=plan.num_classes,
-            group_size=plan.group_size,
-            smoothing=config.mixing.smoothing,
-            mixup_alpha=config.mixing.mixup_alpha,
-            cutmix_alpha=config.mixing.cutmix_alpha,
-            prob=config.mixing.prob,
-            switch_prob=config.mixing.switch_prob,
-            replicated=replicated,
-        )
+    augment = make_augment(config, plan, replicated=replicated)
 
     def train_step(
         state: TrainState, teacher_variables: Variables | None, batch: dict
     ) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        augment_key, noise_key = jax.random.split(key)
-        images, targets = augment(augment_key, batch)
+        augment_key, noise_key = step_keys(config.train.seed, state.step)
+        images, targets, _ = augment(augment_key, batch)
         teacher_logits = None
         if teacher is not None:
             teacher_logits = teacher_forward(teacher, teacher_variables, images, network.info)

@@ -194,7 +194,7 @@ def test_mix_is_the_identity_when_off_and_checks_the_group_size():
     images, labels = jnp.asarray(random_batch(6, 4, 4)), jnp.array([0, 1, 2, 0, 1, 2])
     options = {"num_classes": 3, "group_size": 2, "smoothing": 0.1}
     for off in ({"prob": 0.0}, {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}):
-        mixed, targets = mixing.mix(jax.random.key(0), images, labels, **options, **BOTH | off)
+        mixed, targets, _ = mixing.mix(jax.random.key(0), images, labels, **options, **BOTH | off)
         np.testing.assert_array_equal(mixed, images)
         np.testing.assert_allclose(targets, 0.9 * np.eye(3)[labels] + 0.1 / 3, atol=1e-7)
         draw = mixing.draw_mix(jax.random.key(0), 3, (4, 4), **BOTH | off)
@@ -208,7 +208,8 @@ def test_groups_are_drawn_independently_and_stay_apart():
     options = {"num_classes": 8, "group_size": 4, "smoothing": 0.0}
     cutmix = BOTH | {"mixup_alpha": 0.0}
     mix = jax.jit(lambda x: mixing.mix(jax.random.key(5), x, labels, **options, **cutmix))
-    mixed, targets = mix(images)
+    mixed, targets, draw = mix(images)
+    np.testing.assert_allclose(targets[jnp.arange(8), labels], draw.lam.repeat(4), rtol=1e-6)
     assert not np.any(np.asarray(targets)[:4, 4:])
     assert not np.any(np.asarray(targets)[4:, :4])
     assert targets[0, 0] != targets[4, 4]
@@ -251,7 +252,7 @@ SHARDED_PROGRAM = textwrap.dedent(
         erase_key, mix_key = jax.random.split(key)
         x = mixing.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         x = mixing.random_erasing(erase_key, x, prob=0.5)
-        x, targets = mixing.mix(
+        x, targets, _ = mixing.mix(
             mix_key, x, labels, num_classes=10, group_size=2, smoothing=0.1, mixup_alpha=0.8,
             cutmix_alpha=1.0, prob=0.9, switch_prob=0.5, replicated=replicated,
         )
