@@ -71,8 +71,10 @@ def config_errors() -> Iterator[None]:
     except flags.Error as error:
         raise InputError(" ".join(str(error).split())) from error
     except (AttributeError, KeyError) as error:
-        message = " ".join(str(error.args[0]).split())
-        raise InputError(f"no such config field: {message}") from error
+        cause = error.args[0]
+        if isinstance(cause, KeyError):  # the text of a KeyError is its message in quotes
+            cause = cause.args[0]
+        raise InputError(f"no such config field: {' '.join(str(cause).split())}") from error
     except (TypeError, ValueError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"config field of another type: {message}") from error

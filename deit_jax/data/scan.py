@@ -1,0 +1,97 @@
+"""Reads and decodes every example of a split once, to find what training would stumble over."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from deit_jax.data import ops, stream
+from deit_jax.data.sources import Source
+from deit_jax.errors import brief
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_COLOUR_TYPE = 25  # offset of this byte in a PNG file
+_CHUNK = 64  # examples handed from TensorFlow to Python at a time
+
+# What `_colours` returns: the components of a JPEG, 10 + the colour type of a PNG.
+_COLOURS = {
+    1: "grey", 3: "RGB", 4: "CMYK",
+    10: "grey", 12: "RGB", 13: "palette", 14: "alpha", 16: "alpha",
+}  # fmt: skip
+
+
+class Example(NamedTuple):
+    """An example that was decoded."""
+
+    index: int
+    label: int
+    height: int
+    width: int
+    colours: str  # of the file: "grey", "RGB", "CMYK", "palette" or "alpha"; "" where not known
+    fingerprint: int  # int64, equal for equal files, and hardly ever for others
+
+
+class Unreadable(NamedTuple):
+    """An example that training could not use."""
+
+    index: int
+    reason: str
+
+
+def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
+    """Yields what is known of every example of a split, in order.
+
+    Whole images are decoded, by training's decoder. Memory stays small at any number of examples.
+
+    Args:
+      source: the split.
+      workers: images that are read and decoded at a time.
+    """
+
+    def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        data, label = source.fetch(index)
+        image = ops.decode(data)
+        height, width, _ = tf.unstack(tf.shape(image))
+        hashed = tf.bitcast(tf.fingerprint(tf.reshape(data, (1, -1)))[0], tf.int64)
+        return index, label, height, width, _colours(data), hashed
+
+    dataset = tf.data.Dataset.range(source.num_examples)
+    dataset = dataset.map(load, num_parallel_calls=workers, deterministic=True).ignore_errors()
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = workers
+    due = 0
+    for chunk in dataset.batch(_CHUNK).with_options(options).as_numpy_iterator():
+        for facts in zip(*(column.tolist() for column in chunk), strict=True):
+            index, label, height, width, colours, fingerprint = facts
+            yield from _missed(range(due, index), load)
+            yield Example(index, label, height, width, _COLOURS.get(colours, ""), fingerprint)
+            due = index + 1
+    yield from _missed(range(due, source.num_examples), load)
+
+
+def _missed(indices: range, load: Callable) -> Iterator[Unreadable]:
+    """Loads again, one by one, what the parallel pass dropped: it does not give the reasons."""
+    for index in indices:
+        try:
+            load(tf.constant(index, tf.int64))
+            reason = "could not be read at first, but later; is the storage reliable?"
+        except tf.errors.OpError as error:
+            reason = stream._reason(error)
+        except Exception as error:  # the ArrayRecord reader is Python, and raises what it likes
+            reason = brief(error)
+        yield Unreadable(index, reason)
+
+
+def _colours(data: tf.Tensor) -> tf.Tensor:
+    if data.dtype != tf.string:
+        return tf.constant(0)
+
+    def png() -> tf.Tensor:
+        colour_type = tf.io.decode_raw(tf.strings.substr(data, _PNG_COLOUR_TYPE, 1), tf.uint8)[0]
+        return 10 + tf.cast(colour_type, tf.int32)
+
+    def other() -> tf.Tensor:
+        is_png = tf.strings.substr(data, 0, len(_PNG)) == _PNG
+        return tf.cond(is_png, png, lambda: tf.constant(0))
+
+    return tf.cond(tf.io.is_jpeg(data), lambda: tf.io.extract_jpeg_shape(data)[2], other)
