@@ -265,7 +265,7 @@ DIGITS = "--config=configs/digits.py"
             "--step is 1320, but training has",
         ),
         ([DIGITS, "--out", "x.png", "--config.train.batch_size=2000"], "only 1438 images"),
-        (["--out", "x.png", "--randaugment", "rand-m9"], "needs an IMAGE, or --config"),
+        (["--out", "x.png", "--randaugment", "rand-m9"], "--config or an IMAGE is missing"),
         ([DIGITS, "--out", "x.png", "--randaugment", "rand-q9"], "'q9'"),
         ([DIGITS, "--out", "x.png", "--randaugment", "rand-m9", "--step=1"], "--step has no"),
         (["--out", "x.png", "--randaugment", "rand-m9", "no.jpg"], "no.jpg: no such image"),

@@ -10,12 +10,12 @@ beside it. Text shows percent, CSV and JSON hold probabilities from 0 to 1. A pi
 read is named on stderr and left out, and the exit status is then 1; other mistakes end with 2.
 """
 
-import argparse
 import contextlib
 import csv
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import deit_jax  # noqa: E402
-from deit_jax import imagenet  # noqa: E402
+from deit_jax import command_line, imagenet  # noqa: E402
 from deit_jax.errors import InputError, brief, exit_status  # noqa: E402
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -39,23 +39,13 @@ FEW = 4  # so many pictures need no progress bar
 Result = dict[str, Any]  # a picture's line of JSON
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message}; see --help")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Predicts, prints or writes; returns the exit status."""
     return exit_status(lambda: _run(_arguments(argv)))
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    usage, _, notes = __doc__.partition("\n\n")[2].partition("\n\n")
-    parser = _Parser(
-        description=__doc__.splitlines()[0],
-        epilog=f"examples:\n{usage}\n\n{notes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _arguments(argv: list[str] | None) -> Namespace:
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="model folder, or the run that holds it")
     add("images", nargs="+", metavar="IMAGE", help="image file, or folder searched with all below")
@@ -95,7 +85,7 @@ def find_images(paths: list[str]) -> list[Path]:
     return files
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: Namespace) -> int:
     """Predicts and reports; returns 1 where some pictures could not be read, else 0."""
     files = find_images(arguments.images)
     model = deit_jax.load_model(arguments.model)

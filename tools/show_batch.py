@@ -75,21 +75,19 @@ def _arguments(argv: list[str]) -> Namespace:
         raise InputError(f"--out is {arguments.out}, expected a name that ends in .png")
     if not os.access(arguments.out.absolute().parent, os.W_OK):
         raise InputError(f"--out {arguments.out}: its folder is missing or cannot be written to")
-    if arguments.randaugment is None:
-        if arguments.image is not None:
-            raise InputError(f"unexpected argument {arguments.image!r} without --randaugment")
-        if arguments.config is None:
-            raise InputError("--config is missing; name a recipe, such as configs/digits.py")
-        arguments.step = 0 if arguments.step is None else arguments.step
-        arguments.count = 24 if arguments.count is None else arguments.count
-        if arguments.count < 1:
-            raise InputError(f"--count is {arguments.count}, expected 1 or more")
-    else:
-        for name in ("step", "count"):
-            if getattr(arguments, name) is not None:
-                raise InputError(f"--{name} has no meaning with --randaugment; remove it")
-        if arguments.config is None and arguments.image is None:
-            raise InputError("--randaugment needs an IMAGE, or --config for a picture of its data")
+    sheet = arguments.randaugment is not None
+    for name, default in (("step", 0), ("count", 24)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif sheet:
+            raise InputError(f"--{name} has no meaning with --randaugment; remove it")
+    if arguments.count < 1:
+        raise InputError(f"--count is {arguments.count}, expected 1 or more")
+    if arguments.image is not None and not sheet:
+        raise InputError(f"unexpected argument {arguments.image!r} without --randaugment")
+    if arguments.config is None and arguments.image is None:
+        other = " or an IMAGE" if sheet else ""
+        raise InputError(f"--config{other} is missing; name a recipe, such as configs/digits.py")
     return arguments
 
 
@@ -183,24 +181,19 @@ def batch_of_step(
         return images[:count], targets[:count], draw
 
     images, targets, draw = jax.device_get(see(batch))
+    values = 255 * (images * np.float64(config.input.std) + np.float64(config.input.mean))
     smoothing = config.mixing.smoothing
     groups = np.arange(len(images)) // plan.group_size
     with np.errstate(invalid="ignore"):  # smoothing 1 leaves no class anything of its own
         weights = (targets - smoothing / plan.num_classes) / np.float64(1 - smoothing)
     return Batch(
-        pixels=_pixels(images, config.input),
+        pixels=np.rint(values).clip(0, 255).astype(np.uint8),  # erasing's noise goes beyond
         labels=batch["label"][: len(images)],
         weights=weights,
         groups=groups,
         lam=draw.lam[groups],
         cutmix=draw.use_cutmix[groups],
     )
-
-
-def _pixels(images: np.ndarray, input_config: ConfigDict) -> np.ndarray:
-    """Undoes the normalisation; the noise of erasing goes beyond black and white and is cut."""
-    values = images * np.float64(input_config.std) + np.float64(input_config.mean)
-    return np.rint(255 * values).clip(0, 255).astype(np.uint8)
 
 
 def _caption(batch: Batch, row: int, names: list[str]) -> list[list[str]]:
