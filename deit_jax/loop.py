@@ -117,7 +117,7 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
             # Asked once a step: a signal between two answers must not skip the save.
             last, stop, results = step == plan.total_steps, stopped(step), None
             if last or step % config.train.log_every_steps == 0:
-                values = window.means() | progress.report(step)
+                values = window.means() | progress.report(step) | _skipped(batches)
                 writer.write(step, "train", values)
                 say(train_line(step, plan.total_steps, plan.steps_per_epoch, values), on=first)
 
@@ -275,7 +275,13 @@ def _eval_pass(setup: Setup, eval_step: object, weights: dict[str, steps.Variabl
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return evaluate(eval_step, weights, batches, parallel.batch_sharding(setup.mesh))
+    results = evaluate(eval_step, weights, batches, parallel.batch_sharding(setup.mesh))
+    return results | _skipped(batches)
+
+
+def _skipped(batches: Iterator[dict]) -> dict[str, int]:
+    """How many images could not be read by this process, if any; else nothing."""
+    return {"skipped_images": len(batches.skipped)} if batches.skipped else {}
 
 
 def _evaluator(setup: Setup) -> functools.partial:

@@ -124,13 +124,18 @@ def train_line(step: int, total_steps: int, steps_per_epoch: int, values: dict[s
         parts.append(f"ETA {duration(values['eta_seconds'])}")
     if values["nonfinite_total"]:
         parts.append(f"{values['nonfinite_total']:.0f} non-finite steps skipped")
+    if "skipped_images" in values:
+        parts.append(f"{values['skipped_images']} unreadable images skipped")
     return " · ".join(parts)
 
 
 def eval_line(results: dict[str, float]) -> str:
     """The console line of an evaluation: every top-1, the loss and the count."""
     shown = [f"{name} {value:.2f}" for name, value in results.items() if "top1" in name]
-    return ", ".join([*shown, f"loss {results['loss']:.4f}", f"{results['num_examples']} images"])
+    shown += [f"loss {results['loss']:.4f}", f"{results['num_examples']} images"]
+    if "skipped_images" in results:
+        shown.append(f"{results['skipped_images']} unreadable ones left out")
+    return ", ".join(shown)
 
 
 def duration(seconds: float) -> str:

@@ -261,15 +261,13 @@ def contact_sheet(
       (caption, cell) row by row, an operation a row, from level -10 over 0 to 10. An operation
       without sign has None in place of its left half, one without level only one cell.
     """
-    from deit_jax.data import randaugment
-
-    fill = tuple(max(0, min(255, round(255 * mean))) for mean in input_config.mean)
+    from deit_jax.data import ops, randaugment
 
     def apply(operation: int, level: float, negative: bool) -> np.ndarray:
         draws = randaugment.Draws(
             np.int32([operation]), np.array([True]), np.float64([level]), np.array([negative])
         )
-        how = {"interpolation": input_config.interpolation, "fill": fill}
+        how = {"interpolation": input_config.interpolation, "fill": ops.fill_colour(input_config)}
         return np.asarray(randaugment.apply(image, draws, policy=policy, **how))
 
     cells = []

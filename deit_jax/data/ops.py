@@ -31,7 +31,7 @@ def train_transform(
     interpolation = input_config.interpolation
     crop = {name: input_config[name] for name in ("scale", "ratio")}
     policy = parse_policy(input_config.auto_augment) if input_config.auto_augment else None
-    fill = tuple(max(0, min(255, round(255 * mean))) for mean in input_config.mean)
+    fill = fill_colour(input_config)
     decode_all = input_config.train_crop != "random_resized" or input_config.on_bad_image == "skip"
 
     def transform(data: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
@@ -65,6 +65,11 @@ def train_transform(
         return tf.map_fn(view, seeds, parallel_iterations=1, fn_output_signature=views)
 
     return transform
+
+
+def fill_colour(input_config: ConfigDict) -> tuple[int, int, int]:
+    """What RandAugment's geometry fills with: the mean colour, as timm has it."""
+    return tuple(max(0, min(255, round(255 * mean))) for mean in input_config.mean)
 
 
 def eval_transform(

@@ -76,7 +76,7 @@ def _missed(indices: range, load: Callable) -> Iterator[Unreadable]:
             load(tf.constant(index, tf.int64))
             reason = "could not be read at first, but later; is the storage reliable?"
         except tf.errors.OpError as error:
-            reason = stream._reason(error)
+            reason = stream.reason_of(error)
         except Exception as error:  # the ArrayRecord reader is Python, and raises what it likes
             reason = brief(error)
         yield Unreadable(index, reason)

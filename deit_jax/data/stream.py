@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 from ml_collections import ConfigDict
 
 from deit_jax.data import ops
@@ -246,13 +247,14 @@ class Batches(Iterator[Batch]):
                 next(loaded)
             except tf.errors.OpError as cause:
                 found = True
-                name, reason = self._source.example_id(int(entry["index"])), _reason(cause)
+                name, reason = self._source.example_id(int(entry["index"])), reason_of(cause)
                 if not self._skip or _OUTSIDE in reason:
                     raise InputError(
                         f"{self._source.description}: {name} cannot be used: {reason}; "
                         "replace or remove it"
                     ) from cause
                 self.skipped[name] = reason
+                logging.warning("%s is skipped (%d so far): %s", name, len(self.skipped), reason)
                 self._unreadable.append(int(entry["index"]))
         if not found:
             raise error
@@ -283,7 +285,7 @@ def _checked(label: tf.Tensor, num_classes: int) -> tf.Tensor:
         return tf.identity(label)
 
 
-def _reason(error: tf.errors.OpError) -> str:
-    """TensorFlow's message in one line, without node names."""
+def reason_of(error: tf.errors.OpError) -> str:
+    """TensorFlow's message in one line, without names of nodes."""
     text = re.sub(r"\[\[.*?\]\]|\{\{.*?\}\}|\[Op:.*?\]|name:", " ", error.message)
     return " ".join(text.split())
