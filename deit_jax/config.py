@@ -21,7 +21,8 @@ _CHOICES = {
     "input.interpolation": ("bicubic", "bilinear"),
     "distill.kind": ("none", "hard", "soft"),
     "distill.reduction": ("numel", "batchmean"),
-    "optimizer.name": ("adamw",),
+    "optimizer.name": ("adamw", "lamb", "sgd"),
+    "train.loss": ("cross_entropy", "bce"),
     "train.dtype": ("bfloat16", "float32"),
 }
 _AT_LEAST_ONE = (
@@ -84,7 +85,10 @@ def validate(config: ConfigDict) -> None:
     _check_range(config, ("input.crop_ratio",), lambda value: 0 < value <= 1, "in (0, 1]")
     _check_range(config, ("dataset.train_fraction",), lambda value: 0 < value <= 1, "in (0, 1]")
     _check_range(
-        config, ("optimizer.b1", "optimizer.b2"), lambda value: 0 <= value < 1, "in [0, 1)"
+        config,
+        ("optimizer.b1", "optimizer.b2", "optimizer.momentum"),
+        lambda value: 0 <= value < 1,
+        "in [0, 1)",
     )
     _check_range(config, ("input.std",), lambda value: min(value) > 0, "numbers greater than 0")
     for name in ("input.scale", "input.ratio"):
@@ -106,6 +110,12 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             "config.distill.teacher or teacher_config is set, but config.distill.kind is 'none'; "
             "set --config.distill.kind=hard (or soft), or remove the teacher"
+        )
+    if config.train.loss == "bce" and config.mixing.smoothing:
+        _refuse(
+            config,
+            "mixing.smoothing",
+            "0 where train.loss is 'bce', which counts every smoothed target as a true class",
         )
     if config.schedule.warmup_epochs >= config.schedule.epochs:
         _refuse(

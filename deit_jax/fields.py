@@ -79,14 +79,15 @@ def default_config() -> ConfigDict:
     config.distill.teacher_epochs = 0  # 0: as that recipe says; warm-up takes at most half
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"
+    config.optimizer.name = "adamw"  # adamw | lamb | sgd (with Nesterov momentum)
     # Effective peak rate. The reference scales: 5e-4 · global batch / 512 = 1e-3 at 1024.
     config.optimizer.lr = 1e-3
     config.optimizer.weight_decay = 0.05
-    config.optimizer.b1 = 0.9
+    config.optimizer.b1 = 0.9  # b1, b2 and eps: adamw and lamb
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 0.0  # global gradient norm; 0: no clipping, as the reference
+    config.optimizer.momentum = 0.9  # sgd
+    config.optimizer.clip_norm = 0.0  # of the gradient over all parameters; 0: none (DeiT)
     config.optimizer.decay_dist_token = True  # the reference decays it; timm does not
 
     config.schedule = ConfigDict()
@@ -100,6 +101,9 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 1024  # global, over all devices of all hosts
     config.train.seed = 0
+    # Of the class head. bce: every class a question of its own, to which mixed images have two
+    # answers (DeiT III); evaluation always reports the cross-entropy.
+    config.train.loss = "cross_entropy"  # cross_entropy | bce
     config.train.dtype = "bfloat16"  # of matrix products: bfloat16 | float32
     config.train.ema_decay = 0.99996  # 0: no moving average
     config.train.log_every_steps = 50

@@ -10,12 +10,24 @@ import jax.numpy as jnp
 
 from deit_jax.errors import InputError
 
+Base = Literal["cross_entropy", "bce"]
 Reduction = Literal["numel", "batchmean"]
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy [B] of logits [B,K] against target distributions [B,K]."""
     return -jnp.sum(targets.astype(jnp.float32) * _log_softmax(logits), axis=-1)
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean [B] over the classes of the sigmoid cross-entropy of logits [B,K] with targets [B,K].
+
+    Every target above 0 counts as 1, so that both classes of a mixed image are true and λ has no
+    say (DeiT III, after ResNet strikes back). Smoothed targets, all above 0, would teach nothing.
+    """
+    logits = logits.astype(jnp.float32)
+    terms = jnp.where(targets > 0, jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits))
+    return -jnp.mean(terms, axis=-1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -61,6 +73,9 @@ def soft_distillation(
     )
 
 
+BASE_LOSSES = {"cross_entropy": soft_cross_entropy, "bce": binary_cross_entropy}
+
+
 def total_loss(
     head_logits: tuple[jax.Array, ...],
     targets: jax.Array,
@@ -70,16 +85,20 @@ def total_loss(
     alpha: float,
     temperature: float,
     reduction: Reduction = "numel",
+    base_loss: Base = "cross_entropy",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the training loss [B] and its unweighted parts: "base" and, distilling, "distill".
 
-    (1 - α)·base + α·distill, where base is the soft cross-entropy of head 0 (class token) against
-    `targets` [B,K] and distill compares head 1 (distillation token) with the teacher. With kind
-    "none" the loss is base alone, and a second head gets no gradient, as in the reference.
+    (1 - α)·base + α·distill, where base compares head 0 (class token) with `targets` [B,K], by soft
+    cross-entropy or, for "bce", class by class, and distill compares head 1 (distillation token)
+    with the teacher. With kind "none" the loss is base alone, and a second head gets no gradient,
+    as in the reference.
 
     Raises InputError for an unknown kind, and for distillation without a teacher or second head.
     """
-    base = soft_cross_entropy(head_logits[0], targets)
+    if base_loss not in BASE_LOSSES:
+        raise InputError(f"train.loss is {base_loss!r}: expected {' or '.join(BASE_LOSSES)}")
+    base = BASE_LOSSES[base_loss](head_logits[0], targets)
     if kind == "none":
         return base, {"base": base}
     if kind not in ("hard", "soft"):

@@ -16,6 +16,8 @@ from deit_jax.errors import InputError
 _DECAYED = ("kernel",)
 _NOT_DECAYED = ("scale", "bias", "gamma", "pos_embed", "cls_token")
 
+OPTIMIZERS = ("adamw", "lamb", "sgd")
+
 Tree = Any
 
 
@@ -27,6 +29,7 @@ class OptimizerConfig(Protocol):
     b1: float
     b2: float
     eps: float
+    momentum: float
     clip_norm: float
     decay_dist_token: bool
 
@@ -90,22 +93,31 @@ def decay_mask(params: Tree, *, decay_dist_token: bool = True) -> Tree:
 def make_optimizer(params: Tree, config: OptimizerConfig) -> optax.GradientTransformation:
     """Build the transformation from gradients to updates, without the learning rate.
 
-    Apply its output with `apply_updates(params, updates, lr)`. "adamw" is decoupled as in torch:
-    p ← p - lr·(m̂ / (√v̂ + eps) + weight_decay·p). `params` (arrays or shapes) give the decay mask;
-    `clip_norm` 0 means no clipping.
+    Apply its output with `apply_updates(params, updates, lr)`. `params` (arrays or shapes) give the
+    decay mask; `clip_norm` bounds the gradient's norm over all parameters, 0 means no clipping.
+
+    "adamw" is decoupled as in torch: p ← p - lr·u with u = m̂ / (√v̂ + eps) + weight_decay·p.
+    "lamb" is apex's FusedLAMB, with which DeiT III was trained (where `clip_norm` is 1): u as for
+    AdamW, multiplied by ‖p‖ / ‖u‖ (1 if either is 0), tensor by tensor, where weight decay applies.
+    "sgd" is torch's with Nesterov momentum: the decay is added to the gradient, and the momentum
+    carries it on.
 
     Raises InputError for an unknown optimiser name.
     """
-    if config.name != "adamw":
-        raise InputError(f"optimizer.name is {config.name!r}: expected 'adamw'")
+    if config.name not in OPTIMIZERS:
+        raise InputError(f"optimizer.name is {config.name!r}: expected {', '.join(OPTIMIZERS)}")
     mask = decay_mask(params, decay_dist_token=config.decay_dist_token)
     # A slot in either case: a run that resumes with clipping turned on finds its moments.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask),
-    )
+    decay = optax.add_decayed_weights(config.weight_decay, mask)
+    if config.name == "sgd":
+        return optax.chain(clip, decay, optax.trace(config.momentum, nesterov=True))
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.name == "adamw":
+        return optax.chain(clip, adam, decay)
+    # A ratio belongs to a tensor of the original, hence to one leaf here: qkv, too, is fused there.
+    ratio = optax.masked(optax.scale_by_trust_ratio(), mask)
+    return optax.chain(clip, adam, decay, ratio if config.weight_decay else optax.identity())
 
 
 def apply_updates(params: Tree, updates: Tree, lr: jax.Array | float) -> Tree:

@@ -185,6 +185,7 @@ def make_train_step(
                 alpha=distil.alpha,
                 temperature=distil.temperature,
                 reduction=distil.reduction,
+                base_loss=config.train.loss,
             )
             metrics = {name: part.mean() for name, part in parts.items()}
             if teacher_logits is not None:

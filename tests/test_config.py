@@ -5,6 +5,7 @@ import re
 import pytest
 
 from deit_jax import config as config_module
+from deit_jax import losses, optim
 from deit_jax.config import (
     changed_fields,
     check_batch,
@@ -60,9 +61,10 @@ def test_every_field_is_checked_for_its_type_and_most_for_their_range():
     }
     assert ranged <= fields
     by_hand = {
-        "distill.temperature", "optimizer.eps", "optimizer.b1", "optimizer.b2", "input.crop_ratio",
-        "dataset.train_fraction", "input.scale", "input.ratio", "input.mean", "input.std",
-        "input.auto_augment", "distill.teacher", "distill.teacher_config",
+        "distill.temperature", "optimizer.eps", "optimizer.b1", "optimizer.b2",
+        "optimizer.momentum", "input.crop_ratio", "dataset.train_fraction", "input.scale",
+        "input.ratio", "input.mean", "input.std", "input.auto_augment", "distill.teacher",
+        "distill.teacher_config",
     }  # fmt: skip
     default = default_config()
     unchecked = {
@@ -217,6 +219,9 @@ def test_structure_replaced_by_an_override():
         ("input.std", (0.0, 0.2, 0.2), "greater than 0"),
         ("optimizer.b1", 1.0, "in [0, 1)"),
         ("optimizer.b2", 1.0, "in [0, 1)"),
+        ("optimizer.momentum", 1.0, "in [0, 1)"),
+        ("optimizer.name", "adam", "one of adamw, lamb, sgd"),
+        ("train.loss", "softmax", "one of cross_entropy, bce"),
     ],
 )
 def test_one_wrong_field_is_one_line_that_names_it(field, value, words):
@@ -241,6 +246,18 @@ def test_images_of_a_device_must_pair_up_for_mixing(batch, devices):
         plan_run(config, **numbers, num_devices=devices)
     config.mixing.prob = 0.0
     assert plan_run(config, **numbers, num_devices=devices).group_size == batch // devices
+
+
+def test_smoothing_and_the_loss_that_counts_every_target_above_zero():
+    config = _set(default_config(), "train.loss", "bce")
+    assert _error(config).startswith("config.mixing.smoothing is 0.1, but must be 0 where")
+    config.mixing.smoothing = 0.0
+    validate(config)
+
+
+def test_choices_are_what_the_code_can_do():
+    assert config_module._CHOICES["optimizer.name"] == optim.OPTIMIZERS
+    assert config_module._CHOICES["train.loss"] == tuple(losses.BASE_LOSSES)
 
 
 def test_whole_numbers_do_for_float_fields():

@@ -15,9 +15,9 @@ STUDENT, STUDENT_DIST, TEACHER = np.sin(1 + INDEX), np.cos(2 + INDEX), np.sin(0.
 LABELS = np.array([0, 2, 4, 1])
 
 
-def mixed_targets() -> jax.Array:
+def mixed_targets(smoothing: float = 0.1) -> jax.Array:
     draw = mixing.MixDraw(jnp.array([0.7]), jnp.array([False]), jnp.zeros((1, 4), jnp.int32))
-    hot = mixing.one_hot_smooth(jnp.asarray(LABELS), 5, 0.1)
+    hot = mixing.one_hot_smooth(jnp.asarray(LABELS), 5, smoothing)
     return mixing.apply_mix(jnp.zeros((4, 1, 1, 3)), hot, draw)[1]
 
 
@@ -46,6 +46,9 @@ def test_recipe_vectors():
     base = losses.soft_cross_entropy(jnp.asarray(STUDENT), mixed_targets())
     assert base.shape == (4,)
     assert base.mean() == pytest.approx(1.6084588, abs=2e-7)
+    binary = losses.binary_cross_entropy(jnp.asarray(STUDENT), mixed_targets(smoothing=0.0))
+    assert binary.shape == (4,)
+    assert binary.mean() == pytest.approx(0.6796833, abs=2e-7)
     smooth = losses.cross_entropy(jnp.asarray(STUDENT), jnp.asarray(LABELS), 0.1)
     assert smooth.mean() == pytest.approx(1.5394616, abs=2e-7)
     hard = losses.hard_distillation(jnp.asarray(STUDENT_DIST), jnp.asarray(TEACHER))
@@ -74,6 +77,32 @@ def test_label_losses_equal_torch_per_example():
     got = losses.soft_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
     want = F.cross_entropy(torch.tensor(logits), torch.tensor(targets), reduction="none")
     np.testing.assert_allclose(got, want.numpy(), rtol=2e-6)
+
+
+def test_binary_cross_entropy_equals_the_reference():
+    """engine.py of the reference: 1[t > 0], then torch's mean over batch and classes."""
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(6, 11)).astype(np.float32) * 20
+    targets = rng.dirichlet(np.ones(11), 6).astype(np.float32) * (rng.random((6, 11)) < 0.3)
+    targets[0] = 0  # no class, as no reference batch has
+
+    def mean_loss(logits):
+        return losses.binary_cross_entropy(logits, targets).mean()
+
+    value, grad = jax.value_and_grad(mean_loss)(jnp.asarray(logits))
+    head = torch.tensor(logits, requires_grad=True)
+    want = torch.nn.BCEWithLogitsLoss()(head, torch.tensor(targets).gt(0.0).float())
+    want.backward()
+    assert value == pytest.approx(want.item(), rel=1e-6)
+    np.testing.assert_allclose(grad, head.grad.numpy(), rtol=2e-6, atol=1e-9)
+
+
+def test_bce_as_base_of_the_total_loss():
+    loss, parts = total("hard", base_loss="bce", alpha=0.25)
+    base = losses.binary_cross_entropy(jnp.asarray(STUDENT), mixed_targets())
+    np.testing.assert_array_equal(parts["base"], base)
+    np.testing.assert_allclose(loss, 0.75 * base + 0.25 * parts["distill"], rtol=1e-6)
+    np.testing.assert_array_equal(total("none", base_loss="bce")[0], base)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +157,10 @@ def test_bfloat16_logits_are_reduced_in_float32():
                 low.astype("float32"), low[::-1].astype("float32"), temperature=3.0
             ),
         ),
+        (
+            losses.binary_cross_entropy(low, low[::-1]),
+            losses.binary_cross_entropy(low.astype("float32"), low[::-1]),
+        ),
     ):
         assert got.dtype == jnp.float32
         np.testing.assert_array_equal(got, want)
@@ -138,6 +171,9 @@ def test_large_logits_stay_finite():
     assert losses.cross_entropy(logits, jnp.array([1]))[0] == pytest.approx(2e4)
     distill = losses.soft_distillation(logits, logits[:, ::-1], temperature=1.0)
     assert np.isfinite(distill[0])
+    assert losses.binary_cross_entropy(logits, logits < 0)[0] == pytest.approx(
+        (2e4 + np.log(2)) / 3
+    )
 
 
 def test_bad_input_is_one_line_that_names_the_field():
@@ -145,6 +181,8 @@ def test_bad_input_is_one_line_that_names_the_field():
         total("harder")
     with pytest.raises(InputError, match=r"distill\.reduction is 'mean'"):
         total("soft", reduction="mean")
+    with pytest.raises(InputError, match=r"train\.loss is 'focal'"):
+        total("none", base_loss="focal")
     heads, options = (jnp.ones((2, 3)),), {"kind": "hard", "alpha": 0.5, "temperature": 1.0}
     with pytest.raises(InputError, match="1 head"):
         losses.total_loss(heads, jnp.ones((2, 3)), jnp.ones((2, 3)), **options)

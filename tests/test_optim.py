@@ -1,4 +1,4 @@
-"""Schedule, decay groups, AdamW and EMA against timm and torch."""
+"""Schedule, decay groups, AdamW, LAMB, SGD and EMA against timm and torch."""
 
 import math
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ def config(**changes):
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,
+        "momentum": 0.9,
         "clip_norm": 0.0,
         "decay_dist_token": True,
     }
@@ -185,53 +186,117 @@ def test_regnet_decays_exactly_its_matrices_and_convolutions():
     assert mask == by_rank
 
 
-def run_torch(params, mask, grads, *, lr, clip_norm=None, **adamw):
-    """Train a flat copy of `params` with torch AdamW; the mask is the weight-decay group."""
+def run(settings, params, grads, rates):
+    """Train with one gradient and one rate a step."""
+    optimizer = optim.make_optimizer(params, settings)
+
+    @jax.jit
+    def step(params, state, grad, rate):
+        updates, state = optimizer.update(grad, state, params)
+        return optim.apply_updates(params, updates, rate), state
+
+    state = optimizer.init(params)
+    for grad, rate in zip(grads, rates, strict=True):
+        params, state = step(params, state, grad, rate)
+    return params
+
+
+def torch_optimizer(name: str, groups: list[dict], lr: float) -> torch.optim.Optimizer:
+    """What the reference trained with; timm's LAMB stands in for apex's, which needs CUDA."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    import_torchvision()
+    from timm.optim import Lamb
+
+    return Lamb(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+
+
+def run_torch(params, mask, grads, *, name, lr, weight_decay, clip_norm):
+    """Train a flat copy of `params` in torch; the mask is the weight-decay group."""
     leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in jax.tree.leaves(params)]
     decays = jax.tree.leaves(mask)
     groups = [
-        {"params": [p for p, d in zip(leaves, decays, strict=True) if d], "weight_decay": 0.05},
-        {"params": [p for p, d in zip(leaves, decays, strict=True) if not d], "weight_decay": 0.0},
+        {
+            "params": [p for p, d in zip(leaves, decays, strict=True) if d == group],
+            "weight_decay": weight_decay if group else 0.0,
+        }
+        for group in (True, False)
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr[0], betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch_optimizer(name, groups, lr[0])
     for rate, grad in zip(lr, grads, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
         for leaf, g in zip(leaves, jax.tree.leaves(grad), strict=True):
             leaf.grad = torch.tensor(np.asarray(g))
-        if clip_norm:
+        if clip_norm and name != "lamb":  # LAMB clips on its own
             torch.nn.utils.clip_grad_norm_(leaves, clip_norm)
         optimizer.step()
     return [x.detach().numpy() for x in leaves]
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 1.5])
-def test_adamw_equals_torch_for_ten_steps(clip_norm):
-    start = params = small_params()
+@pytest.mark.parametrize(
+    ("name", "weight_decay", "clip_norm"),
+    [
+        ("adamw", 0.05, 0.0),
+        ("adamw", 0.05, 1.5),
+        ("lamb", 0.05, 1.0),
+        ("lamb", 0.0, 1.0),  # apex: no decay, no ratio
+        ("sgd", 0.05, 0.0),
+        ("sgd", 0.05, 1.5),
+    ],
+)
+def test_optimizers_equal_torch_for_ten_steps(name, weight_decay, clip_norm):
+    start = small_params()
+    start["head"]["kernel"] *= 0  # its first ratio of norms would be 0 / ‖u‖
     rng = np.random.default_rng(1)
+    sizes = [1.0] * 9 + [1e-3]  # the last gradient is too small to be clipped
     grads = [
-        jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
-        for _ in range(10)
+        jax.tree.map(lambda p, s=size: np.float32(s * rng.normal(size=p.shape)), start)
+        for size in sizes
     ]
     rates = [1e-3 * (1 + i % 3) for i in range(10)]
-    optimizer = optim.make_optimizer(params, config(clip_norm=clip_norm))
-    state = optimizer.init(params)
-    for rate, grad in zip(rates, grads, strict=True):
-        updates, state = optimizer.update(grad, state, params)
-        params = optim.apply_updates(params, updates, rate)
-    want = run_torch(start, optim.decay_mask(start), grads, lr=rates, clip_norm=clip_norm)
+    settings = config(name=name, weight_decay=weight_decay, clip_norm=clip_norm)
+    params = run(settings, start, grads, rates)
+    want = run_torch(
+        start,
+        optim.decay_mask(start),
+        grads,
+        name=name,
+        lr=rates,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+    )
     for got, expected in zip(jax.tree.leaves(params), want, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=2e-7)
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=3e-7)
 
 
 def test_adamw_recipe_vector_and_unknown_name():
     params = {"kernel": jnp.ones(1)}
-    optimizer = optim.make_optimizer(params, config())
-    updates, _ = optimizer.update({"kernel": jnp.full(1, 0.5)}, optimizer.init(params), params)
-    got = optim.apply_updates(params, updates, 1e-3)["kernel"][0]
+    got = run(config(), params, [{"kernel": jnp.full(1, 0.5)}], [1e-3])["kernel"][0]
     assert got == pytest.approx(0.998950005, abs=6e-8)
-    with pytest.raises(InputError, match=r"optimizer\.name is 'adam'"):
+    with pytest.raises(InputError, match=r"optimizer\.name is 'adam': expected adamw, lamb, sgd"):
         optim.make_optimizer(params, config(name="adam"))
+
+
+def test_lamb_recipe_vector():
+    """Two steps of apex's kernel, restated in float64; the gradients' norm of 1.747 is clipped."""
+    index = np.arange(6, dtype=np.float32).reshape(2, 3)
+    params = {"kernel": jnp.sin(index), "bias": jnp.array([0.5, -0.5])}
+    grads = {"kernel": jnp.cos(index), "bias": jnp.array([0.3, -0.1])}
+    params = run(config(name="lamb", clip_norm=1.0), params, [grads] * 2, [0.01] * 2)
+    want = [-0.0142973, 0.8265721, 0.9229447, 0.1553165, -0.7419641, -0.9725361]
+    np.testing.assert_allclose(params["kernel"].ravel(), want, atol=2e-7)
+    np.testing.assert_allclose(params["bias"], [0.48, -0.48], atol=2e-7)
+
+
+def test_a_ratio_of_lamb_belongs_to_a_tensor_of_the_reference():
+    """Every decayed leaf is one tensor there, so that the norms are taken over the same numbers."""
+    params = abstract_params("deit_testing")
+    block = params["blocks"][0]
+    assert block["attn"]["qkv"]["kernel"].shape == (64, 192)  # q, k and v in one, as in torch
+    assert len(jax.tree.leaves(params["blocks"])) == 4 * 12  # not stacked over the blocks
 
 
 def test_ema_closed_form():
@@ -263,10 +328,11 @@ def test_ema_does_not_drift_over_a_long_run():
     assert abs(np.mean(got / exact - 1)) < 2e-5
 
 
-def test_optimizer_runs_on_shapes_and_under_jit():
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_optimizer_runs_on_shapes_and_under_jit(name):
     params = small_params()
     shapes = jax.eval_shape(lambda: params)
-    optimizer = optim.make_optimizer(shapes, config(clip_norm=1.0))
+    optimizer = optim.make_optimizer(shapes, config(name=name, clip_norm=1.0))
     state = jax.jit(optimizer.init)(params)
     updates, _ = jax.jit(optimizer.update)(params, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
