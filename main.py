@@ -1,4 +1,4 @@
-"""Trains or evaluates a recipe: python main.py --config=configs/NAME.py --workdir=DIR."""
+"""Trains or evaluates a recipe: python main.py --config=configs/NAME.py[:RUN] --workdir=DIR."""
 
 import os
 import sys
@@ -10,7 +10,9 @@ from ml_collections import config_flags
 from deit_jax import command_line, loop
 from deit_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe: FILE.py or FILE.py:RUN.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; run again on it to resume.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 

@@ -1,7 +1,7 @@
 """DeiT-B with a distillation token and a hard-label RegNetY-16GF teacher, ImageNet-1k, 300 epochs.
 
 Paper: Touvron et al., "Training data-efficient image transformers & distillation through
-attention" (arXiv 2012.12877), table 5 and appendix A.
+attention" (arXiv 2012.12877), table 5 and appendix A. This is deit_distill.py's run "b".
 Command: python main.py --config=configs/deit_b_distill.py --workdir=DIR \\
     --config.dataset.root=TFDS_DATA_DIR --config.distill.teacher=TEACHER_MODEL_FOLDER
 Hardware of the published run: 16 GPUs, 64 images each.
@@ -10,15 +10,9 @@ Expected: 83.4 % top-1 (published: 83.372), 87.3 M parameters; the teacher reach
 
 from ml_collections import ConfigDict
 
-from deit_jax import fields
+from configs import deit_distill
 
 
 def get_config() -> ConfigDict:
     """The published recipe: identical to DeiT-B but for the token, the teacher and its loss."""
-    config = fields.default_config()
-    config.model.name = "deit_base_distilled_patch16_224"
-    config.input.auto_augment = "rand-m9-mstd0.5-inc1"
-    config.input.repeats = 3
-    config.distill.kind = "hard"
-    config.distill.alpha = 0.5
-    return config
+    return deit_distill.get_config("b")

@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
     config.input.train_crop = "small"
     config.input.pad = 2
     config.input.hflip = 0.0  # a mirrored digit is another sign
+    config.input.auto_augment = ""
+    config.input.repeats = 1
     config.input.mean = (0.5, 0.5, 0.5)
     config.input.std = (0.5, 0.5, 0.5)
     config.mixing.mixup_alpha = 0.2

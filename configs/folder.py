@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     config.dataset.source = "folder"
     config.dataset.name = ""
     config.dataset.eval_split = "val"
+    config.input.auto_augment = ""
+    config.input.repeats = 1
     config.distill.kind = "hard"
     config.distill.teacher_config = "configs/folder_teacher.py"
     config.optimizer.lr = 2.5e-4

@@ -69,7 +69,7 @@ def config_errors() -> Iterator[None]:
     except InputError:  # a recipe's own
         raise
     except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(_one_line(error)) from error
     except (AttributeError, KeyError) as error:
         cause = error.args[0]
         if isinstance(cause, KeyError):  # the text of a KeyError is its message in quotes
@@ -81,3 +81,14 @@ def config_errors() -> Iterator[None]:
     except OSError as error:
         message = str(error).splitlines()[-1].strip()
         raise InputError(f"--config: {message}; recipes live in configs/") from error
+
+
+def _one_line(error: flags.Error) -> str:
+    """What a recipe said when it refused; ml_collections repeats it below a traceback."""
+    where, in_recipe, _ = str(error).partition(": Error whilst parsing config file")
+    if not in_recipe:
+        return " ".join(str(error).split())
+    cause = error
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    return str(cause) if isinstance(cause, InputError) else f"{where}: {cause}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -217,12 +218,13 @@ def _group_size(wanted: int, images: int) -> int:
     return max(sizes, key=lambda size: (size % 2 == 0, size))
 
 
-def load_config(path: str) -> ConfigDict:
-    """Reads a recipe file and returns its `get_config()`.
+def load_config(recipe: str) -> ConfigDict:
+    """Reads a recipe, "FILE.py" or "FILE.py:RUN", and returns its `get_config()`.
 
     Raises:
-      InputError: no such file, or it defines no `get_config`.
+      InputError: no such file or run, or the file defines no `get_config`.
     """
+    path, colon, run = recipe.partition(":")
     file = Path(path)
     if not file.is_file():
         raise InputError(f"config file {path} does not exist; recipes live in configs/")
@@ -234,7 +236,11 @@ def load_config(path: str) -> ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise InputError(f"config file {path} defines no get_config()")
-    return module.get_config()
+    if not colon:
+        return module.get_config()
+    if not inspect.signature(module.get_config).parameters:
+        raise InputError(f"config file {path} has one run only, not {run!r}; leave out ':{run}'")
+    return module.get_config(run)
 
 
 def write_config(config: ConfigDict, workdir: str) -> None:

@@ -1,4 +1,4 @@
-"""Every field a recipe may set, with its meaning and the DeiT-B default; recipes change a copy.
+"""Every field a recipe may set, with its meaning and its value for DeiT-B; recipes change a copy.
 
 A config holds choices only. Steps, warm-up steps, group sizes and the like are computed from them
 after the command line is parsed (`deit_jax.config.plan_run`), so an override can never leave a
@@ -15,13 +15,14 @@ def default_config() -> ConfigDict:
     """The DeiT-B recipe for ImageNet-1k (300 epochs, no distillation), all fields spelt out."""
     config = ConfigDict()
 
-    # Folder of a trained model to start from ("": from scratch). A checkpoint in the workdir wins.
+    # Model or run folder to start from ("": from scratch). A checkpoint in the workdir wins.
     # Another image size, other classes, and a distillation token more or less are made to fit.
     config.init_from = ""
 
     config.model = ConfigDict()
     config.model.name = "deit_base_patch16_224"  # see deit_jax.list_models()
     config.model.patch_size = 0  # 0: the model's own
+    # Stochastic depth: growing to this over the blocks of DeiT, the same in all blocks of DeiT III.
     config.model.drop_path_rate = 0.1
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
 
@@ -46,11 +47,11 @@ def default_config() -> ConfigDict:
     config.input.ratio = (3 / 4, 4 / 3)  # random_resized: aspect of the crop
     config.input.pad = 4  # simple_random and small: pixels of padding on each side
     config.input.hflip = 0.5  # probability
-    config.input.auto_augment = ""  # RandAugment policy, such as rand-m9-mstd0.5-inc1; "": none
+    config.input.auto_augment = "rand-m9-mstd0.5-inc1"  # RandAugment, as timm writes it; "": none
     config.input.three_augment = False  # DeiT III: one of grey, solarise, blur; no auto_augment
     # Brightness, contrast and saturation, each by a factor from [1 - this, 1 + this].
     config.input.color_jitter = 0.0
-    config.input.repeats = 1  # repeated augmentation: views of each drawn image in an epoch
+    config.input.repeats = 3  # repeated augmentation: views of each drawn image in an epoch
     config.input.on_bad_image = "error"  # error | skip (another image in place of a broken one)
     config.input.interpolation = "bicubic"  # bicubic | bilinear
     config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side

@@ -231,12 +231,12 @@ def check_start(setup: Setup, *, training: bool) -> None:
     another image size.
     """
     folder = setup.config.init_from
-    network, like = checkpoint.read_network(folder)
-    checkpoint.check_weights(folder, like)
     try:
+        network, like = checkpoint.read_network(folder)
+        checkpoint.check_weights(folder, like)
         _fit(setup, like, network.info, fresh=setup.abstract if training else None)
     except InputError as error:
-        raise InputError(f"config.init_from: {folder}: {error}") from error
+        raise InputError(f"--config.init_from={folder}: {error}") from error
 
 
 def _fit(

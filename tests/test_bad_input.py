@@ -249,8 +249,9 @@ def test_weights_to_start_from_that_do_not_fit(digits, tmp_path, name, run, word
         checkpoint.write_model(folder, weights, info)
     digits.init_from = str(folder)
     message = _refusal(digits, tmp_path / "run", run)
-    assert str(folder) in message
+    assert f"--config.init_from={folder}: " in message
     assert words in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_batch_larger_than_the_train_split(digits, tmp_path):
@@ -293,6 +294,8 @@ _DIGITS = "--config=configs/digits.py"
         ([_DIGITS, "--config.schedule.epochs=2.5"], ["config.schedule.epochs", "2.5"]),
         ([_DIGITS, "--config.model={'name': 'deit_testing'}"], ["config.model.", "is missing"]),
         (["--config=configs/nowhere.py"], ["--config", "configs/nowhere.py"]),
+        (["--config=configs/deit3.py:xl"], ["configs/deit3.py has no run 'xl', only ti, s, m"]),
+        (["--config=configs/digits.py:b"], ["--config=configs/digits.py:b", "0 positional"]),
         ([_DIGITS, "stray"], ["'stray'", "--config.GROUP.FIELD=VALUE"]),
         ([_DIGITS, "--config.train.batch_size=60"], ["config.train.batch_size is 60", "8 devices"]),
         (

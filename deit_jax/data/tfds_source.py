@@ -21,7 +21,7 @@ _CACHE_FROM = 100_000  # records; scanning fewer is quicker than explaining a st
 
 
 class TfdsSource(Source):
-    """One split (or sub-split, such as "train[:90%]") of a prepared TFDS data set."""
+    """One split of a prepared TFDS data set, a part or a union: "train[:90%]", "train+test"."""
 
     def __init__(
         self,

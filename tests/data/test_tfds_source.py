@@ -63,6 +63,11 @@ def config(dataset_config):
     return dataset_config
 
 
+def _open_eval(config, name):
+    config.eval_split = name
+    return open_source(config, "eval")
+
+
 def _examples(source):
     """Bytes and label of every example, read inside a tf.data graph by several threads."""
     dataset = tf.data.Dataset.range(source.num_examples).map(source.fetch, num_parallel_calls=4)
@@ -104,6 +109,8 @@ def test_subsplits_and_fractions(config, stored, kind):
     parts = [open_source(config, split) for split in ("train", "eval")]
     assert _examples(parts[0]) + _examples(parts[1]) == whole
     assert parts[1].example_id(1) == "train[60%:]:1"
+    config.train_split = "train+test"
+    assert _examples(open_source(config, "train")) == whole + _examples(_open_eval(config, "test"))
     config.train_split, config.train_fraction = "train", 0.5
     half = open_source(config, "train")
     numbers = [int(half.example_id(i).removeprefix("train:")) for i in range(half.num_examples)]
