@@ -10,6 +10,9 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # oneDNN brings nothing to integer image work and logs a paragraph at every start.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+# Images are the parallelism: XLA would cut each of their small kernels into a task for every core,
+# and handing these over takes longer than the work.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import tensorflow as tf
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit_jax.data.randaugment import rand_augment
-from deit_jax.data.resize import resize
+from deit_jax.data.resize import cut, plan_resize, resize
 from deit_jax.data.tone import compiled
 from deit_jax.policy import parse_policy
 
@@ -82,11 +82,11 @@ def eval_transform(
     """
 
     def transform(data: tf.Tensor) -> tf.Tensor:
-        image = decode(data)
         if input_config.train_crop == "small":
+            image = decode(data)
             return resize_whole(image, size=image_size, interpolation=input_config.interpolation)
         return centre_crop(
-            image,
+            data,
             size=image_size,
             crop_ratio=input_config.crop_ratio,
             interpolation=input_config.interpolation,
@@ -112,9 +112,7 @@ def random_cut(
 ) -> tf.Tensor:
     """The box of torchvision's RandomResizedCrop out of a decoded image [h, w, 3], not resized."""
     height, width, _ = tf.unstack(tf.shape(image))
-    box = random_box(height, width, seed, scale=scale, ratio=ratio)
-    top, left, height, width = tf.unstack(box)
-    return image[top : top + height, left : left + width]
+    return cut(image, random_box(height, width, seed, scale=scale, ratio=ratio))
 
 
 def random_jpeg_cut(
@@ -203,26 +201,39 @@ def resize_whole(image: tf.Tensor, *, size: int, interpolation: str) -> tf.Tenso
     return tf.ensure_shape(image, (size, size, 3))
 
 
-def centre_crop(image: tf.Tensor, *, size: int, crop_ratio: float, interpolation: str) -> tf.Tensor:
+def centre_crop(data: tf.Tensor, *, size: int, crop_ratio: float, interpolation: str) -> tf.Tensor:
     """Resizes the short side to int(size / crop_ratio) and cuts out the centre size × size.
 
     The long side is truncated and the offsets are rounded half to even, as torchvision's Resize and
-    CenterCrop do. Only the pixels of the crop are computed.
+    CenterCrop do. Only what the crop depends on is computed, and of a JPEG decoded.
     """
-    target = int(size / crop_ratio)
-    height, width, _ = tf.unstack(tf.shape(image))
-    short = tf.minimum(height, width)
 
-    def scaled(side: tf.Tensor) -> tf.Tensor:
-        exact = tf.cast(target * side, tf.float64) / tf.cast(short, tf.float64)
-        return tf.cast(exact, tf.int32)
+    def plan(shape: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        resized, offsets = _resized_and_offsets(shape, size, int(size / crop_ratio))
+        window = (offsets[0], offsets[1], size, size)
+        return plan_resize(shape, tf.unstack(resized), interpolation=interpolation, window=window)
 
-    def offset(side: tf.Tensor) -> tf.Tensor:
-        return tf.cast(tf.round(tf.cast(side - size, tf.float64) / 2.0), tf.int32)
+    def crop_jpeg() -> tf.Tensor:
+        shape = tf.io.extract_jpeg_shape(data)
+        box, resample = plan(shape)
+        return resample(decode_jpeg_box(data, box, shape[1]))
 
-    new_height, new_width = scaled(height), scaled(width)
-    window = (offset(new_height), offset(new_width), size, size)
-    return resize(image, (new_height, new_width), interpolation=interpolation, window=window)
+    def crop_decoded() -> tf.Tensor:
+        image = _decode_other(data) if data.dtype == tf.string else data
+        box, resample = plan(tf.shape(image))
+        return resample(cut(image, box))
+
+    if data.dtype != tf.string:
+        return crop_decoded()
+    return tf.cond(tf.io.is_jpeg(data), crop_jpeg, crop_decoded)
+
+
+@compiled
+def _resized_and_offsets(shape: tf.Tensor, size: int, short: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Height and width of an image resized to the short side, and top and left of its centre."""
+    sides = tf.cast(shape[:2], tf.float64)
+    resized = tf.cast(short * sides / tf.reduce_min(sides), tf.int32)
+    return resized, tf.cast(tf.round(tf.cast(resized - size, tf.float64) / 2.0), tf.int32)
 
 
 def _decode_jpeg(data: tf.Tensor) -> tf.Tensor:

@@ -12,8 +12,11 @@ there; all others are equal.
 Both passes combine rows, which is contiguous in memory, and a transposition between them turns the
 columns into rows. Each step is an XLA program of its own: fused with its neighbours it would be
 computed anew for every use. XLA compiles a program for each shape it meets, so inputs are padded to
-one of a few sizes.
+one of a few sizes. Arithmetic on a few numbers is compiled too: operation by operation it would
+take longer than the pixels.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -25,13 +28,12 @@ _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 # Sides that inputs are padded to, about 19 % apart: less padding would cost more compilation.
 _SIDES = np.unique(np.ceil(2.0 ** (np.arange(20, 81) / 4) / 16).astype(np.int32) * 16)
 
+Size = tuple[tf.Tensor | int, tf.Tensor | int]
+Window = tuple[tf.Tensor | int, tf.Tensor | int, int, int]
+
 
 def resize(
-    image: tf.Tensor,
-    size: tuple[tf.Tensor | int, tf.Tensor | int],
-    *,
-    interpolation: str,
-    window: tuple[tf.Tensor | int, tf.Tensor | int, int, int] | None = None,
+    image: tf.Tensor, size: Size, *, interpolation: str, window: Window | None = None
 ) -> tf.Tensor:
     """Resizes as `PIL.Image.resize(size[::-1], resample)` does, to the bit.
 
@@ -45,76 +47,102 @@ def resize(
     Returns:
       uint8 [height, width, 3] of the window.
     """
-    top, left, height, width = window or (0, 0, *size)
-    rows, columns, _ = tf.unstack(tf.shape(image))
-    vertical, y_begin, y_end, y_pad = _axis(rows, size[0], top, height, interpolation)
-    horizontal, x_begin, x_end, x_pad = _axis(columns, size[1], left, width, interpolation)
-    image = tf.pad(image[y_begin:y_end, x_begin:x_end], ((0, y_pad), (0, x_pad), (0, 0)))
-
-    lost_rows, lost_columns = rows - size[0], columns - size[1]
-    result = tf.cond(
-        (lost_rows > 0) & (lost_rows > 2 * lost_columns),
-        lambda: _transpose(_combine(_transpose(_combine(image, *vertical)), *horizontal)),
-        lambda: _combine(_transpose(_combine(_transpose(image), *horizontal)), *vertical),
-    )
-    return tf.ensure_shape(result, (height, width, 3))
+    box, resample = plan_resize(tf.shape(image), size, interpolation=interpolation, window=window)
+    return resample(image if window is None else cut(image, box))
 
 
-def _axis(
-    available: tf.Tensor,
-    size: tf.Tensor | int,
-    start: tf.Tensor | int,
-    count: int,
-    interpolation: str,
-) -> tuple[tuple[tf.Tensor, tf.Tensor], tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Plans one axis of `available` pixels that becomes `size`, of which `count` from `start` on.
+def plan_resize(
+    shape: tf.Tensor, size: Size, *, interpolation: str, window: Window | None = None
+) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    """Plans `resize` for an image of the given shape (int32 [3]), of which not all may be needed.
 
     Returns:
-      The arguments of `_combine` for what is cut out and padded, where the cut begins and ends, and
-      how much padding brings it to one of _SIDES.
+      The box (int32 [4]: top, left, height, width) of the pixels that the window depends on, and
+      the function from these pixels to the window.
     """
-    outputs = start + tf.range(count)
-    if count is size:
-        begin, end = 0, available
-    else:
-        begin, end = _span(available, size, outputs, interpolation)
-    side = tf.gather(_SIDES, tf.searchsorted(_SIDES, (end - begin)[None])[0])
-    # A pixel of the result has 2 · support · scale taps, and the side is at least scale · count.
-    reach = int(2 * _SUPPORT[interpolation])
-    offsets = tf.range(tf.maximum((reach * side + count - 1) // count, reach))
-    taps = _taps(available, size, outputs, begin, offsets, interpolation)
-    return taps, begin, end, side - (end - begin)
+    top, left, height, width = window or (0, 0, *size)
+    whole = (shape[:2], tf.stack(size), tf.stack((top, left)), (height, width), interpolation)
+    box, padding, num_taps, vertical_first = _layout(*whole)
+    # Two programs, since each is compiled for every number of taps.
+    vertical, horizontal = (
+        _taps(*whole, box, tf.range(number), axis)
+        for axis, number in enumerate(tf.unstack(num_taps))
+    )
+
+    def resample(image: tf.Tensor) -> tf.Tensor:
+        padded = tf.pad(image, padding)
+        rows = tf.reshape(padded, (tf.shape(padded)[0], -1))
+        rows = tf.cond(
+            vertical_first,
+            lambda: _transpose(_combine(_transpose(_combine(rows, *vertical)), *horizontal)),
+            lambda: _combine(_transpose(_combine(_transpose(rows), *horizontal)), *vertical),
+        )
+        return tf.reshape(rows, (height, width, 3))
+
+    return box, resample
+
+
+def cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+    """The box (int32 [4]: top, left, height, width) of an image [h, w, 3]."""
+    return tf.slice(
+        image, tf.pad(box[:2], ((0, 1),)), tf.pad(box[2:], ((0, 1),), constant_values=3)
+    )
 
 
 @compiled
-def _span(
-    available: tf.Tensor, size: tf.Tensor, outputs: tf.Tensor, interpolation: str
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where the pixels begin and end that the outputs (int32 [n], ascending) depend on."""
-    _, first, end, _ = _footprints(available, size, outputs, interpolation)
-    return tf.cast(first[0], tf.int32), tf.cast(end[-1], tf.int32)
+def _layout(
+    shape: tf.Tensor, size: tf.Tensor, start: tf.Tensor, count: tuple[int, int], interpolation: str
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """What it takes to make `count` pixels from `start` on, all arguments (vertical, horizontal).
+
+    Returns:
+      The box int32 [4] of the pixels needed; the padding int32 [3, 2] that brings them to one of
+      _SIDES; the number of taps of each axis; and whether the vertical pass comes first.
+    """
+    begin, extent, padding, num_taps = [], [], [], []
+    reach = int(2 * _SUPPORT[interpolation])
+    for axis in range(2):
+        outputs = start[axis] + tf.constant([0, count[axis] - 1])
+        _, first, end, _ = _footprints(shape[axis], size[axis], outputs, interpolation)
+        begin.append(tf.cast(first[0], tf.int32))
+        extent.append(tf.cast(end[1] - first[0], tf.int32))
+        side = tf.reduce_min(tf.where(extent[-1] <= _SIDES, _SIDES, _SIDES[-1]))
+        padding.append(tf.stack([0, side - extent[-1]]))
+        # A pixel has 2 · support · scale taps, and the side is at least scale · count.
+        num_taps.append(tf.maximum((reach * side + count[axis] - 1) // count[axis], reach))
+    lost = shape - size
+    vertical_first = (lost[0] > 0) & (lost[0] > 2 * lost[1])
+    return (
+        tf.stack(begin + extent),
+        tf.stack([*padding, [0, 0]]),
+        tf.stack(num_taps),
+        vertical_first,
+    )
 
 
 @compiled
 def _taps(
-    available: tf.Tensor,
+    shape: tf.Tensor,
     size: tf.Tensor,
-    outputs: tf.Tensor,
-    begin: tf.Tensor,
-    offsets: tf.Tensor,
+    start: tf.Tensor,
+    count: tuple[int, int],
     interpolation: str,
+    box: tf.Tensor,
+    offsets: tf.Tensor,
+    axis: int,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The first input of every output, counted from `begin` (int32 [n]), and its taps.
+    """The first input of every output of an axis, counted in the box (int32 [n]), and its taps.
 
     The taps, int32 [n, len(offsets)], are in units of 2^-22; those beyond the last input are 0.
     """
-    centres, first, end, stretch = _footprints(available, size, outputs, interpolation)
+    outputs = start[axis] + tf.range(count[axis])
+    centres, first, end, stretch = _footprints(shape[axis], size[axis], outputs, interpolation)
     positions = first[:, None] + tf.cast(offsets, tf.float64)
     distance = tf.abs((positions - centres[:, None] + 0.5) * (1.0 / stretch))
     weights = tf.where(positions < end[:, None], _KERNELS[interpolation](distance), 0.0)
     weights /= tf.reduce_sum(weights, axis=-1, keepdims=True)
     magnitude = tf.floor(tf.abs(weights) * 2.0**_FRACTION_BITS + 0.5)  # halves go away from zero
-    return tf.cast(first, tf.int32) - begin, tf.cast(tf.sign(weights) * magnitude, tf.int32)
+    return tf.cast(first, tf.int32) - box[axis], tf.cast(tf.sign(weights) * magnitude, tf.int32)
 
 
 def _footprints(
@@ -124,35 +152,35 @@ def _footprints(
     available = tf.cast(available, tf.float64)
     scale = available / tf.cast(size, tf.float64)
     stretch = tf.maximum(scale, 1.0)
-    support = _SUPPORT[interpolation] * stretch
-    centres = (tf.cast(outputs, tf.float64) + 0.5) * scale
     # A pixel at the end of the support weighs nothing. Just inside, no rounding can decide
     # differently about it in the different places that XLA computes these bounds for.
-    support -= 1e-9
+    support = _SUPPORT[interpolation] * stretch - 1e-9
+    centres = (tf.cast(outputs, tf.float64) + 0.5) * scale
     first = tf.maximum(tf.floor(centres - support + 0.5), 0.0)
     end = tf.minimum(tf.floor(centres + support + 0.5), available)
     return centres, first, end, stretch
 
 
-def _combine(image: tf.Tensor, first: tf.Tensor, taps: tf.Tensor) -> tf.Tensor:
-    """Row i of the result is the sum of taps[i, k] · row first[i] + k; images uint8 [n, m, 3]."""
-    rows, columns, _ = tf.unstack(tf.shape(image))
-    # The compiled part sees long rows: over an innermost axis of 3 it would not be vectorised.
-    flat = tf.reshape(image, (rows, 3 * columns))
-    return tf.reshape(_combine_flat(flat, first, taps), (-1, columns, 3))
-
-
 @compiled
-def _combine_flat(rows: tf.Tensor, first: tf.Tensor, taps: tf.Tensor) -> tf.Tensor:
+def _combine(rows: tf.Tensor, first: tf.Tensor, taps: tf.Tensor) -> tf.Tensor:
+    """Row i of the result is the sum of taps[i, k] · row first[i] + k; rows are uint8 [n, 3m]."""
+    # Rows, not pixels: over an innermost axis of 3 the sums would not be vectorised.
     bands = tf.gather(rows, first[:, None] + tf.range(tf.shape(taps)[1]))
     sums = tf.reduce_sum(tf.cast(bands, tf.int32) * taps[:, :, None], axis=1)
     rounded = tf.bitwise.right_shift(sums + (1 << (_FRACTION_BITS - 1)), _FRACTION_BITS)
     return tf.cast(tf.clip_by_value(rounded, 0, 255), tf.uint8)
 
 
+def _transpose(rows: tf.Tensor) -> tf.Tensor:
+    """uint8 [n, 3m] → [m, 3n]."""
+    count, length = tf.unstack(tf.shape(rows))
+    pixels = _transpose_pixels(tf.reshape(rows, (count, length // 3, 3)))
+    return tf.reshape(pixels, (length // 3, 3 * count))
+
+
 @compiled
-def _transpose(image: tf.Tensor) -> tf.Tensor:
-    return tf.transpose(image, (1, 0, 2))
+def _transpose_pixels(image: tf.Tensor) -> tf.Tensor:
+    return tf.transpose(image, (1, 0, 2))  # with the reshaping inside it would take twice the time
 
 
 def _cubic(distance: tf.Tensor) -> tf.Tensor:
