@@ -1,10 +1,10 @@
-"""Pillow's colour operations of RandAugment, bit for bit, on uint8 [S, S, 3].
+"""Pillow's colour operations, bit for bit, on uint8 [S, S, 3].
 
 Every function is image → image of the same type and shape; further arguments are scalar tensors.
 Those marked with `compiled` are one XLA program each, which is several times faster than one kernel
 per arithmetic operation. XLA may contract a * b + c into one instruction that rounds once; where
-the result is then truncated this would show, so sums are integers, or their products are computed
-in float64 and rounded to float32 before the sum, which gives the bits of float32 products.
+the result is then truncated this would show, so sums are integers, or their products are clipped
+before the sum.
 """
 
 import functools
@@ -86,9 +86,10 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 def _blend(other: tf.Tensor, image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """other + factor · (image - other) in float32, clipped and truncated; `other` is int32."""
-    difference = tf.cast(tf.cast(image, tf.int32) - other, tf.float64)
-    product = tf.cast(tf.cast(factor, tf.float64) * difference, tf.float32)
-    return tf.cast(tf.clip_by_value(tf.cast(other, tf.float32) + product, 0.0, 255.0), tf.uint8)
+    change = factor * tf.cast(tf.cast(image, tf.int32) - other, tf.float32)
+    other = tf.cast(other, tf.float32)
+    # Clipped between the product and the sum, which keeps XLA from contracting them.
+    return tf.cast(other + tf.clip_by_value(change, -other, 255.0 - other), tf.uint8)
 
 
 def _grey(image: tf.Tensor) -> tf.Tensor:
