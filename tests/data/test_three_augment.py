@@ -1,0 +1,193 @@
+"""3-Augment and the colour jitter against PIL and torchvision, with the same random choices."""
+
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageFilter, ImageOps
+from scipy import stats
+
+from deit_jax.data import three_augment as ours
+from tests.data.conftest import picture
+from tests.oracles.torchvision_ops import import_torchvision
+
+transforms = import_torchvision().transforms
+
+SIDES = (224, 96, 33)
+FACTORS = (0.7, 0.91, 1.0, 1.13, 1.3)
+
+
+@pytest.fixture(scope="module")
+def photographs(sample_images):
+    """side → uint8 images [side, side, 3]: photographs, then noise, black and white, and black."""
+    paths = sorted(sample_images.glob("*/*/*.JPEG"))
+    pictures = [Image.open(path).convert("RGB") for path in paths[:: max(1, len(paths) // 6)][:6]]
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    made = [noise, (noise > 127).astype(np.uint8) * 255, np.zeros_like(noise)]
+
+    def squares(side):
+        resized = [np.asarray(p.resize((side, side), Image.Resampling.BICUBIC)) for p in pictures]
+        return resized + [np.ascontiguousarray(image[:side, :side]) for image in made]
+
+    return {side: squares(side) for side in SIDES}
+
+
+@functools.cache
+def _three(side):
+    """(image, name, radius) → image, traced once per side."""
+    function = tf.function(
+        lambda image, *draw: ours.apply_three_augment(image, ours.ThreeDraw(*draw)),
+        input_signature=[
+            tf.TensorSpec((side, side, 3), tf.uint8),
+            tf.TensorSpec((), tf.int32),
+            tf.TensorSpec((), tf.float32),
+        ],
+    )
+    return lambda image, name, radius: function(image, ours.THREE.index(name), radius).numpy()
+
+
+def _pil_three(name, radius):
+    """The reference's transform; it always applies."""
+    return {
+        "grey": transforms.Grayscale(num_output_channels=3),
+        "solarise": ImageOps.solarize,
+        "blur": lambda image: image.filter(ImageFilter.GaussianBlur(radius=radius)),
+    }[name]
+
+
+@functools.cache
+def _jitter(side):
+    """(image, order, factors) → image, traced once per side."""
+    scalar = tf.TensorSpec((), tf.float32)
+    function = tf.function(
+        lambda image, *draw: ours.apply_color_jitter(image, ours.JitterDraw(*draw)),
+        input_signature=[
+            tf.TensorSpec((side, side, 3), tf.uint8),
+            tf.TensorSpec((), tf.int32),
+            *[scalar] * 3,
+        ],
+    )
+    return lambda image, order, factors: function(image, order, *factors).numpy()
+
+
+class _Fixed(transforms.ColorJitter):
+    """torchvision's ColorJitter without hue, with choices made by the test."""
+
+    def __init__(self, order, factors):
+        super().__init__(0.3, 0.3, 0.3)
+        names = ("brightness", "contrast", "saturation")
+        self.choices = [names.index(name) for name in ours.ORDERS[order]], *factors, None
+
+    def get_params(self, *ranges):
+        return self.choices
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", ours.THREE)
+def test_each_of_the_three_equals_pil(photographs, side, name):
+    rng = np.random.default_rng(side)
+    for image in photographs[side]:
+        radius = np.float32(rng.uniform(0.1, 2.0))
+        want = _pil_three(name, float(radius))(Image.fromarray(image))
+        np.testing.assert_array_equal(_three(side)(image, name, radius), want)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("order", range(len(ours.ORDERS)))
+def test_jitter_in_every_order_equals_torchvisions(photographs, side, order):
+    rng = np.random.default_rng(order)
+    for image in photographs[side]:
+        factors = rng.choice(FACTORS, 3).astype(np.float32)
+        want = _Fixed(order, map(float, factors))(Image.fromarray(image))
+        np.testing.assert_array_equal(_jitter(side)(image, order, factors), want)
+
+
+def test_jitter_equals_torchvisions_at_any_strength(photographs):
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        image = photographs[96][number % 8]
+        order, strength = number % 6, (0.3, 1.0, 3.0)[number % 3]
+        factors = rng.uniform(max(0, 1 - strength), 1 + strength, 3).astype(np.float32)
+        want = _Fixed(order, map(float, factors))(Image.fromarray(image))
+        np.testing.assert_array_equal(_jitter(96)(image, order, factors), want)
+
+
+def test_the_whole_chain_with_our_draws(photographs):
+    """The jitter sees what the three left: contrast takes the mean of that."""
+    for number in range(60):
+        seeds = [tf.constant([number, kind], tf.int64) for kind in range(2)]
+        image = photographs[96][number % 8]
+        got = ours.color_jitter(ours.three_augment(tf.constant(image), seeds[0]), seeds[1], 0.3)
+        three = ours.draw_three_augment(seeds[0])
+        order, *factors = ours.draw_color_jitter(seeds[1], 0.3)
+        reference = transforms.Compose(
+            [
+                _pil_three(ours.THREE[int(three.operation)], float(three.radius)),
+                _Fixed(int(order), map(float, factors)),
+            ]
+        )
+        np.testing.assert_array_equal(got, reference(Image.fromarray(image)))
+
+
+def _drawn(draw, count):
+    seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([tf.constant(5, tf.int64), i]))
+    dataset = seeds.map(lambda seed: tuple(draw(seed))).batch(count)
+    return next(dataset.as_numpy_iterator())
+
+
+def _uncorrelated(columns):
+    names = np.triu_indices(len(columns), 1)
+    return np.abs(np.corrcoef(columns)[names]).max() < 4.5 / np.sqrt(len(columns[0]))
+
+
+def test_the_three_are_equally_likely_and_the_radius_is_uniform():
+    operation, radius = _drawn(ours.draw_three_augment, 20_000)
+    assert stats.chisquare(np.bincount(operation, minlength=3)).pvalue > 1e-3
+    assert stats.kstest((radius - 0.1) / 1.9, "uniform").pvalue > 1e-3
+    assert _uncorrelated([operation, radius])
+    assert stats.kstest((radius[operation == 2] - 0.1) / 1.9, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("strength", "low", "high"), [(0.3, 0.7, 1.3), (1.5, 0.0, 2.5)])
+def test_factors_are_uniform_and_orders_equally_likely(strength, low, high):
+    order, *factors = _drawn(lambda seed: ours.draw_color_jitter(seed, strength), 20_000)
+    assert stats.chisquare(np.bincount(order, minlength=6)).pvalue > 1e-3
+    for factor in factors:
+        assert stats.kstest((factor - low) / (high - low), "uniform").pvalue > 1e-3
+    assert _uncorrelated([order, *factors])
+
+
+def test_orders_are_all_permutations():
+    assert len(set(ours.ORDERS)) == 6
+    assert {frozenset(order) for order in ours.ORDERS} == {
+        frozenset(("brightness", "contrast", "saturation"))
+    }
+
+
+def test_no_strength_changes_nothing():
+    image = picture(0, 24, 24)
+    for number in range(12):
+        got = ours.color_jitter(tf.constant(image), tf.constant([number, 0], tf.int64), 0.0)
+        np.testing.assert_array_equal(got, image)
+
+
+@pytest.mark.parametrize(
+    "augment", [ours.three_augment, functools.partial(ours.color_jitter, strength=0.3)]
+)
+def test_a_function_of_the_seed_eagerly_and_in_a_parallel_map(augment):
+    image = tf.constant(picture(1, 40, 40))
+    seeds = [tf.constant([7, i], tf.int64) for i in range(32)]
+    dataset = tf.data.Dataset.from_tensor_slices(seeds)
+    runs = [
+        list(
+            dataset.map(
+                lambda seed: augment(image, seed), num_parallel_calls=calls
+            ).as_numpy_iterator()
+        )
+        for calls in (1, 4)
+    ]
+    np.testing.assert_array_equal(*runs)
+    for seed, mapped in zip(seeds[:8], runs[0], strict=False):
+        np.testing.assert_array_equal(augment(image, seed), mapped)
+    assert len({result.tobytes() for result in runs[0]}) > 8
