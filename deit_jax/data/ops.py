@@ -13,10 +13,13 @@ from ml_collections import ConfigDict
 
 from deit_jax.data.randaugment import rand_augment
 from deit_jax.data.resize import cut, plan_resize, resize
+from deit_jax.data.simple_crop import simple_random_crop
+from deit_jax.data.three_augment import color_jitter, three_augment
 from deit_jax.data.tone import compiled
 from deit_jax.policy import parse_policy
 
-_CROP, _FLIP, _AUGMENT = range(3)  # what a seed is folded with, one number per random operation
+# What a seed is folded with, one number per random operation.
+_CROP, _FLIP, _AUGMENT, _JITTER = range(4)
 _TRIES = 10
 
 
@@ -35,34 +38,44 @@ def train_transform(
     decode_all = input_config.train_crop != "random_resized" or input_config.on_bad_image == "skip"
 
     def transform(data: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
-        if data.dtype != tf.string:
-            whole = tf.constant(True)
+        if decode_all or data.dtype != tf.string:
+            whole, image = True, decode(data)
         else:
-            whole = decode_all | (tf.shape(seeds)[0] > 1) | ~tf.io.is_jpeg(data)
-        image = tf.cond(whole, lambda: decode(data), lambda: tf.zeros((0, 0, 3), tf.uint8))
+            whole = (tf.shape(seeds)[0] > 1) | ~tf.io.is_jpeg(data)
+            image = tf.cond(whole, lambda: decode(data), lambda: tf.zeros((0, 0, 3), tf.uint8))
 
-        def view(seed: tf.Tensor) -> tf.Tensor:
+        def draw_view(seed: tf.Tensor) -> tf.Tensor:
             crop_seed = fold(seed, _CROP)
             if input_config.train_crop == "small":
-                cut = resize_whole(image, size=image_size, interpolation=interpolation)
-                cut = pad_and_crop(cut, crop_seed, pad=input_config.pad)
+                view = resize_whole(image, size=image_size, interpolation=interpolation)
+                view = pad_and_crop(view, crop_seed, pad=input_config.pad)
+            elif input_config.train_crop == "simple_random":
+                how = {"interpolation": interpolation, "pad": input_config.pad}
+                view = simple_random_crop(image, crop_seed, size=image_size, **how)
             else:
-                cut = tf.cond(
-                    whole,
-                    lambda: random_cut(image, crop_seed, **crop),
-                    lambda: random_jpeg_cut(data, crop_seed, **crop),
-                )
-                cut = resize(cut, (image_size, image_size), interpolation=interpolation)
-            cut = tf.ensure_shape(cut, (image_size, image_size, 3))
-            cut = random_flip(cut, fold(seed, _FLIP), probability=input_config.hflip)
-            if policy is None:
-                return cut
-            return rand_augment(
-                cut, fold(seed, _AUGMENT), policy=policy, interpolation=interpolation, fill=fill
-            )
+                if whole is True:
+                    view = random_cut(image, crop_seed, **crop)
+                else:
+                    view = tf.cond(
+                        whole,
+                        lambda: random_cut(image, crop_seed, **crop),
+                        lambda: random_jpeg_cut(data, crop_seed, **crop),
+                    )
+                view = resize(view, (image_size, image_size), interpolation=interpolation)
+            view = tf.ensure_shape(view, (image_size, image_size, 3))
+            view = random_flip(view, fold(seed, _FLIP), probability=input_config.hflip)
+            augment_seed, jitter_seed = fold(seed, _AUGMENT), fold(seed, _JITTER)
+            if input_config.auto_augment:
+                how = {"policy": policy, "interpolation": interpolation, "fill": fill}
+                view = rand_augment(view, augment_seed, **how)
+            if input_config.three_augment:
+                view = three_augment(view, augment_seed)
+            if input_config.color_jitter:
+                view = color_jitter(view, jitter_seed, input_config.color_jitter)
+            return view
 
         views = tf.TensorSpec((image_size, image_size, 3), tf.uint8)
-        return tf.map_fn(view, seeds, parallel_iterations=1, fn_output_signature=views)
+        return tf.map_fn(draw_view, seeds, parallel_iterations=1, fn_output_signature=views)
 
     return transform
 

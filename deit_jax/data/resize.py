@@ -63,11 +63,7 @@ def plan_resize(
     top, left, height, width = window or (0, 0, *size)
     whole = (shape[:2], tf.stack(size), tf.stack((top, left)), (height, width), interpolation)
     box, padding, num_taps, vertical_first = _layout(*whole)
-    # Two programs, since each is compiled for every number of taps.
-    vertical, horizontal = (
-        _taps(*whole, box, tf.range(number), axis)
-        for axis, number in enumerate(tf.unstack(num_taps))
-    )
+    vertical, horizontal = _taps(*whole, box, tf.range(num_taps))
 
     def resample(image: tf.Tensor) -> tf.Tensor:
         padded = tf.pad(image, padding)
@@ -97,7 +93,7 @@ def _layout(
 
     Returns:
       The box int32 [4] of the pixels needed; the padding int32 [3, 2] that brings them to one of
-      _SIDES; the number of taps of each axis; and whether the vertical pass comes first.
+      _SIDES; the number of taps, enough for both axes; and whether the vertical pass comes first.
     """
     begin, extent, padding, num_taps = [], [], [], []
     reach = int(2 * _SUPPORT[interpolation])
@@ -109,13 +105,13 @@ def _layout(
         side = tf.reduce_min(tf.where(extent[-1] <= _SIDES, _SIDES, _SIDES[-1]))
         padding.append(tf.stack([0, side - extent[-1]]))
         # A pixel has 2 · support · scale taps, and the side is at least scale · count.
-        num_taps.append(tf.maximum((reach * side + count[axis] - 1) // count[axis], reach))
+        num_taps.append((reach * side + count[axis] - 1) // count[axis])
     lost = shape - size
     vertical_first = (lost[0] > 0) & (lost[0] > 2 * lost[1])
     return (
         tf.stack(begin + extent),
         tf.stack([*padding, [0, 0]]),
-        tf.stack(num_taps),
+        tf.maximum(tf.reduce_max(num_taps), reach),
         vertical_first,
     )
 
@@ -129,20 +125,24 @@ def _taps(
     interpolation: str,
     box: tf.Tensor,
     offsets: tf.Tensor,
-    axis: int,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The first input of every output of an axis, counted in the box (int32 [n]), and its taps.
+) -> tuple[tuple[tf.Tensor, tf.Tensor], ...]:
+    """For each axis the first input of every output, counted in the box (int32 [n]), and its taps.
 
     The taps, int32 [n, len(offsets)], are in units of 2^-22; those beyond the last input are 0.
     """
-    outputs = start[axis] + tf.range(count[axis])
-    centres, first, end, stretch = _footprints(shape[axis], size[axis], outputs, interpolation)
-    positions = first[:, None] + tf.cast(offsets, tf.float64)
-    distance = tf.abs((positions - centres[:, None] + 0.5) * (1.0 / stretch))
-    weights = tf.where(positions < end[:, None], _KERNELS[interpolation](distance), 0.0)
-    weights /= tf.reduce_sum(weights, axis=-1, keepdims=True)
-    magnitude = tf.floor(tf.abs(weights) * 2.0**_FRACTION_BITS + 0.5)  # halves go away from zero
-    return tf.cast(first, tf.int32) - box[axis], tf.cast(tf.sign(weights) * magnitude, tf.int32)
+    axes = []
+    for axis in range(2):
+        outputs = start[axis] + tf.range(count[axis])
+        centres, first, end, stretch = _footprints(shape[axis], size[axis], outputs, interpolation)
+        positions = first[:, None] + tf.cast(offsets, tf.float64)
+        distance = tf.abs((positions - centres[:, None] + 0.5) * (1.0 / stretch))
+        weights = tf.where(positions < end[:, None], _KERNELS[interpolation](distance), 0.0)
+        weights /= tf.reduce_sum(weights, axis=-1, keepdims=True)
+        # Pillow rounds halves away from zero.
+        magnitude = tf.floor(tf.abs(weights) * 2.0**_FRACTION_BITS + 0.5)
+        taps = tf.cast(tf.sign(weights) * magnitude, tf.int32)
+        axes.append((tf.cast(first, tf.int32) - box[axis], taps))
+    return tuple(axes)
 
 
 def _footprints(

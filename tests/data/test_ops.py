@@ -111,6 +111,10 @@ def test_random_resized_crop_is_pils_resize_of_the_box(jpegs, input_config):
         np.testing.assert_array_equal(function(data, seeds[:1]), want[:1], err_msg=path.name)
         png = _encode(image, "PNG")
         np.testing.assert_array_equal(function(png, seeds[1:]), want[1:], err_msg=path.name)
+    input_config.on_bad_image = "skip"
+    transform = ops.train_transform(input_config, image_size=64)
+    for source in (np.asarray(image), data):  # decoded already, and to be decoded whole
+        np.testing.assert_array_equal(transform(tf.constant(source), tf.constant(seeds)), want)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 300), (60, 100)])
@@ -193,7 +197,7 @@ def test_small_images_are_resized_whole_and_only_if_needed(input_config):
     np.testing.assert_array_equal(evaluation(tf.constant(want)), want)
 
 
-@pytest.mark.parametrize("train_crop", ["random_resized", "small"])
+@pytest.mark.parametrize("train_crop", ["random_resized", "simple_random", "small"])
 def test_training_is_a_function_of_the_seed_eagerly_and_in_a_map(jpegs, input_config, train_crop):
     input_config.train_crop = train_crop
     data = jpegs[0].read_bytes()
