@@ -3,9 +3,9 @@ import io
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
-from deit_jax.data import ops
+from deit_jax.data import ops, simple_crop, three_augment
 from tests.data.conftest import picture
 from tests.oracles.torchvision_ops import import_torchvision
 
@@ -208,3 +208,38 @@ def test_training_is_a_function_of_the_seed_eagerly_and_in_a_map(jpegs, input_co
     for seed, image in zip(seeds, images, strict=True):
         np.testing.assert_array_equal(transform(tf.constant(data), seed[None])[0], image)
     assert len({image.tobytes() for image in images}) == 8
+
+
+def test_deit_iii_augments_in_the_order_of_the_reference(jpegs, input_config):
+    """Crop, flip, one of grey, solarise and blur, jitter; torchvision with the numbers drawn."""
+    transforms = import_torchvision().transforms
+    functional, bicubic = transforms.functional, transforms.InterpolationMode.BICUBIC
+    settings = {"train_crop": "simple_random", "three_augment": True, "color_jitter": 0.3}
+    input_config.update(settings)
+    transform = tf.function(ops.train_transform(input_config, image_size=64))
+    operations = {
+        "grey": lambda image, radius: functional.to_grayscale(image, 3),
+        "solarise": lambda image, radius: ImageOps.solarize(image),
+        "blur": lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
+    }
+    adjust = {
+        name: getattr(functional, f"adjust_{name}")
+        for name in ("brightness", "contrast", "saturation")
+    }
+    for number, path in enumerate(jpegs[::2]):
+        seed = tf.constant([5, number], tf.int64)
+        image = Image.open(path).convert("RGB")
+        crop = functional.pad(functional.resize(image, 64, bicubic), 4, padding_mode="reflect")
+        shape = tf.constant(image.size[::-1])
+        top, left = simple_crop.draw_offset(ops.fold(seed, ops._CROP), shape, size=64, pad=4)
+        want = crop.crop((int(left), int(top), int(left) + 64, int(top) + 64))
+        blank = tf.reshape(tf.range(2, dtype=tf.int32), (1, 2, 1))
+        if ops.random_flip(blank, ops.fold(seed, ops._FLIP), probability=0.5)[0, 0, 0] == 1:
+            want = functional.hflip(want)
+        three = three_augment.draw_three_augment(ops.fold(seed, ops._AUGMENT))
+        want = operations[three_augment.THREE[int(three.operation)]](want, float(three.radius))
+        jitter = three_augment.draw_color_jitter(ops.fold(seed, ops._JITTER), 0.3)
+        for name in three_augment.ORDERS[int(jitter.order)]:
+            want = adjust[name](want, float(getattr(jitter, name)))
+        got = transform(tf.constant(path.read_bytes()), seed[None])[0]
+        np.testing.assert_array_equal(got, want, err_msg=path.name)
