@@ -316,20 +316,15 @@ def test_a_function_of_the_seed_eagerly_and_in_a_parallel_map(photographs):
 
 def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):
     data = tf.constant(jpegs[0].read_bytes())
-    seeds = [tf.constant([1, i], tf.int64) for i in range(3)]
+    seeds = tf.constant([[1, i] for i in range(3)], tf.int64)
     plain = ops.train_transform(input_config, image_size=48)
     input_config.auto_augment = "rand-m9-mstd0.5-inc1-n4-p1"
     augmented = ops.train_transform(input_config, image_size=48)
-    for seed in seeds:
-        want = randaugment.rand_augment(
-            plain(data, seed),
-            ops.fold(seed, 2),
-            policy=parse_policy(input_config.auto_augment),
-            interpolation="bicubic",
-            fill=FILL,
-        )
-        np.testing.assert_array_equal(augmented(data, seed), want)
-        assert (want.numpy() != plain(data, seed).numpy()).any()
+    how = {"policy": parse_policy(input_config.auto_augment), "fill": FILL}
+    for seed, image, got in zip(seeds, plain(data, seeds), augmented(data, seeds), strict=True):
+        want = randaugment.rand_augment(image, ops.fold(seed, 2), interpolation="bicubic", **how)
+        np.testing.assert_array_equal(got, want)
+        assert (got != image).numpy().any()
 
 
 def test_training_passes_interpolation_and_mean_on(jpegs, input_config, monkeypatch):
@@ -340,7 +335,7 @@ def test_training_passes_interpolation_and_mean_on(jpegs, input_config, monkeypa
             {"auto_augment": DEIT, "mean": mean, "interpolation": interpolation, "pad": 0}
         )
         ops.train_transform(input_config, image_size=8)(
-            tf.constant(jpegs[0].read_bytes()), tf.constant([1, 2], tf.int64)
+            tf.constant(jpegs[0].read_bytes()), tf.constant([[1, 2]], tf.int64)
         )
     assert [how["fill"] for how in seen] == [FILL, (128, 255, 0)]
     assert [how["interpolation"] for how in seen] == ["bicubic", "bilinear"]
