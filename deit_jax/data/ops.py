@@ -9,7 +9,7 @@ is dropped.
 from collections.abc import Callable
 
 import tensorflow as tf
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from deit_jax.data.randaugment import rand_augment
 from deit_jax.data.resize import cut, plan_resize, resize
@@ -31,6 +31,7 @@ def train_transform(
     Every seed is a view of the image. Of a JPEG with a single view only the crop is decoded, unless
     broken images are to be skipped: whether one is broken must not depend on the crop.
     """
+    input_config = FrozenConfigDict(input_config)  # what is traced later must not see changes
     interpolation = input_config.interpolation
     crop = {name: input_config[name] for name in ("scale", "ratio")}
     policy = parse_policy(input_config.auto_augment) if input_config.auto_augment else None
