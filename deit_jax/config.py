@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,11 @@ def validate(config: ConfigDict) -> None:
         "in [0, 1)",
     )
     _check_range(config, ("input.std",), lambda value: min(value) > 0, "numbers greater than 0")
+    for pattern in config.optimizer.trainable.split():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            _refuse(config, "optimizer.trainable", f"regular expressions ({pattern!r}: {error})")
     for name in ("input.scale", "input.ratio"):
         low, high = _get(config, name)
         if not 0 < low <= high:

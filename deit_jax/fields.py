@@ -90,6 +90,11 @@ def default_config() -> ConfigDict:
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.clip_norm = 0.0  # of the gradient over all parameters; 0: none (DeiT)
     config.optimizer.decay_dist_token = True  # the reference decays it; timm does not
+    # Regular expressions, with spaces between them, for the whole names of the parameters that
+    # train ("": all); the others stay as they began (BatchNorm's statistics are no parameters).
+    # Attention alone, as in "Three things everyone should know about vision transformers":
+    # ".*/attn/.* head/.* pos_embed".
+    config.optimizer.trainable = ""
 
     config.schedule = ConfigDict()
     config.schedule.epochs = 300

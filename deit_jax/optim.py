@@ -1,15 +1,17 @@
-"""Optimiser chain, learning-rate schedule, weight-decay mask and EMA.
+"""Optimiser chain, learning-rate schedule, masks of decay and of training, and EMA.
 
 The optimiser comes without a learning rate: the step computes `learning_rate(step)` and applies the
 update with `apply_updates`, so the rate is a pure function of the step and never stored.
 """
 
+import re
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from deit_jax import trees
 from deit_jax.errors import InputError
 
 # Every parameter name ends in one of these or is an error: a new layer has to take a side.
@@ -32,6 +34,7 @@ class OptimizerConfig(Protocol):
     momentum: float
     clip_norm: float
     decay_dist_token: bool
+    trainable: str
 
 
 def learning_rate(
@@ -90,6 +93,30 @@ def decay_mask(params: Tree, *, decay_dist_token: bool = True) -> Tree:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def trainable_mask(params: Tree, patterns: str) -> Tree:
+    """Return a tree like `params` with True where the optimiser may change something.
+
+    `patterns` are regular expressions with spaces between them, as `optimizer.trainable` has them:
+    a parameter trains where one of them matches its whole name (`blocks/0/attn/qkv/kernel`), or
+    where there are none.
+
+    Raises InputError for a pattern that matches no parameter.
+    """
+    names = trees.leaf_names(params)
+    for pattern in patterns.split():
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise InputError(
+                f"config.optimizer.trainable is {patterns!r}, but {pattern!r} matches no "
+                f"parameter of the model; their names are like {names[0]} and {names[-1]}"
+            )
+    return trees.name_mask(params, patterns.split() or [".*"])
+
+
+def freeze(params: Tree, mask: Tree) -> Tree:
+    """Return `params` cut off from the gradient where `mask` is False."""
+    return jax.tree.map(lambda p, m: p if m else jax.lax.stop_gradient(p), params, mask)
+
+
 def make_optimizer(params: Tree, config: OptimizerConfig) -> optax.GradientTransformation:
     """Build the transformation from gradients to updates, without the learning rate.
 
@@ -102,10 +129,19 @@ def make_optimizer(params: Tree, config: OptimizerConfig) -> optax.GradientTrans
     "sgd" is torch's with Nesterov momentum: the decay is added to the gradient, and the momentum
     carries it on.
 
-    Raises InputError for an unknown optimiser name.
+    Parameters that do not train (`trainable_mask`) have no moments and do not decay: their update
+    is their gradient, which is 0 behind `freeze`.
+
+    Raises InputError for an unknown optimiser name or a pattern that matches no parameter.
     """
     if config.name not in OPTIMIZERS:
         raise InputError(f"optimizer.name is {config.name!r}: expected {', '.join(OPTIMIZERS)}")
+    if config.trainable:
+        return optax.masked(_chain(params, config), trainable_mask(params, config.trainable))
+    return _chain(params, config)
+
+
+def _chain(params: Tree, config: OptimizerConfig) -> optax.GradientTransformation:
     mask = decay_mask(params, decay_dist_token=config.decay_dist_token)
     # A slot in either case: a run that resumes with clipping turned on finds its moments.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()

@@ -251,8 +251,12 @@ def recipe(setup: Setup, origin: str) -> str:
     group = f"groups of {plan.group_size}"
     if plan.group_size != config.mixing.group_size:
         group += f" (recipe: {config.mixing.group_size}; must divide the batch of one device)"
+    params = setup.abstract.params
+    mask = optim.trainable_mask(params, config.optimizer.trainable)
+    count, trained = trees.param_count(params), trees.param_count(trees.select(params, mask))
+    some = f" ({trained:,} of them train)" if trained < count else ""
     lines = {
-        "model": f"{info.name}, {trees.param_count(setup.abstract.params):,} parameters, "
+        "model": f"{info.name}, {count:,} parameters{some}, "
         f"{info.image_size}×{info.image_size}, {info.num_classes} classes, {origin}",
         "data": f"{setup.train_source.description}: {plan.num_train:,} train, "
         f"{plan.num_eval:,} eval; "

@@ -168,6 +168,7 @@ def make_train_step(
     def train_step(
         state: TrainState, teacher_variables: Variables | None, batch: dict
     ) -> tuple[TrainState, dict]:
+        trainable = optim.trainable_mask(state.model.params, config.optimizer.trainable)
         augment_key, noise_key = step_keys(config.train.seed, state.step)
         images, targets, _ = augment(augment_key, batch)
         teacher_logits = None
@@ -175,7 +176,7 @@ def make_train_step(
             teacher_logits = teacher_forward(teacher, teacher_variables, images, network.info)
 
         def loss_fn(params: Tree) -> tuple[jax.Array, tuple]:
-            variables = Variables(params, state.model.batch_stats)
+            variables = Variables(optim.freeze(params, trainable), state.model.batch_stats)
             heads, batch_stats = network(variables, images, noise_key)
             per_image, parts = losses.total_loss(
                 heads,

@@ -51,6 +51,14 @@ def name_mask(tree: Any, patterns: Iterable[str]) -> Any:
     )
 
 
+def select(tree: Any, mask: Any) -> dict[str, Any]:
+    """Return {name: leaf} of the leaves where `mask`, a tree of bools like `tree`, is True."""
+    chosen = jax.tree.leaves(mask)
+    return {
+        name: leaf for (name, leaf), take in zip(flat(tree).items(), chosen, strict=True) if take
+    }
+
+
 def check_like(got: Any, want: Any, what: str = "parameters") -> None:
     """Raise InputError unless `got` has exactly the names, key types and shapes of `want`.
 

@@ -64,7 +64,7 @@ def test_every_field_is_checked_for_its_type_and_most_for_their_range():
         "distill.temperature", "optimizer.eps", "optimizer.b1", "optimizer.b2",
         "optimizer.momentum", "input.crop_ratio", "dataset.train_fraction", "input.scale",
         "input.ratio", "input.mean", "input.std", "input.auto_augment", "distill.teacher",
-        "distill.teacher_config",
+        "distill.teacher_config", "optimizer.trainable",
     }  # fmt: skip
     default = default_config()
     unchecked = {
@@ -224,6 +224,7 @@ def test_structure_replaced_by_an_override():
         ("optimizer.b2", 1.0, "in [0, 1)"),
         ("optimizer.momentum", 1.0, "in [0, 1)"),
         ("optimizer.name", "adam", "one of adamw, lamb, sgd"),
+        ("optimizer.trainable", "head/.* (", "regular expressions ('(': "),
         ("train.loss", "softmax", "one of cross_entropy, bce"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from flax import nnx
 
-from deit_jax import optim
+from deit_jax import optim, trees
 from deit_jax.errors import InputError
 from deit_jax.models.registry import abstract_model
 from tests.oracles.torchvision_ops import import_torchvision
@@ -29,6 +29,7 @@ def config(**changes):
         "momentum": 0.9,
         "clip_norm": 0.0,
         "decay_dist_token": True,
+        "trainable": "",
     }
     return SimpleNamespace(**(defaults | changes))
 
@@ -177,6 +178,53 @@ def test_decay_groups_have_the_counts_of_the_reference(
     assert mask.count(True) == decayed
     kept = sum(size for size, decays in zip(sizes, mask, strict=True) if not decays)
     assert kept == undecayed_elements
+
+
+ATTENTION_ONLY = ".*/attn/.* head/.* pos_embed"
+
+
+def test_attention_alone_trains_as_many_parameters_as_in_the_reference():
+    """--attn-only of the reference, counted there for DeiT III-B."""
+    params = abstract_params("deit3_base_patch16_224")
+    mask = optim.trainable_mask(params, ATTENTION_ONLY)
+    assert trees.param_count(params) == 86_585_320
+    assert trees.param_count(trees.select(params, mask)) == 29_267_944
+    assert all(jax.tree.leaves(optim.trainable_mask(params, "")))
+
+
+def test_a_pattern_that_trains_nothing_is_named():
+    with pytest.raises(InputError, match=r"optimizer\.trainable is '.*' matches no parameter") as e:
+        optim.trainable_mask(small_params(), "head/.* kernel")
+    assert "'kernel'" in str(e.value)
+    with pytest.raises(InputError, match=r"'kernel' matches no parameter"):
+        optim.make_optimizer(small_params(), config(trainable="kernel"))
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_frozen_parameters_keep_every_bit_and_the_others_do_not_notice(name):
+    """The rest trains as it would alone: no norm, no moment and no decay counts what is frozen."""
+    params = small_params()
+
+    def part(tree):
+        blocks = {0: {"attn": tree["blocks"][0]["attn"]}}
+        return {"pos_embed": tree["pos_embed"], "blocks": blocks, "head": tree["head"]}
+
+    settings = {"name": name, "clip_norm": 1.0, "weight_decay": 0.5}
+    rng = np.random.default_rng(1)
+    grads = [
+        jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape)), part(params)) for _ in range(3)
+    ]
+    zeros = jax.tree.map(np.zeros_like, params)
+    block = zeros["blocks"][0]
+    full = [zeros | g | {"blocks": {0: block | g["blocks"][0]}} for g in grads]
+    got = trees.flat(run(config(**settings, trainable=ATTENTION_ONLY), params, full, [0.1] * 3))
+    want = trees.flat(run(config(**settings), part(params), grads, [0.1] * 3))
+    for leaf, before in trees.flat(params).items():
+        np.testing.assert_array_equal(got[leaf], want.get(leaf, before), err_msg=leaf)
+    state = optim.make_optimizer(params, config(**settings, trainable=ATTENTION_ONLY)).init(params)
+    moments = 1 if name == "sgd" else 2
+    stored = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert stored == moments * trees.param_count(part(params))
 
 
 def test_regnet_decays_exactly_its_matrices_and_convolutions():

@@ -164,6 +164,7 @@ def test_numbers_are_the_published_ones(run):
         "optimizer.momentum": 0.9,
         "optimizer.clip_norm": 1.0 if row["opt"] == "lamb" else 0.0,
         "optimizer.decay_dist_token": True,
+        "optimizer.trainable": "",
         "schedule.epochs": int(row["E"]),
         "schedule.warmup_epochs": 5,
         "schedule.warmup_lr": 1e-6,

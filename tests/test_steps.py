@@ -1,12 +1,14 @@
 """The train step: what it skips, what it averages, and what it leaves alone."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from configs import digits_distill
 from deit_jax import checkpoint, optim, steps, trees
@@ -14,31 +16,52 @@ from deit_jax.config import plan_run
 from deit_jax.models import registry
 
 
+class Parts(NamedTuple):
+    """What a step is built from."""
+
+    config: ConfigDict
+    network: steps.Network
+    variables: steps.Variables
+    teacher: steps.Network
+    teacher_variables: steps.Variables
+    batch: dict
+
+
 @pytest.fixture(scope="module")
-def engine():
-    """A soft-distillation step with every noise on, its first state, a teacher and a batch."""
+def parts():
+    """Soft distillation with every noise on."""
     config = digits_distill.get_config()
     config.distill.kind = "soft"
     config.model.drop_path_rate = 0.1
     config.mixing.random_erasing = 0.25
     config.train.batch_size = 8
     config.schedule.per_epoch = False
-    plan = plan_run(config, num_train=64, num_eval=8, num_classes=10, class_names=(), num_devices=1)
     options = {"num_classes": 10, "depth": 2, "drop_path_rate": 0.1}
     model = registry.create_model("deit_testing_distilled", **options, rngs=nnx.Rngs(0))
-    network, variables = steps.split_model(model)
-    teacher, teacher_variables = steps.split_model(
-        registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(1))
-    )
-    optimizer = optim.make_optimizer(variables.params, config.optimizer)
-    state = steps.new_state(variables, optimizer, ema=True)
-    step = jax.jit(steps.make_train_step(config, plan, network, optimizer, teacher=teacher))
+    teacher = registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(1))
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
         "label": rng.integers(0, 10, 8).astype(np.int32),
     }
-    return step, state, teacher_variables, batch
+    return Parts(config, *steps.split_model(model), *steps.split_model(teacher), batch)
+
+
+def build(parts, **changes):
+    """The compiled step and its first state; `changes` are fields, dots written as "__"."""
+    config = parts.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    plan = plan_run(config, num_train=64, num_eval=8, num_classes=10, class_names=(), num_devices=1)
+    optimizer = optim.make_optimizer(parts.variables.params, config.optimizer)
+    teacher = None if config.distill.kind == "none" else parts.teacher
+    step = steps.make_train_step(config, plan, parts.network, optimizer, teacher=teacher)
+    return jax.jit(step), steps.new_state(parts.variables, optimizer, ema=True)
+
+
+@pytest.fixture(scope="module")
+def engine(parts):
+    """The step as it is, its first state, a teacher and a batch."""
+    return *build(parts), parts.teacher_variables, parts.batch
 
 
 def equal(left, right):
@@ -55,6 +78,21 @@ def test_every_part_of_the_state_moves(engine):
     before = trees.flat(state.model.params)
     still = [k for k, v in trees.flat(after.model.params).items() if jnp.array_equal(v, before[k])]
     assert not still
+
+
+def test_parameters_that_do_not_train_stay_to_the_bit(parts, engine):
+    """Their gradient is cut off in the step: not even the gradient's norm has them."""
+    step, state = build(parts, optimizer__trainable=".*/attn/.* head.* pos_embed")
+    teacher, batch = parts.teacher_variables, parts.batch
+    after, metrics = step(step(state, teacher, batch)[0], teacher, batch)
+    before = trees.flat(state.model.params)
+    still = {k for k, v in trees.flat(after.model.params).items() if jnp.array_equal(v, before[k])}
+    trains = {k for k in before if "/attn/" in k or k.startswith("head") or k == "pos_embed"}
+    assert still == set(before) - trains
+    assert equal(after.ema.params["norm"], state.ema.params["norm"])
+    step, state = engine[:2]
+    _, full = step(step(state, teacher, batch)[0], teacher, batch)
+    assert 0 < float(metrics["grad_norm"]) < float(full["grad_norm"])
 
 
 def test_loss_is_the_weighted_sum_of_its_parts(engine):
