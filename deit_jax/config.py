@@ -29,8 +29,8 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = (
     "input.image_size", "input.repeats", "mixing.group_size", "schedule.epochs",
-    "train.batch_size", "train.log_every_steps", "train.max_nonfinite_steps",
-    "parallel.fsdp", "checkpoint.keep", "distributed.num_processes",
+    "train.batch_size", "train.accumulate_steps", "train.log_every_steps",
+    "train.max_nonfinite_steps", "parallel.fsdp", "checkpoint.keep", "distributed.num_processes",
 )  # fmt: skip
 _PROBABILITIES = (
     "model.drop_path_rate", "input.hflip", "mixing.random_erasing", "mixing.prob",
@@ -157,6 +157,13 @@ def check_batch(config: ConfigDict, *, num_devices: int, num_processes: int) -> 
             "train.batch_size",
             f"a multiple of the {num_devices} devices of the mesh ({num_processes} processes): "
             f"try {nearest}",
+        )
+    if batch // num_devices % config.train.accumulate_steps:
+        _refuse(
+            config,
+            "train.accumulate_steps",
+            f"a divisor of the {batch // num_devices} images of a device (config.train.batch_size "
+            f"{batch} over {num_devices} devices)",
         )
 
 

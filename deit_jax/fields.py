@@ -106,6 +106,10 @@ def default_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.batch_size = 1024  # global, over all devices of all hosts
+    # Micro-batches in which the gradient of a batch is taken, one after the other: memory for
+    # images / this, the same update. Mixing happens before, so that its groups stay whole;
+    # stochastic depth is drawn anew for each, and BatchNorm (RegNetY) has each one's statistics.
+    config.train.accumulate_steps = 1
     config.train.seed = 0
     # Of the class head. bce: every class a question of its own, to which mixed images have two
     # answers (DeiT III); evaluation always reports the cross-entropy.

@@ -255,6 +255,8 @@ def recipe(setup: Setup, origin: str) -> str:
     mask = optim.trainable_mask(params, config.optimizer.trainable)
     count, trained = trees.param_count(params), trees.param_count(trees.select(params, mask))
     some = f" ({trained:,} of them train)" if trained < count else ""
+    parts = config.train.accumulate_steps
+    micro = f" in {parts} micro-batches" if parts > 1 else ""
     lines = {
         "model": f"{info.name}, {count:,} parameters{some}, "
         f"{info.image_size}×{info.image_size}, {info.num_classes} classes, {origin}",
@@ -264,7 +266,7 @@ def recipe(setup: Setup, origin: str) -> str:
         "schedule": f"{config.schedule.epochs} epochs × {plan.steps_per_epoch} steps = "
         f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up; "
         f"peak rate {config.optimizer.lr:g}",
-        "batch": f"{config.train.batch_size} images over all devices; mixing in {group}",
+        "batch": f"{config.train.batch_size} images over all devices{micro}; mixing in {group}",
         "devices": f"{parallel.describe(setup.mesh)}; {config.train.dtype} products",
     }
     if setup.teacher_folder is not None:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from deit_jax import losses, mixing, optim
+from deit_jax.accumulate import accumulate
 from deit_jax.config import RunPlan
 from deit_jax.models.registry import ModelInfo
 
@@ -171,31 +172,45 @@ def make_train_step(
         trainable = optim.trainable_mask(state.model.params, config.optimizer.trainable)
         augment_key, noise_key = step_keys(config.train.seed, state.step)
         images, targets, _ = augment(augment_key, batch)
-        teacher_logits = None
-        if teacher is not None:
-            teacher_logits = teacher_forward(teacher, teacher_variables, images, network.info)
 
-        def loss_fn(params: Tree) -> tuple[jax.Array, tuple]:
-            variables = Variables(optim.freeze(params, trainable), state.model.batch_stats)
-            heads, batch_stats = network(variables, images, noise_key)
-            per_image, parts = losses.total_loss(
-                heads,
-                targets,
-                teacher_logits,
-                kind=distil.kind,
-                alpha=distil.alpha,
-                temperature=distil.temperature,
-                reduction=distil.reduction,
-                base_loss=config.train.loss,
-            )
-            metrics = {name: part.mean() for name, part in parts.items()}
-            if teacher_logits is not None:
-                agree = heads[-1].argmax(-1) == teacher_logits.argmax(-1)
-                metrics["teacher_agreement"] = agree.astype(jnp.float32).mean()
-            return per_image.mean(), (metrics, batch_stats)
+        def gradient(
+            batch_stats: Tree, images: jax.Array, targets: jax.Array, key: jax.Array
+        ) -> tuple[Tree, Tree, dict]:
+            teacher_logits = None
+            if teacher is not None:
+                teacher_logits = teacher_forward(teacher, teacher_variables, images, network.info)
 
-        (loss, (metrics, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.model.params
+            def loss_fn(params: Tree) -> tuple[jax.Array, tuple]:
+                variables = Variables(optim.freeze(params, trainable), batch_stats)
+                heads, new_stats = network(variables, images, key)
+                per_image, parts = losses.total_loss(
+                    heads,
+                    targets,
+                    teacher_logits,
+                    kind=distil.kind,
+                    alpha=distil.alpha,
+                    temperature=distil.temperature,
+                    reduction=distil.reduction,
+                    base_loss=config.train.loss,
+                )
+                if teacher_logits is not None:
+                    agree = heads[-1].argmax(-1) == teacher_logits.argmax(-1)
+                    parts["teacher_agreement"] = agree.astype(jnp.float32)
+                metrics = {name: part.mean() for name, part in parts.items()}
+                loss = per_image.mean()
+                return loss, (new_stats, metrics | {"loss": loss})
+
+            grads, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.model.params)
+            return grads, new_stats, metrics
+
+        grads, batch_stats, metrics = accumulate(
+            gradient,
+            state.model.batch_stats,
+            images,
+            targets,
+            noise_key,
+            steps=config.train.accumulate_steps,
+            replicated=replicated,
         )
         rate = optim.learning_rate(
             state.step,
@@ -214,7 +229,7 @@ def make_train_step(
             ema = optim.ema_update(ema, model, config.train.ema_decay)
 
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         model, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (model, opt_state, ema),
@@ -230,7 +245,6 @@ def make_train_step(
             nonfinite_total=state.nonfinite_total + skipped,
         )
         metrics |= {
-            "loss": loss,
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "nonfinite_steps": state.nonfinite_steps,

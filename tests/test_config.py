@@ -170,6 +170,13 @@ def test_check_batch_names_the_nearest_batches():
     config.train.batch_size = 6
     with pytest.raises(InputError, match=r"config.train.batch_size is 6.* try 8$"):
         check_batch(config, num_devices=8, num_processes=2)
+    config.train.batch_size, config.train.accumulate_steps = 64, 4
+    check_batch(config, num_devices=8, num_processes=2)
+    config.train.accumulate_steps = 3
+    with pytest.raises(
+        InputError, match=r"config.train.accumulate_steps is 3.* a divisor of the 8 images"
+    ):
+        check_batch(config, num_devices=8, num_processes=2)
     config.train.batch_size, config.parallel.fsdp = 64, 3
     with pytest.raises(InputError, match=r"config.parallel.fsdp is 3.* \(8\)"):
         check_batch(config, num_devices=8, num_processes=2)
@@ -214,6 +221,7 @@ def test_structure_replaced_by_an_override():
         ("distill.temperature", 0.0, "greater than 0"),
         ("dataset.train_fraction", 0.0, "in (0, 1]"),
         ("parallel.fsdp", 0, "at least 1"),
+        ("train.accumulate_steps", 0, "at least 1"),
         ("schedule.warmup_epochs", 300, "less than schedule.epochs (300)"),
         ("distributed.process_id", 1, "less than distributed.num_processes"),
         ("distributed.coordinator_address", "host:x", "HOST:PORT"),

@@ -171,6 +171,7 @@ def test_numbers_are_the_published_ones(run):
         "schedule.min_lr": float(row["min"]),
         "schedule.per_epoch": True,
         "train.batch_size": int(row["B"]),
+        "train.accumulate_steps": 1,
         "train.loss": LOSSES[row["loss"]],
         "train.ema_decay": 0.99996,
     }
