@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from deit_jax.errors import InputError
-from deit_jax.fields import default_config
+from deit_jax.fields import check_structure
 from deit_jax.policy import parse_policy
 
 _CHOICES = {
@@ -71,7 +71,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
       InputError: the first field that is wrong, what it holds and what it may hold.
     """
-    _check_structure(config, default_config(), "config")
+    check_structure(config)
     for name, choices in _CHOICES.items():
         if _get(config, name) not in choices:
             _refuse(config, name, f"one of {', '.join(choices)}")
@@ -124,6 +124,10 @@ def validate(config: ConfigDict) -> None:
             "mixing.smoothing",
             "0 where train.loss is 'bce', which counts every smoothed target as a true class",
         )
+    if config.train.cosub and not config.model.drop_path_rate:
+        _refuse(config, "train.cosub", "False where model.drop_path_rate is 0: no two submodels")
+    if config.train.cosub and config.distill.kind != "none":
+        _refuse(config, "train.cosub", "False where distill.kind is not 'none': it has no teacher")
     if config.schedule.warmup_epochs >= config.schedule.epochs:
         _refuse(
             config,
@@ -285,45 +289,6 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-def _check_structure(config: ConfigDict, default: ConfigDict, where: str) -> None:
-    for name in default:
-        if name not in config:
-            raise InputError(
-                f"{where}.{name} is missing; start recipes from deit_jax.fields.default_config()"
-            )
-    for name in config:
-        if name not in default:
-            raise InputError(
-                f"{where}.{name} is not a field; {where} has {', '.join(sorted(default))}"
-            )
-        found, expected = config[name], default[name]
-        if isinstance(expected, ConfigDict):
-            if not isinstance(found, ConfigDict):
-                raise InputError(f"{where}.{name} is {found!r}, but must be a group of fields")
-            _check_structure(found, expected, f"{where}.{name}")
-        elif not _same_type(found, expected):
-            kind = (
-                f"{len(expected)} numbers"
-                if isinstance(expected, tuple)
-                else type(expected).__name__
-            )
-            raise InputError(
-                f"{where}.{name} is {found!r}, but must be {kind}, such as {expected!r}"
-            )
-
-
-def _same_type(found: object, expected: object) -> bool:
-    if isinstance(expected, tuple):
-        return (
-            isinstance(found, tuple)
-            and len(found) == len(expected)
-            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in found)
-        )
-    if isinstance(expected, float):
-        return isinstance(found, (int, float)) and not isinstance(found, bool)
-    return type(found) is type(expected)
 
 
 def _check_range(

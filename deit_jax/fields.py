@@ -7,6 +7,8 @@ derived number behind.
 
 from ml_collections import ConfigDict
 
+from deit_jax.errors import InputError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -114,6 +116,10 @@ def default_config() -> ConfigDict:
     # Of the class head. bce: every class a question of its own, to which mixed images have two
     # answers (DeiT III); evaluation always reports the cross-entropy.
     config.train.loss = "cross_entropy"  # cross_entropy | bce
+    # Each image twice, in two submodels that stochastic depth draws: they learn from the labels and
+    # from one another (arXiv 2212.04884). Always class by class; `loss` only says whether mixed
+    # images have two whole answers (bce) or two shares of one.
+    config.train.cosub = False
     config.train.dtype = "bfloat16"  # of matrix products: bfloat16 | float32
     config.train.ema_decay = 0.99996  # 0: no moving average
     config.train.log_every_steps = 50
@@ -136,3 +142,47 @@ def default_config() -> ConfigDict:
     config.distributed.num_processes = 1
     config.distributed.process_id = 0
     return config
+
+
+def check_structure(config: ConfigDict) -> None:
+    """Raises InputError unless a config has exactly the fields above, each of its type."""
+    _check_structure(config, default_config(), "config")
+
+
+def _check_structure(config: ConfigDict, default: ConfigDict, where: str) -> None:
+    for name in default:
+        if name not in config:
+            raise InputError(
+                f"{where}.{name} is missing; start recipes from deit_jax.fields.default_config()"
+            )
+    for name in config:
+        if name not in default:
+            raise InputError(
+                f"{where}.{name} is not a field; {where} has {', '.join(sorted(default))}"
+            )
+        found, expected = config[name], default[name]
+        if isinstance(expected, ConfigDict):
+            if not isinstance(found, ConfigDict):
+                raise InputError(f"{where}.{name} is {found!r}, but must be a group of fields")
+            _check_structure(found, expected, f"{where}.{name}")
+        elif not _same_type(found, expected):
+            kind = (
+                f"{len(expected)} numbers"
+                if isinstance(expected, tuple)
+                else type(expected).__name__
+            )
+            raise InputError(
+                f"{where}.{name} is {found!r}, but must be {kind}, such as {expected!r}"
+            )
+
+
+def _same_type(found: object, expected: object) -> bool:
+    if isinstance(expected, tuple):
+        return (
+            isinstance(found, tuple)
+            and len(found) == len(expected)
+            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in found)
+        )
+    if isinstance(expected, float):
+        return isinstance(found, (int, float)) and not isinstance(found, bool)
+    return type(found) is type(expected)

@@ -25,9 +25,27 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     Every target above 0 counts as 1, so that both classes of a mixed image are true and λ has no
     say (DeiT III, after ResNet strikes back). Smoothed targets, all above 0, would teach nothing.
     """
-    logits = logits.astype(jnp.float32)
-    terms = jnp.where(targets > 0, jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits))
-    return -jnp.mean(terms, axis=-1)
+    return _sigmoid_cross_entropy(logits, targets > 0)
+
+
+def cosub(
+    first: jax.Array, second: jax.Array, targets: jax.Array, *, base_loss: Base
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the co-training loss [B] of two submodels and its unweighted parts (arXiv 2212.04884).
+
+    ½·base + ½·cosub over logits [B,K] of the same images: base is the submodels' mean sigmoid
+    cross-entropy with `targets` [B,K], cosub that of each with the other's probabilities, through
+    which no gradient passes. As in the reference it is always class by class; for "bce" every
+    target above 0 counts as 1.
+    """
+    if base_loss == "bce":
+        targets = targets > 0
+    both = jnp.stack([first, second])
+    base = _sigmoid_cross_entropy(both, targets)
+    others = jax.nn.sigmoid(jax.lax.stop_gradient(both[::-1]).astype(jnp.float32))
+    mutual = _sigmoid_cross_entropy(both, others)
+    parts = {"base": base.mean(0), "cosub": mutual.mean(0)}
+    return 0.5 * parts["base"] + 0.5 * parts["cosub"], parts
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -121,3 +139,9 @@ def total_loss(
 
 def _log_softmax(logits: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def _sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
+    terms = targets * jax.nn.log_sigmoid(logits) + (1.0 - targets) * jax.nn.log_sigmoid(-logits)
+    return -jnp.mean(terms, axis=-1)

@@ -159,7 +159,7 @@ def make_train_step(
     Returns:
       step(state, teacher_variables, batch) → (state, metrics), to be jitted with the state
       donated. `batch` holds uint8 images [B,H,W,3] and int32 labels [B]. Metrics are float32
-      scalars: means over the global batch (`loss`, its parts `base` and `distill`,
+      scalars: means over the global batch (`loss`, its parts `base` and `distill` or `cosub`,
       `teacher_agreement`), `learning_rate`, `grad_norm`, and the state's two skip counters.
       A step whose loss or gradient is not finite changes only the counters and `step`.
     """
@@ -182,17 +182,24 @@ def make_train_step(
 
             def loss_fn(params: Tree) -> tuple[jax.Array, tuple]:
                 variables = Variables(optim.freeze(params, trainable), batch_stats)
-                heads, new_stats = network(variables, images, key)
-                per_image, parts = losses.total_loss(
-                    heads,
-                    targets,
-                    teacher_logits,
-                    kind=distil.kind,
-                    alpha=distil.alpha,
-                    temperature=distil.temperature,
-                    reduction=distil.reduction,
-                    base_loss=config.train.loss,
-                )
+                # Each image next to itself, so that both stay on their device.
+                shown = jnp.repeat(images, 2, axis=0) if config.train.cosub else images
+                heads, new_stats = network(variables, shown, key)
+                if config.train.cosub:
+                    per_image, parts = losses.cosub(
+                        heads[0][0::2], heads[0][1::2], targets, base_loss=config.train.loss
+                    )
+                else:
+                    per_image, parts = losses.total_loss(
+                        heads,
+                        targets,
+                        teacher_logits,
+                        kind=distil.kind,
+                        alpha=distil.alpha,
+                        temperature=distil.temperature,
+                        reduction=distil.reduction,
+                        base_loss=config.train.loss,
+                    )
                 if teacher_logits is not None:
                     agree = heads[-1].argmax(-1) == teacher_logits.argmax(-1)
                     parts["teacher_agreement"] = agree.astype(jnp.float32)

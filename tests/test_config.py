@@ -267,6 +267,15 @@ def test_smoothing_and_the_loss_that_counts_every_target_above_zero():
     validate(config)
 
 
+def test_cosub_needs_two_submodels_and_no_teacher():
+    config = _set(default_config(), "train.cosub", True)
+    validate(config)
+    config.distill.kind = "hard"
+    assert "config.train.cosub is True, but must be False where distill.kind" in _error(config)
+    config.distill.kind, config.model.drop_path_rate = "none", 0.0
+    assert "config.train.cosub is True, but must be False where model.drop" in _error(config)
+
+
 def test_choices_are_what_the_code_can_do():
     assert config_module._CHOICES["optimizer.name"] == optim.OPTIMIZERS
     assert config_module._CHOICES["train.loss"] == tuple(losses.BASE_LOSSES)

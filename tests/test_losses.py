@@ -97,6 +97,41 @@ def test_binary_cross_entropy_equals_the_reference():
     np.testing.assert_allclose(grad, head.grad.numpy(), rtol=2e-6, atol=1e-9)
 
 
+def torch_cosub(first, second, targets):
+    """engine.py of the reference, where the two submodels are the halves of a doubled batch."""
+    criterion = torch.nn.BCEWithLogitsLoss()
+    loss = 0.25 * criterion(first, targets) + 0.25 * criterion(second, targets)
+    loss = loss + 0.25 * criterion(first, second.detach().sigmoid())
+    return loss + 0.25 * criterion(second, first.detach().sigmoid())
+
+
+def test_cosub_equals_the_reference():
+    hot = mixed_targets(smoothing=0.0)
+    loss, parts = losses.cosub(
+        jnp.asarray(STUDENT), jnp.asarray(STUDENT_DIST), hot, base_loss="bce"
+    )
+    assert loss.shape == (4,)
+    assert loss.mean() == pytest.approx(0.8154081, abs=2e-7)
+    np.testing.assert_allclose(loss, 0.5 * parts["base"] + 0.5 * parts["cosub"], rtol=1e-6)
+    rng = np.random.default_rng(5)
+    first, second = rng.normal(size=(2, 6, 9)).astype(np.float32) * 5
+    targets = rng.dirichlet(np.ones(9), 6).astype(np.float32) * (rng.random((6, 9)) < 0.5)
+    for base_loss, wanted in (("bce", targets > 0), ("cross_entropy", targets)):
+
+        def mean_loss(first, second, base_loss=base_loss):
+            return losses.cosub(first, second, targets, base_loss=base_loss)[0].mean()
+
+        value, grads = jax.value_and_grad(mean_loss, argnums=(0, 1))(
+            jnp.asarray(first), jnp.asarray(second)
+        )
+        heads = [torch.tensor(x, requires_grad=True) for x in (first, second)]
+        want = torch_cosub(*heads, torch.tensor(wanted.astype(np.float32)))
+        want.backward()
+        assert value == pytest.approx(want.item(), rel=1e-6)
+        for got, head in zip(grads, heads, strict=True):
+            np.testing.assert_allclose(got, head.grad.numpy(), rtol=2e-6, atol=1e-8)
+
+
 def test_bce_as_base_of_the_total_loss():
     loss, parts = total("hard", base_loss="bce", alpha=0.25)
     base = losses.binary_cross_entropy(jnp.asarray(STUDENT), mixed_targets())

@@ -173,6 +173,7 @@ def test_numbers_are_the_published_ones(run):
         "train.batch_size": int(row["B"]),
         "train.accumulate_steps": 1,
         "train.loss": LOSSES[row["loss"]],
+        "train.cosub": False,
         "train.ema_decay": 0.99996,
     }
     fields = ("source", "name", "train_split", "eval_split")

@@ -95,6 +95,26 @@ def test_parameters_that_do_not_train_stay_to_the_bit(parts, engine):
     assert 0 < float(metrics["grad_norm"]) < float(full["grad_norm"])
 
 
+def test_cosub_trains_two_submodels_of_each_image(parts):
+    """Without stochastic depth both are the model: base is that of bce, cosub its own entropy."""
+    changes = {"distill__kind": "none", "train__loss": "bce", "mixing__smoothing": 0.0}
+    quiet = registry.abstract_model("deit_testing_distilled", num_classes=10, depth=2)
+    alone = parts._replace(network=steps.split_model(quiet)[0])
+    step, state = build(alone, **changes)
+    _, plain = step(state, None, parts.batch)
+    step, state = build(alone, **changes, train__cosub=True)
+    after, metrics = step(state, None, parts.batch)
+    assert float(metrics["base"]) == pytest.approx(float(plain["base"]), rel=1e-6)
+    both = 0.5 * float(metrics["base"]) + 0.5 * float(metrics["cosub"])
+    assert float(metrics["loss"]) == pytest.approx(both, rel=1e-6)
+    assert not equal(after.model.params["head"], state.model.params["head"])
+    # Each submodel is its own teacher here, so that only the labels move anything.
+    assert float(metrics["grad_norm"]) == pytest.approx(0.5 * float(plain["grad_norm"]), rel=1e-4)
+    step, state = build(parts, **changes, train__cosub=True)
+    _, noisy = step(state, None, parts.batch)
+    assert float(noisy["grad_norm"]) != pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
+
+
 def test_loss_is_the_weighted_sum_of_its_parts(engine):
     step, state, teacher, batch = engine
     _, metrics = step(state, teacher, batch)
