@@ -1,12 +1,14 @@
 """Exact evaluation of a whole split: every example counts once on any number of devices."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from deit_jax import parallel
+from deit_jax import parallel, steps
+from deit_jax.models import registry
+from deit_jax.startup import Setup
 from deit_jax.steps import Variables
 
 _PERCENT = ("top1", "top5", "top1_cls", "top1_dist")
@@ -53,3 +55,52 @@ def evaluate(
 def _add(totals: dict[str, float], sums: dict[str, jax.Array]) -> None:
     for name, value in jax.device_get(sums).items():
         totals[name] = totals.get(name, 0.0) + float(value)
+
+
+def evaluator(setup: Setup) -> Callable[[steps.TrainState], dict[str, float]]:
+    """A function from a state to its results on the run's eval split, compiled once."""
+    run = _pass(setup, setup.network, setup.config.input.image_size)
+    return lambda state: run({"": state.model} | ({} if state.ema is None else {"ema_": state.ema}))
+
+
+def teacher_accuracy(
+    setup: Setup, teacher: steps.Network | None, variables: Variables | None
+) -> dict[str, float]:
+    """The teacher's `teacher_top1` on the eval split, at the resolution that it sees in training.
+
+    Nothing without a teacher. One that knows only its own resolution gets whole images of that,
+    not the student's images resized.
+    """
+    if teacher is None:
+        return {}
+    size = registry.fixed_size(teacher.info) or setup.config.input.image_size
+    return {"teacher_top1": _pass(setup, teacher, size)({"": variables})["top1"]}
+
+
+def skipped(batches: Iterator[dict]) -> dict[str, int]:
+    """How many images could not be read by this process, if any; else nothing."""
+    return {"skipped_images": len(batches.skipped)} if batches.skipped else {}
+
+
+def _pass(
+    setup: Setup, network: steps.Network, image_size: int
+) -> Callable[[dict[str, Variables]], dict[str, float]]:
+    from deit_jax import data
+
+    eval_step = jax.jit(
+        steps.make_eval_step(network), out_shardings=parallel.replicated(setup.mesh)
+    )
+
+    def run(weights: dict[str, Variables]) -> dict[str, float]:
+        batches = data.eval_batches(
+            setup.eval_source,
+            setup.config.input,
+            image_size=image_size,
+            batch_size=setup.config.train.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        results = evaluate(eval_step, weights, batches, parallel.batch_sharding(setup.mesh))
+        return results | skipped(batches)
+
+    return run

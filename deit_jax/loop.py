@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import json
 import signal
 import time
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from deit_jax import checkpoint, parallel, startup, steps
 from deit_jax.config import changed_fields, write_config
 from deit_jax.errors import InputError
-from deit_jax.evaluate import evaluate
+from deit_jax.evaluate import evaluator, skipped, teacher_accuracy
 from deit_jax.metrics import MetricWriter, Progress, eval_line, say, train_line
 from deit_jax.startup import Setup
 
@@ -70,7 +69,7 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
         step = int(state.step)
         writer = MetricWriter(workdir, on=_first_process())
         with contextlib.closing(writer):
-            final = _evaluator(setup)(state) | _teacher_accuracy(setup, *(teacher or (None, None)))
+            final = evaluator(setup)(state) | teacher_accuracy(setup, *(teacher or (None, None)))
             return _report(writer, step, final)
 
 
@@ -84,7 +83,7 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
     if first:
         write_config(config, workdir)
     teacher, teacher_variables = startup.load_teacher(setup)
-    teacher_report = _teacher_accuracy(setup, teacher, teacher_variables)
+    teacher_report = teacher_accuracy(setup, teacher, teacher_variables)
     if teacher_report:
         say(
             f"Teacher top-1 on the eval split: {teacher_report['teacher_top1']:.2f} %",
@@ -92,7 +91,7 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
         )
 
     train_step = jit_train_step(setup, shardings, teacher)
-    evaluate_state = _evaluator(setup)
+    evaluate_state = evaluator(setup)
     writer = MetricWriter(workdir, resume_step=step, tensorboard=config.train.tensorboard, on=first)
     progress = Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
     window = _Window(setup)
@@ -116,7 +115,7 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
             # Asked once a step: a signal between two answers must not skip the save.
             last, stop, results = step == plan.total_steps, stopped(step), None
             if last or step % config.train.log_every_steps == 0:
-                values = window.means() | progress.report(step) | _skipped(batches)
+                values = window.means() | progress.report(step) | skipped(batches)
                 writer.write(step, "train", values)
                 say(train_line(step, plan.total_steps, plan.steps_per_epoch, values), on=first)
 
@@ -261,50 +260,6 @@ def _batches(setup: Setup, start_step: int) -> Iterator[dict]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def _eval_pass(setup: Setup, eval_step: object, weights: dict[str, steps.Variables]) -> dict:
-    from deit_jax import data
-
-    batches = data.eval_batches(
-        setup.eval_source,
-        setup.config.input,
-        image_size=setup.config.input.image_size,
-        batch_size=setup.config.train.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    results = evaluate(eval_step, weights, batches, parallel.batch_sharding(setup.mesh))
-    return results | _skipped(batches)
-
-
-def _skipped(batches: Iterator[dict]) -> dict[str, int]:
-    """How many images could not be read by this process, if any; else nothing."""
-    return {"skipped_images": len(batches.skipped)} if batches.skipped else {}
-
-
-def _evaluator(setup: Setup) -> functools.partial:
-    """A function from a state to its results, compiled once."""
-    eval_step = jax.jit(
-        steps.make_eval_step(setup.network), out_shardings=parallel.replicated(setup.mesh)
-    )
-
-    def run(state: steps.TrainState) -> dict[str, float]:
-        weights = {"": state.model} | ({} if state.ema is None else {"ema_": state.ema})
-        return _eval_pass(setup, eval_step, weights)
-
-    return run
-
-
-def _teacher_accuracy(
-    setup: Setup, teacher: steps.Network | None, variables: steps.Variables | None
-) -> dict[str, float]:
-    if teacher is None:
-        return {}
-    eval_step = jax.jit(
-        steps.make_eval_step(teacher), out_shardings=parallel.replicated(setup.mesh)
-    )
-    return {"teacher_top1": _eval_pass(setup, eval_step, {"": variables})["top1"]}
 
 
 def _write_final_models(setup: Setup, state: steps.TrainState) -> None:

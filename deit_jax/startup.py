@@ -162,11 +162,8 @@ def _check_teacher(setup: Setup) -> None:
             f"config.distill.teacher: {folder} calls class {place} {theirs!r}, but the data set "
             f"calls it {expected!r}; its labels mean something else"
         )
-    network, like = checkpoint.read_network(folder, dtype=setup.config.train.dtype)
+    _, like = checkpoint.read_network(folder)
     checkpoint.check_weights(folder, like)
-    size = setup.config.input.image_size
-    # Convolutional teachers take any size; a transformer says here that it does not.
-    jax.eval_shape(network, like, jax.ShapeDtypeStruct((2, size, size, 3), "float32"))
 
 
 def load_teacher(setup: Setup) -> tuple[Network, Variables] | tuple[None, None]:
@@ -275,4 +272,8 @@ def recipe(setup: Setup, origin: str) -> str:
         lines["teacher"] = (
             f"{setup.teacher_folder}: {distill.kind} distillation, weight {distill.alpha:g}{soft}"
         )
+        if checkpoint.find_model(setup.teacher_folder):
+            size = registry.fixed_size(checkpoint.read_info(setup.teacher_folder))
+            if size not in (None, info.image_size):
+                lines["teacher"] += f"; it sees the images resized to {size}×{size}"
     return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())

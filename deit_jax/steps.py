@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from deit_jax import losses, mixing, optim
 from deit_jax.accumulate import accumulate
 from deit_jax.config import RunPlan
+from deit_jax.models import registry
 from deit_jax.models.registry import ModelInfo
 
 Tree = dict[str, object]
@@ -268,8 +269,14 @@ def teacher_forward(
     """The teacher's logits [B,K] on the student's augmented batch, without gradient.
 
     The teacher sees what the student sees, mixing and erasing included (reference), moved from the
-    student's to its own mean and standard deviation where they differ.
+    student's to its own mean and standard deviation where they differ. A convolutional teacher
+    sees the student's resolution, as in the reference; a transformer, which knows only its own,
+    the images resized to that by an antialiased cubic filter, which is PIL's bicubic but for its
+    rounding.
     """
+    size = registry.fixed_size(teacher.info)
+    if size is not None and images.shape[1:3] != (size, size):
+        images = jax.image.resize(images, (len(images), size, size, 3), "cubic")
     if (teacher.info.mean, teacher.info.std) != (student.mean, student.std):
         own = [jnp.array(x) for x in (teacher.info.mean, teacher.info.std)]
         shown = [jnp.array(x) for x in (student.mean, student.std)]

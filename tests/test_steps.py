@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -157,6 +158,21 @@ def test_the_teacher_sees_its_own_normalisation():
     own = (pixels - np.array(teacher.info.mean)) / np.array(teacher.info.std)
     expected = teacher(variables, jnp.asarray(own, jnp.float32))[0][0]
     found = steps.teacher_forward(teacher, variables, jnp.asarray(shown, jnp.float32), info)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("student_size", [24, 48])
+def test_a_transformer_teacher_sees_its_own_resolution(student_size):
+    """The student's images resized as torch's antialiased bicubic does, which is PIL's."""
+    teacher, variables = steps.split_model(
+        registry.create_model("deit_testing", num_classes=10, depth=1, rngs=nnx.Rngs(1))
+    )
+    info = registry.model_info("deit_testing", image_size=student_size)
+    pixels = np.random.default_rng(0).normal(size=(2, student_size, student_size, 3))
+    planes = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
+    resized = torch.nn.functional.interpolate(planes, (32, 32), mode="bicubic", antialias=True)
+    expected = teacher(variables, jnp.asarray(resized.numpy().transpose(0, 2, 3, 1)))[0][0]
+    found = steps.teacher_forward(teacher, variables, jnp.asarray(pixels, jnp.float32), info)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

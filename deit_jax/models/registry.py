@@ -127,6 +127,11 @@ def is_distilled(name: str) -> bool:
     return _entry(name).options.get("distilled", False)
 
 
+def fixed_size(info: ModelInfo) -> int | None:
+    """Return the side of the only images that a model takes, or None where it takes any."""
+    return info.image_size if _entry(info.name).build is VisionTransformer else None
+
+
 def model_info(
     name: str, *, num_classes: int = 1000, image_size: int | None = None, **more: Any
 ) -> ModelInfo:
