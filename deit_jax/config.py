@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -134,7 +135,19 @@ def validate(config: ConfigDict) -> None:
             "schedule.warmup_epochs",
             f"less than schedule.epochs ({config.schedule.epochs})",
         )
+    if not _is_curve(config.train.expected_top1):
+        _refuse(config, "train.expected_top1", "pairs (epoch, top-1 in percent), epochs rising")
     _check_distributed(config)
+
+
+def _is_curve(pairs: tuple) -> bool:
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and type(pair[0]) is int):
+            return False
+        if not (isinstance(pair[1], (int, float)) and 0 <= pair[1] <= 100):
+            return False
+    epochs = [0, *(pair[0] for pair in pairs)]
+    return all(before < after for before, after in itertools.pairwise(epochs))
 
 
 def _check_distributed(config: ConfigDict) -> None:

@@ -123,7 +123,12 @@ def default_config() -> ConfigDict:
     config.train.dtype = "bfloat16"  # of matrix products: bfloat16 | float32
     config.train.ema_decay = 0.99996  # 0: no moving average
     config.train.log_every_steps = 50
+    # attention_max among the train metrics: the largest logit of any softmax of the last logged
+    # batch, for a forward pass more at every log line.
+    config.train.log_attention = False
     config.train.eval_every_epochs = 1  # 0: only at the end
+    # Pairs (epochs done, top-1 in percent) of the published run: an evaluation well below says so.
+    config.train.expected_top1 = ()
     config.train.max_nonfinite_steps = 10  # in a row, before the run stops
     config.train.tensorboard = False  # also write TensorBoard events (extra: tensorboard)
 
@@ -168,8 +173,8 @@ def _check_structure(config: ConfigDict, default: ConfigDict, where: str) -> Non
         elif not _same_type(found, expected):
             kind = (
                 f"{len(expected)} numbers"
-                if isinstance(expected, tuple)
-                else type(expected).__name__
+                if expected and isinstance(expected, tuple)
+                else (type(expected).__name__)
             )
             raise InputError(
                 f"{where}.{name} is {found!r}, but must be {kind}, such as {expected!r}"
@@ -177,6 +182,8 @@ def _check_structure(config: ConfigDict, default: ConfigDict, where: str) -> Non
 
 
 def _same_type(found: object, expected: object) -> bool:
+    if expected == ():
+        return isinstance(found, tuple)
     if isinstance(expected, tuple):
         return (
             isinstance(found, tuple)

@@ -17,7 +17,7 @@ from deit_jax import checkpoint, parallel, startup, steps
 from deit_jax.config import changed_fields, write_config
 from deit_jax.errors import InputError
 from deit_jax.evaluate import evaluator, skipped, teacher_accuracy
-from deit_jax.metrics import MetricWriter, Progress, eval_line, say, train_line
+from deit_jax.metrics import MetricWriter, Progress, eval_line, off_track, say, train_line
 from deit_jax.startup import Setup
 
 _STEPS_IN_FLIGHT = 2  # more gain nothing, and collectives on CPU devices can deadlock
@@ -92,6 +92,9 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
 
     train_step = jit_train_step(setup, shardings, teacher)
     evaluate_state = evaluator(setup)
+    probe = None
+    if config.train.log_attention:
+        probe = jax.jit(steps.make_attention_probe(setup.network))
     writer = MetricWriter(workdir, resume_step=step, tensorboard=config.train.tensorboard, on=first)
     progress = Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
     window = _Window(setup)
@@ -116,6 +119,10 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
             last, stop, results = step == plan.total_steps, stopped(step), None
             if last or step % config.train.log_every_steps == 0:
                 values = window.means() | progress.report(step) | skipped(batches)
+                if probe is not None:
+                    begin = time.perf_counter()
+                    values["attention_max"] = float(probe(state.model, batch["image"]))
+                    progress.pause(time.perf_counter() - begin)
                 writer.write(step, "train", values)
                 say(train_line(step, plan.total_steps, plan.steps_per_epoch, values), on=first)
 
@@ -123,8 +130,12 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
             if last or _due(step, plan.eval_every):
                 window.finish()
                 results = evaluate_state(state)
-                writer.write(step, "eval", results)
-                say(f"step {step}: eval {eval_line(results)}", on=first)
+                expected = dict(config.train.expected_top1).get(step / plan.steps_per_epoch)
+                shown = results | ({} if expected is None else {"expected_top1": expected})
+                writer.write(step, "eval", shown)
+                say(f"step {step}: eval {eval_line(shown)}", on=first)
+                if warning := off_track(shown):
+                    say(warning, on=first)
                 if results["top1"] > best["top1"]:
                     best = {"top1": results["top1"], "step": step}
                     checkpoint.write_model(Path(workdir, "best"), state.model, setup.network.info)

@@ -118,6 +118,8 @@ def train_line(step: int, total_steps: int, steps_per_epoch: int, values: dict[s
     if "distill" in values:
         parts.append(f"(base {values['base']:.4f}, distill {values['distill']:.4f})")
     parts.append(f"lr {values['learning_rate']:.2e}")
+    if "attention_max" in values:
+        parts.append(f"attention max {values['attention_max']:.1f}")
     if "images_per_second" in values:
         parts.append(f"{values['images_per_second']:,.0f} images/s")
         parts.append(f"input wait {100 * values['input_wait']:.0f} %")
@@ -136,6 +138,21 @@ def eval_line(results: dict[str, float]) -> str:
     if "skipped_images" in results:
         shown.append(f"{results['skipped_images']} unreadable ones left out")
     return ", ".join(shown)
+
+
+def off_track(results: dict[str, float]) -> str:
+    """What to say where `top1` is well below `expected_top1`; "" where it is not, or none is known.
+
+    Well below is 2 points, or half of what is expected where that is less: more than repeated runs
+    of one recipe differ by.
+    """
+    expected = results.get("expected_top1")
+    if expected is None or results["top1"] >= expected - min(2.0, expected / 2):
+        return ""
+    return (
+        f"warning: top-1 is {results['top1']:.2f} where the published run had {expected:.2f} "
+        "(config.train.expected_top1); compare the start-up summary with the recipe"
+    )
 
 
 def duration(seconds: float) -> str:

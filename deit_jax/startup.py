@@ -45,6 +45,11 @@ def check(config: ConfigDict, workdir: str) -> Setup:
         import_tensorboard()
     parallel.start_processes(config.distributed)
     check_batch(config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    if config.train.log_attention and "num_heads" not in registry.model_options(config.model.name):
+        raise InputError(
+            f"config.train.log_attention is True, but config.model.name {config.model.name!r} has "
+            "no attention; set it to False"
+        )
     if config.distill.kind != "none" and not registry.is_distilled(config.model.name):
         raise InputError(
             f"config.distill.kind is {config.distill.kind!r}, but config.model.name "

@@ -319,3 +319,17 @@ def make_eval_step(network: Network) -> Callable[[dict[str, Variables], dict], d
         return sums
 
     return eval_step
+
+
+def make_attention_probe(network: Network) -> Callable[[Variables, jax.Array], jax.Array]:
+    """Builds probe(variables, images) → the largest attention logit by magnitude, float32 [].
+
+    Of all blocks, heads and uint8 `images` [B,H,W,3]: a sign of divergence before the loss shows
+    it. One more forward pass, without augmentation and noise.
+    """
+
+    def probe(variables: Variables, images: jax.Array) -> jax.Array:
+        images = mixing.normalize(images, network.info.mean, network.info.std)
+        return join_model(network, variables).attention_maxima(images).max()
+
+    return probe

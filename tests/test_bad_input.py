@@ -233,6 +233,18 @@ def test_model_options_that_do_not_fit(digits, tmp_path):
     assert "remat" in _refusal(digits, tmp_path / "run")
 
 
+def test_attention_of_a_model_without_any(digits, tmp_path):
+    digits.model.name, digits.model.patch_size = "regnety_testing", 0
+    digits.model.drop_path_rate, digits.train.log_attention = 0.0, True
+    assert "config.train.log_attention is True" in _refusal(digits, tmp_path / "run")
+
+
+def test_parameters_to_train_that_the_model_does_not_have(digits, tmp_path):
+    digits.optimizer.trainable = "head/.* ls1/.*"
+    message = _refusal(digits, tmp_path / "run")
+    assert "config.optimizer.trainable is 'head/.* ls1/.*', but 'ls1/.*' matches no" in message
+
+
 @pytest.mark.parametrize(
     ("name", "run", "words"),
     [

@@ -64,7 +64,7 @@ def test_every_field_is_checked_for_its_type_and_most_for_their_range():
         "distill.temperature", "optimizer.eps", "optimizer.b1", "optimizer.b2",
         "optimizer.momentum", "input.crop_ratio", "dataset.train_fraction", "input.scale",
         "input.ratio", "input.mean", "input.std", "input.auto_augment", "distill.teacher",
-        "distill.teacher_config", "optimizer.trainable",
+        "distill.teacher_config", "optimizer.trainable", "train.expected_top1",
     }  # fmt: skip
     default = default_config()
     unchecked = {
@@ -220,6 +220,11 @@ def test_structure_replaced_by_an_override():
         ("optimizer.lr", float("nan"), "0 or more"),
         ("distill.temperature", 0.0, "greater than 0"),
         ("dataset.train_fraction", 0.0, "in (0, 1]"),
+        ("train.expected_top1", 81.8, "must be tuple"),
+        ("train.expected_top1", (5, 2.0), "pairs (epoch, top-1 in percent)"),
+        ("train.expected_top1", ((5, 2.0), (5, 3.0)), "epochs rising"),
+        ("train.expected_top1", ((0, 2.0),), "epochs rising"),
+        ("train.expected_top1", ((5, 102.0),), "in percent"),
         ("parallel.fsdp", 0, "at least 1"),
         ("train.accumulate_steps", 0, "at least 1"),
         ("schedule.warmup_epochs", 300, "less than schedule.epochs (300)"),

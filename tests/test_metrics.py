@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from deit_jax import metrics
 from deit_jax.errors import InputError
-from deit_jax.metrics import MetricWriter, Progress, duration, say
+from deit_jax.metrics import MetricWriter, Progress, duration, eval_line, off_track, say
 
 
 def _lines(workdir):
@@ -186,3 +186,22 @@ def test_say_prints_where_it_is_on(capsys):
     say("one")
     say("two", on=False)
     assert capsys.readouterr().out == "one\n"
+
+
+@pytest.mark.parametrize(
+    ("top1", "expected", "words"),
+    [
+        (79.3, 81.4, "warning: top-1 is 79.30 where the published run had 81.40"),
+        (79.5, 81.4, ""),
+        (90.0, 81.4, ""),
+        (0.9, 2.0, "warning: top-1 is 0.90"),  # 2 points below would be nothing at all
+        (1.1, 2.0, ""),
+    ],
+)
+def test_an_evaluation_well_below_the_published_curve_says_so(top1, expected, words):
+    results = {"top1": top1, "loss": 1.0, "num_examples": 10}
+    assert off_track(results) == ""
+    results["expected_top1"] = expected
+    assert off_track(results).startswith(words)
+    assert bool(off_track(results)) == bool(words)
+    assert f"expected_top1 {expected:.2f}" in eval_line(results)

@@ -183,6 +183,17 @@ def test_numbers_are_the_published_ones(run):
     assert registry.is_distilled(config.model.name) == (row["teacher"] == "hard")
 
 
+def test_curves_of_the_published_logs():
+    """Line e of the reference's logs, counted from 0, was written after e + 1 epochs."""
+    curves = {run: dict(load(run).train.expected_top1) for run in ALL_RUNS}
+    assert [run for run, curve in curves.items() if curve] == [f"deit3:{size}" for size in "sblh"]
+    assert curves["deit3:b"][10 + 1] == 10.3
+    assert curves["deit3:h"][200 + 1] == 70.3
+    ends = {run: curve[800] for run, curve in curves.items() if curve}
+    assert list(ends.values()) == [81.38, 82.82, 84.02, 83.48]
+    assert all(list(curve.values()) == sorted(curve.values()) for curve in curves.values())
+
+
 @pytest.mark.parametrize("alias", ALIASES)
 def test_names_of_their_own(alias):
     assert load(alias).to_json() == load(ALIASES[alias]).to_json()

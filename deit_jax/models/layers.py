@@ -160,9 +160,12 @@ class PatchEmbed(nnx.Module):
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax attention over [B, H, N, hd], scaled by hd^-0.5, softmax in float32."""
-    scores = product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(_scores(q, k), axis=-1).astype(v.dtype)
     return product("bhqk,bhkd->bhqd", weights, v).astype(v.dtype)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    return product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
 
 
 class Attention(nnx.Module):
@@ -179,12 +182,22 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Map [B, N, D] to float32 [B, N, D]."""
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        q, k, v = self._split(x)
         # The [B, H, N, N] weights are the largest tensors of the block: recompute, do not store.
         out = jax.checkpoint(attend)(q, k, v)
         out = self.proj(out.transpose(0, 2, 1, 3).reshape(batch, tokens, dim))
         return self.drop(out, deterministic=rngs is None, rngs=rngs)
+
+    def largest_logit(self, x: jax.Array) -> jax.Array:
+        """Return the largest magnitude, float32 [], of what the softmax of `__call__` is given."""
+        q, k, _ = self._split(x)
+        return jnp.abs(_scores(q, k)).max()
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """Return queries, keys and values, [3, B, H, N, hd]."""
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        return qkv.transpose(2, 0, 3, 1, 4)
 
 
 class Mlp(nnx.Module):

@@ -147,6 +147,19 @@ class VisionTransformer(nnx.Module):
         """Return all tokens after the last LayerNorm, float32 [B, N, D]."""
         return self.norm(self._encode(images, rngs))
 
+    def attention_maxima(self, images: jax.Array) -> jax.Array:
+        """Return each block's largest attention logit by magnitude in evaluation, float32 [L].
+
+        Where they grow without bound, attention becomes one-hot and training soon diverges
+        (arXiv 2302.05442, section 2.1).
+        """
+        x = self._embed(images)
+        largest = []
+        for block in self.blocks:
+            largest.append(block.attn.largest_logit(block.norm1(x)))
+            x = block(x)
+        return jnp.stack(largest)
+
     def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         x = self._embed(images)
         x = self.drop(x, deterministic=rngs is None, rngs=rngs)

@@ -111,6 +111,25 @@ def test_every_gradient_equals_torch(variant):
         assert_close(gradient, want[name], 5e-5)
 
 
+@pytest.mark.parametrize("variant", ["distilled", "deit3"])
+def test_attention_maxima_are_those_of_timms_softmax(variant, monkeypatch):
+    oracle, ours, images = pair(variant)
+    seen = []
+    softmax = torch.Tensor.softmax
+
+    def watch(logits, *arguments, **options):
+        seen.append(logits.abs().max().item())
+        return softmax(logits, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", watch)
+    for block in oracle.blocks:
+        block.attn.fused_attn = False
+    with torch.no_grad():
+        oracle(to_torch(images))
+    assert len(seen) == SMALL["depth"]
+    np.testing.assert_allclose(ours.attention_maxima(images), seen, rtol=1e-4)
+
+
 def test_bfloat16_keeps_float32_where_it_matters():
     oracle, model, images = pair("distilled", dtype=jnp.bfloat16)
     logits, _, features = run(model, images)
