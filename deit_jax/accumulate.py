@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 Tree = dict[str, object]
-# gradient(batch_stats, images, targets, key) → (gradients, batch_stats, metrics)
-Gradient = Callable[[Tree, jax.Array, jax.Array, jax.Array], tuple[Tree, Tree, dict]]
+# gradient(params, batch_stats, images, targets, key) → (gradients, batch_stats, metrics)
+Gradient = Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], tuple[Tree, Tree, dict]]
 
 
 def accumulate(
     gradient: Gradient,
+    params: Tree,
     batch_stats: Tree,
     images: jax.Array,
     targets: jax.Array,
@@ -30,6 +31,7 @@ def accumulate(
 
     Args:
       gradient: of one micro-batch; metrics are scalars that are means over its images.
+      params: what the gradient is taken of.
       batch_stats: BatchNorm statistics before the batch.
       images: [B,H,W,3], augmented and mixed as one batch.
       targets: [B,K].
@@ -38,17 +40,16 @@ def accumulate(
       replicated: any sharding of the mesh over which the batch lies, if there is one.
     """
     if steps == 1:
-        return gradient(batch_stats, images, targets, key)
+        return gradient(params, batch_stats, images, targets, key)
 
     def one(carry: tuple[Tree, Tree], micro: tuple) -> tuple[tuple[Tree, Tree], dict]:
         total, batch_stats = carry
-        grads, batch_stats, metrics = gradient(batch_stats, *micro)
+        grads, batch_stats, metrics = gradient(params, batch_stats, *micro)
         return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
 
     parts = [micro_batches(x, steps, replicated) for x in (images, targets)]
     keys = jax.random.split(key, steps)
-    shapes, _, _ = jax.eval_shape(gradient, batch_stats, *(x[0] for x in parts), keys[0])
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, params)
     (total, batch_stats), metrics = jax.lax.scan(one, (zeros, batch_stats), (*parts, keys))
     mean = jax.tree.map(lambda x: x / steps, total)
     return mean, batch_stats, jax.tree.map(lambda x: x.mean(0), metrics)

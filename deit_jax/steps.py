@@ -175,7 +175,7 @@ def make_train_step(
         images, targets, _ = augment(augment_key, batch)
 
         def gradient(
-            batch_stats: Tree, images: jax.Array, targets: jax.Array, key: jax.Array
+            params: Tree, batch_stats: Tree, images: jax.Array, targets: jax.Array, key: jax.Array
         ) -> tuple[Tree, Tree, dict]:
             teacher_logits = None
             if teacher is not None:
@@ -208,11 +208,12 @@ def make_train_step(
                 loss = per_image.mean()
                 return loss, (new_stats, metrics | {"loss": loss})
 
-            grads, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.model.params)
+            grads, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(params)
             return grads, new_stats, metrics
 
         grads, batch_stats, metrics = accumulate(
             gradient,
+            state.model.params,
             state.model.batch_stats,
             images,
             targets,

@@ -70,18 +70,19 @@ def test_batch_norm_records_every_micro_batch():
     )
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 32, 32, 3)), jnp.float32)
 
-    def gradient(batch_stats, images, targets, key):
+    def gradient(params, batch_stats, images, targets, key):
         heads, after = network(steps.Variables(variables.params, batch_stats), images, key)
         return {"sum": heads[0].sum()}, after, {}
 
+    total = {"sum": jnp.zeros(())}
     run = jax.jit(
         lambda x: accumulate.accumulate(
-            gradient, variables.batch_stats, x, x[:, 0, 0], jax.random.key(0), steps=2
+            gradient, total, variables.batch_stats, x, x[:, 0, 0], jax.random.key(0), steps=2
         )
     )
     _, found, _ = run(images)
-    first = gradient(variables.batch_stats, images[:4], None, jax.random.key(0))[1]
-    second = gradient(first, images[4:], None, jax.random.key(0))[1]
+    first = gradient(total, variables.batch_stats, images[:4], None, jax.random.key(0))[1]
+    second = gradient(total, first, images[4:], None, jax.random.key(0))[1]
     for name, want in trees.flat(second).items():
         np.testing.assert_allclose(trees.flat(found)[name], want, rtol=1e-4, atol=1e-6)
 
@@ -106,14 +107,14 @@ np.testing.assert_array_equal(cut(x), want)
 
 images = np.random.default_rng(0).normal(size=(32, 4, 4, 3)).astype(np.float32)
 targets = images[:, 0, 0]
-def gradient(stats, images, targets, key):
+def gradient(params, stats, images, targets, key):
     def loss(w):
         return jnp.square(images.mean((1, 2)) @ w - targets).mean()
-    value, grads = jax.value_and_grad(loss)(jnp.eye(3))
+    value, grads = jax.value_and_grad(loss)(params)
     return grads, stats, {"loss": value}
 def run(steps, mesh_sharding):
     step = lambda x, y: accumulate(
-        gradient, {}, x, y, jax.random.key(0), steps=steps, replicated=mesh_sharding
+        gradient, jnp.eye(3), {}, x, y, jax.random.key(0), steps=steps, replicated=mesh_sharding
     )
     return jax.jit(step)
 grads, _, metrics = run(1, None)(images, targets)
