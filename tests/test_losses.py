@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from deit_jax import losses, mixing
 from deit_jax.errors import InputError
+from tests.oracles import torch_training
 
 INDEX = np.arange(20, dtype=np.float64).reshape(4, 5)
 STUDENT, STUDENT_DIST, TEACHER = np.sin(1 + INDEX), np.cos(2 + INDEX), np.sin(0.5 * INDEX)
@@ -25,20 +26,6 @@ def total(kind: str, **options):
     heads = (jnp.asarray(STUDENT), jnp.asarray(STUDENT_DIST))
     options = {"alpha": 0.5, "temperature": 1.0, "reduction": "numel"} | options
     return losses.total_loss(heads, mixed_targets(), jnp.asarray(TEACHER), kind=kind, **options)
-
-
-def torch_total(heads, targets, teacher, kind, alpha, temperature, reduction):
-    """The reference's DistillationLoss, restated; heads and teacher are torch tensors."""
-    base = torch.sum(-targets * F.log_softmax(heads[0], dim=-1), dim=-1).mean()
-    if kind == "hard":
-        distill = F.cross_entropy(heads[1], teacher.argmax(dim=1))
-    else:
-        divergence = torch.nn.KLDivLoss(reduction="sum", log_target=True)(
-            F.log_softmax(heads[1] / temperature, dim=1), F.log_softmax(teacher / temperature, 1)
-        )
-        count = heads[1].numel() if reduction == "numel" else len(heads[1])
-        distill = divergence * temperature**2 / count
-    return base * (1 - alpha) + distill * alpha
 
 
 def test_recipe_vectors():
@@ -156,7 +143,7 @@ def test_total_loss_and_gradients_equal_torch(kind, reduction):
         (jnp.asarray(cls), jnp.asarray(dist)), jnp.asarray(teacher)
     )
     heads = [torch.tensor(x, requires_grad=True) for x in (cls, dist)]
-    want = torch_total(heads, torch.tensor(targets), torch.tensor(teacher), **options)
+    want = torch_training.total_loss(heads, torch.tensor(targets), torch.tensor(teacher), **options)
     want.backward()
     assert value == pytest.approx(want.item(), rel=2e-6)
     for got, head in zip(head_grads, heads, strict=True):

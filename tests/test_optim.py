@@ -14,6 +14,7 @@ from flax import nnx
 from deit_jax import optim, trees
 from deit_jax.errors import InputError
 from deit_jax.models.registry import abstract_model
+from tests.oracles import torch_training
 from tests.oracles.torchvision_ops import import_torchvision
 
 WARMUP = {"warmup_epochs": 5, "warmup_lr": 1e-6}
@@ -32,22 +33,6 @@ def config(**changes):
         "trainable": "",
     }
     return SimpleNamespace(**(defaults | changes))
-
-
-def reference_rates(peak: float, low: float, epochs: int) -> list[float]:
-    """The rate of each epoch in the reference's loop: the scheduler steps after the epoch."""
-    import_torchvision()
-    from timm.scheduler import CosineLRScheduler
-
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=epochs, lr_min=low, warmup_t=5, warmup_lr_init=1e-6, cycle_limit=1
-    )
-    rates = []
-    for epoch in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(epoch)
-    return rates
 
 
 @pytest.mark.parametrize(
@@ -71,7 +56,8 @@ def test_learning_rate_follows_the_reference_loop(peak, low, epochs, known):
         **WARMUP,
     )
     assert rates.dtype == jnp.float32
-    want = np.repeat(reference_rates(peak, low, epochs), per_epoch)
+    schedule = SimpleNamespace(epochs=epochs, min_lr=low, **WARMUP)
+    want = np.repeat(torch_training.rates(peak, schedule), per_epoch)
     np.testing.assert_allclose(rates, want, rtol=0, atol=1e-9)
     for epoch, value in known.items():
         assert rates[epoch * per_epoch] == pytest.approx(value, rel=1e-5)

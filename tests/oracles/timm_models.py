@@ -20,9 +20,14 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 def vit(*, seed: int = 0, **options) -> torch.nn.Module:
     """Return timm's twin of our VisionTransformer(**options), randomised, in evaluation mode."""
+    return randomise(fresh_vit(**options), seed)
+
+
+def fresh_vit(**options) -> torch.nn.Module:
+    """Return timm's twin of our VisionTransformer(**options) as timm initialises it."""
     cls = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
     renamed = {"image_size": "img_size", "layer_scale_init": "init_values"}
-    return randomise(cls(**{renamed.get(k, k): v for k, v in options.items()}), seed)
+    return cls(**{renamed.get(k, k): v for k, v in options.items()})
 
 
 def regnety(*, seed: int = 0, num_classes: int, group_width: int, **options) -> torch.nn.Module:
