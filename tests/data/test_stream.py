@@ -186,6 +186,16 @@ def test_example_ids_name_the_rows_of_the_batch(counting, plain_config):
         assert ids == [f"counting:{label}" for label in labels]
 
 
+def test_repeats_of_imagenet_on_eight_gpus(counting):
+    """As measured on the reference's sampler: the first images of all GPUs in an epoch."""
+    sizes = {"batch_size": 1024, "steps_per_epoch": 1251, "group_size": 128}
+    ids = data.example_ids(counting(1_281_167), step=3 * 1251, seed=0, repeats=3, **sizes)
+    first, fourth, seventh = ids[0], ids[3 * 128], ids[6 * 128]
+    assert ids[::128] == [first] * 3 + [fourth] * 3 + [seventh] * 2
+    assert ids[1] == seventh
+    assert len({first, fourth, seventh}) == 3
+
+
 @pytest.mark.parametrize(
     ("num_examples", "processes"), [(37, 1), (37, 3), (36, 3), (1, 2), (25, 2)]
 )

@@ -241,6 +241,35 @@ def test_drop_path_is_independent_over_samples_and_branches():
         assert abs(frequency - probability) < 5 * (probability * (1 - probability) / samples) ** 0.5
 
 
+@pytest.mark.parametrize(
+    ("variant", "mode", "rates"),
+    [("distilled", "linear", [0, 0.2, 0.4]), ("deit3", "constant", [0.4] * 3)],
+)
+def test_every_branch_of_a_model_is_dropped_by_itself_at_its_rate(variant, mode, rates):
+    options = SMALL | {"image_size": 4, "depth": 3, "drop_path_rate": 0.4} | VARIANTS[variant]
+    graphdef, shapes = nnx.split(abstract(**options, drop_path_mode=mode))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), nnx.to_pure_dict(shapes))
+    params["norm"]["scale"] += 1
+    for number, block in params["blocks"].items():  # each branch adds to a channel of its own
+        block["attn"]["proj"]["bias"][2 * number] = 1
+        block["mlp"]["fc2"]["bias"][2 * number + 1] = 1
+        for scale in (block[key] for key in ("ls1", "ls2") if key in block):
+            scale["gamma"] += 1
+
+    @jax.jit
+    def channels(key):
+        images = jnp.zeros((3000, 4, 4, 3))
+        model = nnx.merge(graphdef, params)
+        return model.forward_features(images, nnx.Rngs(dropout=key))[:, 0]
+
+    tokens = np.asarray(channels(jax.random.key(0)))
+    dropped = np.float64(tokens[:, :6] <= tokens[:, 6:7])  # the seventh channel has stayed 0
+    want = np.repeat(rates, 2)
+    assert (np.abs(dropped.mean(0) - want) <= 5 * np.sqrt(want * (1 - want) / 3000)).all()
+    together = dropped.T @ dropped / 3000 - np.outer(dropped.mean(0), dropped.mean(0))
+    assert np.abs(together - np.diag(np.diag(together))).max() < 5 * 0.4 * 0.6 / np.sqrt(3000)
+
+
 def test_initialisation():
     options = {"embed_dim": 192, "depth": 2, "num_heads": 3}
     model = VisionTransformer(**options, distilled=True, layer_scale_init=1e-4, rngs=nnx.Rngs(0))
