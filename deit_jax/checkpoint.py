@@ -122,6 +122,9 @@ class TrainCheckpoints:
         items = {"state": ocp.args.StandardRestore(abstract), "meta": ocp.args.JsonRestore()}
         try:
             restored = self._restore(step, **items)
+            # Orbax lets parameters that had no moments, being frozen, pass for ones that have.
+            if jax.tree.structure(restored["state"]) != jax.tree.structure(abstract):
+                raise ValueError("moments of other parameters, see optimizer.trainable")
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"{self._directory / str(step)} cannot be restored ({brief(error)}); keep the "

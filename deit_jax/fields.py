@@ -174,7 +174,7 @@ def _check_structure(config: ConfigDict, default: ConfigDict, where: str) -> Non
             kind = (
                 f"{len(expected)} numbers"
                 if expected and isinstance(expected, tuple)
-                else (type(expected).__name__)
+                else type(expected).__name__
             )
             raise InputError(
                 f"{where}.{name} is {found!r}, but must be {kind}, such as {expected!r}"

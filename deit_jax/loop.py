@@ -94,7 +94,10 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
     evaluate_state = evaluator(setup)
     probe = None
     if config.train.log_attention:
-        probe = jax.jit(steps.make_attention_probe(setup.network))
+        probe = jax.jit(
+            steps.make_attention_probe(setup.network),
+            out_shardings=parallel.replicated(setup.mesh),
+        )
     writer = MetricWriter(workdir, resume_step=step, tensorboard=config.train.tensorboard, on=first)
     progress = Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
     window = _Window(setup)

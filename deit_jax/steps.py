@@ -187,8 +187,9 @@ def make_train_step(
                 shown = jnp.repeat(images, 2, axis=0) if config.train.cosub else images
                 heads, new_stats = network(variables, shown, key)
                 if config.train.cosub:
+                    pairs = heads[0].reshape(len(images), 2, -1)
                     per_image, parts = losses.cosub(
-                        heads[0][0::2], heads[0][1::2], targets, base_loss=config.train.loss
+                        pairs[:, 0], pairs[:, 1], targets, base_loss=config.train.loss
                     )
                 else:
                     per_image, parts = losses.total_loss(

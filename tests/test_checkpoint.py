@@ -374,6 +374,21 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, options, ema, words)
         assert str(tmp_path / "checkpoints" / "5") in message
 
 
+def test_moments_of_other_parameters_are_refused(tmp_path):
+    def freezing(*frozen):
+        mask = {name: name not in frozen for name in _state()[1].model.params}
+        return optax.masked(optax.adamw(1e-3), mask)
+
+    info, state = _state(optimizer=freezing("blocks", "pos_embed"))
+    with _open(tmp_path) as checkpoints:
+        _save(checkpoints, info, state, 1)
+    with _open(tmp_path) as checkpoints:
+        _assert_equal(checkpoints.restore(_abstract(state))[0], state)
+        _, other = _state(optimizer=freezing("blocks", "cls_token"))
+        message = _message(checkpoints.restore, _abstract(other))
+    assert "moments of other parameters, see optimizer.trainable" in message
+
+
 def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
     info, state = _state()
     with _open(tmp_path) as checkpoints:
