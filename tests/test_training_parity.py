@@ -37,16 +37,27 @@ def compare(case: str) -> verify_training.Row:
 def test_training_is_the_reference_step_by_step(case):
     row = compare(case)
     assert row.within_limits
-    # What the limits are worth: the loss fell, and the weights went far beyond the differences.
+    # In so few steps there is no more than rounding, while loss and weights moved.
+    assert row.loss_errors.max() < 1e-5
+    assert row.effective < 2e-6
+    assert row.moved > 1e-2
     assert row.losses[-1] < 0.95 * row.losses[0]
-    assert row.moved > 100 * max(row.weights, row.ema)
-    assert row.loss_errors.max() < 2e-5
 
 
 def test_a_run_beyond_a_limit_is_named(monkeypatch, tmp_path, capsys):
     good = verify_training.Row(
-        "", "deit_testing", np.ones(2), np.zeros(2), 0.0, moved=0.1, weights=0.0, ema=0.0
+        case="",
+        model="deit_testing",
+        losses=np.ones(2),
+        loss_errors=np.zeros(2),
+        rate_error=0.0,
+        moved=0.1,
+        weights=0.0,
+        effective=0.0,
+        ema=0.0,
     )
+    assert good.within_limits
+    assert not good._replace(effective=2e-4).within_limits
     beyond = {
         "weights": np.nan,
         "ema": 2e-3,
