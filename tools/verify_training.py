@@ -140,7 +140,11 @@ def compare(
     counts = {"num_train": num_train, "num_eval": 0, "num_classes": _CLASSES}
     plan = plan_run(config, **counts, class_names=(), num_devices=1)
     student = Twins(name, image_size, seed=0, **options)
-    teachers = None if config.distill.kind == "none" else Twins(teacher, image_size, seed=1)
+    batches = _batches(plan, image_size, batch_size)
+    teachers = None
+    if config.distill.kind != "none":
+        teachers = Twins(teacher, image_size, seed=1)
+        _make_undecided(teachers.module, np.concatenate([batch["image"] for batch in batches]))
     reference = torch_training.Training(
         student.module,
         config,
@@ -157,7 +161,6 @@ def compare(
     state = jax.jit(lambda variables: steps.new_state(variables, optimizer, ema=True))(start)
     teacher_variables = teachers and teachers.variables()
 
-    batches = _batches(plan, image_size, batch_size)
     found, expected = [], []
     for number in range(num_steps):
         batch = batches[number % len(batches)]
@@ -243,6 +246,17 @@ def _batches(plan: RunPlan, image_size: int, batch_size: int) -> list[dict]:
         images = images + rng.normal(0, 30, images.shape)
         batches.append({"image": images.clip(0, 255).astype(np.uint8), "label": labels})
     return batches
+
+
+def _make_undecided(teacher: torch.nn.Module, images: np.ndarray) -> None:
+    """Gives a RegNetY logits of mean 0 and deviation 1 over uint8 images [B,H,W,3].
+
+    Left alone, random weights decide for one class whatever the image.
+    """
+    with torch.no_grad():
+        logits, head = teacher(torch_training.normalise(images)), teacher.head.fc
+        head.bias.sub_(logits.mean(0)).div_(logits.std(0))
+        head.weight.div_(logits.std(0)[:, None])
 
 
 def _make_draw(config: ConfigDict, plan: RunPlan) -> object:

@@ -34,6 +34,12 @@ class Draws(NamedTuple):
     cutmix_box: np.ndarray  # int [G,4]
 
 
+def normalise(images: np.ndarray) -> torch.Tensor:
+    """Turns uint8 images [B,H,W,3] into normalised floats [B,3,H,W]."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255) - mean) / std
+
+
 def augment(
     images: np.ndarray, labels: np.ndarray, draws: Draws, *, smoothing: float, num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,8 +47,7 @@ def augment(
 
     Returns images [B,3,H,W] and targets [B,K].
     """
-    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    x = (torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255) - mean) / std
+    x = normalise(images)
     noise = torch.tensor(draws.erase_noise).permute(0, 3, 1, 2)
     for image, fill, (top, bottom, left, right) in zip(x, noise, draws.erase_box, strict=True):
         image[:, top:bottom, left:right] = fill[:, top:bottom, left:right]
