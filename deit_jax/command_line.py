@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from absl import flags
-from ml_collections import config_flags
 
 from deit_jax.errors import InputError
 
@@ -47,6 +46,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     Raises:
       InputError: a flag, a field or the file is wrong.
     """
+    from ml_collections import config_flags  # not needed by tools without a recipe
+
     values = flags.FlagValues()
     with config_errors():
         config_flags.DEFINE_config_file(

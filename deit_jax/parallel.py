@@ -1,16 +1,20 @@
 """Processes, the device mesh, and where arrays live on it."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 DATA, FSDP = "data", "fsdp"
 _MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than to keep
 
 
-def start_processes(distributed: ConfigDict) -> None:
+def start_processes(distributed: "ConfigDict") -> None:
     """Connects the processes of a multi-host run; does nothing for a single process.
 
     Must run before anything touches a device. `distributed.auto` leaves the detection of the

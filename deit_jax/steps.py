@@ -2,19 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
 
 from deit_jax import losses, mixing, optim
 from deit_jax.accumulate import accumulate
-from deit_jax.config import RunPlan
 from deit_jax.models import registry
 from deit_jax.models.registry import ModelInfo
+
+if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
+    from ml_collections import ConfigDict
+
+    from deit_jax.config import RunPlan
 
 Tree = dict[str, object]
 
@@ -107,7 +111,7 @@ def step_keys(seed: int, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def make_augment(
-    config: ConfigDict, plan: RunPlan, *, replicated: NamedSharding | None = None
+    config: "ConfigDict", plan: "RunPlan", *, replicated: NamedSharding | None = None
 ) -> Callable[[jax.Array, dict], tuple[jax.Array, jax.Array, mixing.MixDraw]]:
     """Builds a recipe's augmentation on the device; arguments as `make_train_step`.
 
@@ -139,8 +143,8 @@ def make_augment(
 
 
 def make_train_step(
-    config: ConfigDict,
-    plan: RunPlan,
+    config: "ConfigDict",
+    plan: "RunPlan",
     network: Network,
     optimizer: optax.GradientTransformation,
     *,
