@@ -5,7 +5,6 @@ import textwrap
 
 import pytest
 
-# As if not installed: libraries that only ask whether it is there have to hear that it is not.
 _BLOCK = """
 import sys
 from importlib.machinery import PathFinder
@@ -13,12 +12,21 @@ from importlib.machinery import PathFinder
 class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name.split(".")[0] in {"tensorflow", "tensorflow_datasets", "sklearn"}:
+        if name.split(".")[0] in NAMES:
             return None
         return super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
+_TENSORFLOW = ("tensorflow", "tensorflow_datasets", "sklearn")
+
+
+def block(program, names=_TENSORFLOW):
+    """The program, for which it is as if some packages were not installed.
+
+    Libraries that only ask whether one is there have to hear that it is not.
+    """
+    return f"NAMES = {names!r}{_BLOCK}{textwrap.dedent(program)}\nprint('done')"
 
 
 @pytest.fixture
@@ -26,9 +34,7 @@ def run_blocked(run_python):
     """Runs a program in which TensorFlow cannot be imported; it must print "done" and succeed."""
 
     def run(program, *arguments):
-        finished = run_python(
-            "-c", _BLOCK + textwrap.dedent(program) + "\nprint('done')", *arguments
-        )
+        finished = run_python("-c", block(program), *arguments)
         assert finished.returncode == 0, finished.stderr[-3000:]
         assert finished.stdout.splitlines()[-1] == "done"
 

@@ -170,9 +170,9 @@ def _train(work: Work) -> Program:
         jax.block_until_ready((state, metrics))
 
     # The backward pass has two products for each of the forward pass.
-    flops = 3 * _forward_flops(network, variables, work)
+    flops = 3 * forward_flops(network, variables, work)
     if teacher is not None:
-        flops += _forward_flops(teacher, teacher_variables, work)
+        flops += forward_flops(teacher, teacher_variables, work)
     return Program(run, seconds, flops, lambda: _peak_memory(compiled))
 
 
@@ -198,7 +198,7 @@ def _forward(work: Work) -> Program:
             logits = compiled(variables, images)
         jax.block_until_ready(logits)
 
-    flops = _forward_flops(network, variables, work)
+    flops = forward_flops(network, variables, work)
     return Program(run, seconds, flops, lambda: _peak_memory(compiled))
 
 
@@ -222,7 +222,8 @@ def _peak_memory(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def _forward_flops(network: steps.Network, variables: steps.Variables, work: Work) -> int:
+def forward_flops(network: steps.Network, variables: steps.Variables, work: Work) -> int:
+    """FLOPs of the products and convolutions of a forward pass of `work`'s batch."""
     size = work.image_size()
     images = jax.ShapeDtypeStruct((work.batch, size, size, 3), jnp.float32)
     return product_flops(jax.make_jaxpr(lambda v, x: network(v, x)[0])(variables, images).jaxpr)

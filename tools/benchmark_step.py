@@ -139,7 +139,7 @@ def _take_turns(contestants: dict[str, Any], rounds: int, count: int) -> dict[st
     turns = {name: [] for name in contestants}
     for number in range(-WARM_UP, rounds):
         # To and fro, so that nobody always follows the same other one.
-        for name in list(contestants)[:: 1 if number % 2 else -1]:
+        for name in list(contestants)[:: -1 if number % 2 else 1]:
             turn = contestants[name].turn(count)
             if number >= 0:
                 turns[name].append(turn)
@@ -206,10 +206,11 @@ def markdown(report: Report, command: str) -> Iterator[str]:
     yield ""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     mfu = "" if report["mfu"] is None else f" MFU {report['mfu']:.0%}."
+    memory = report["peak_memory_bytes"] / 1e9
     yield f"{report['date']}, {report['device']}; {versions}."
-    yield f"Compiled in {report['compile_s']:.0f} s, {report['peak_memory_bytes'] / 1e9:.2f} GB.{mfu}"
-    yield f"Medians of {report['rounds']} turns of {report['steps_per_round']} step(s); the ratio is"
-    yield f"ours to theirs by {'the clock' if report['cpu_ms'] is None else 'CPU time'}."
+    yield f"Compiled in {report['compile_s']:.0f} s, {memory:.2f} GB.{mfu} Medians of"
+    yield f"{report['rounds']} turns of {report['steps_per_round']} step(s); the ratio is ours to"
+    yield f"theirs by {'the clock' if report['cpu_ms'] is None else 'CPU time'}."
     yield ""
     yield "| | images/s | step, ms | CPU time, ms | ratio |"
     yield "|---|---|---|---|---|"

@@ -106,10 +106,13 @@ def _program(
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    build = _train if work.part == "train" else _forward
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     peak = torch.cuda.max_memory_allocated if device.type == "cuda" else lambda: None
-    return build(work, device, compiled), wait, peak
+    if work.part == "train":
+        _, step = train(work, device, compiled)
+    else:
+        step = _forward(work, device, compiled)
+    return step, wait, peak
 
 
 def timm_model(name: str, **options: Any) -> "torch.nn.Module":
@@ -134,8 +137,8 @@ def timm_model(name: str, **options: Any) -> "torch.nn.Module":
     return kind(num_classes=CLASSES, **arguments, **options)
 
 
-def _normalise(images: "torch.Tensor") -> "torch.Tensor":
-    """As timm's prefetcher does on the device."""
+def normalise(images: "torch.Tensor") -> "torch.Tensor":
+    """uint8 [B,3,H,W] to float32, as timm's prefetcher does it on the device."""
     images = images.float()
     mean, std = (
         images.new_tensor(values).view(1, 3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD)
@@ -143,8 +146,10 @@ def _normalise(images: "torch.Tensor") -> "torch.Tensor":
     return images.sub_(mean).div_(std)
 
 
-def _train(work: Work, device: "torch.device", compiled: bool) -> Callable[[], Any]:
-    """The reference's step, its augmentation of a batch included."""
+def train(
+    work: Work, device: "torch.device", compiled: bool
+) -> tuple["torch.nn.Module", Callable[[], None]]:
+    """The student, and the reference's step that trains it, augmentation of a batch included."""
     import torch
 
     student = timm_model(work.model, drop_path_rate=work.drop_path_rate).to(device).train()
@@ -172,7 +177,7 @@ def _train(work: Work, device: "torch.device", compiled: bool) -> Callable[[], A
     autocast = _autocast(work, device)
 
     def step() -> None:
-        inputs, targets = mix(erase(_normalise(images)), labels)
+        inputs, targets = mix(erase(normalise(images)), labels)
         with autocast():
             heads = forward(inputs)
         heads = heads if isinstance(heads, tuple) else (heads,)
@@ -188,7 +193,7 @@ def _train(work: Work, device: "torch.device", compiled: bool) -> Callable[[], A
         if ema is not None:
             ema.update(student)
 
-    return step
+    return student, step
 
 
 def _forward(work: Work, device: "torch.device", compiled: bool) -> Callable[[], Any]:
@@ -198,12 +203,12 @@ def _forward(work: Work, device: "torch.device", compiled: bool) -> Callable[[],
     model = timm_model(work.model).to(device).eval()
     forward = torch.compile(model) if compiled else model
     images = torch.from_numpy(work.examples()["image"]).permute(0, 3, 1, 2).contiguous().to(device)
-    normalised = _normalise(images) if work.part == "teacher" else None
+    normalised = normalise(images) if work.part == "teacher" else None
     autocast = _autocast(work, device)
 
     def step() -> "torch.Tensor":
         with torch.inference_mode(), autocast():
-            return forward(_normalise(images) if normalised is None else normalised)
+            return forward(normalise(images) if normalised is None else normalised)
 
     return step
 
