@@ -108,7 +108,7 @@ def test_the_step_of_pytorch_trains_every_parameter(dtype):
 
 def test_a_process_with_pytorch_takes_its_turns_and_says_what_is_wrong():
     work = Work("teacher", "regnety_testing", 2, "bfloat16")
-    other = benchmark_torch.Opponent(work, compiled=False)
+    other = benchmark_torch.Opponent(work, "cpu", compiled=False)
     try:
         turn = other.turn(2)
         assert turn.cpu > 0
@@ -140,7 +140,7 @@ def test_the_report(monkeypatch):
         ("torch_eager", Fake(log, "eager", [20, 80, 60])),
         ("torch_compile", InputError("PyTorch: no compiler")),
     ]
-    monkeypatch.setattr(benchmark_torch, "opponents", lambda work, with_compile: others)
+    monkeypatch.setattr(benchmark_torch, "opponents", lambda work, device, with_compile: others)
     monkeypatch.setattr(programs, "peak_flops", lambda: 1e12)
     flags = ["--model=deit_testing", "--batch=8", "--rounds=3", "--compare=torch"]
     report = benchmark_step.run(parse("infer", *flags))
@@ -167,6 +167,7 @@ def test_the_report(monkeypatch):
         (["--model=deit_testing", "--rounds=0"], "--rounds is 0"),
         (["--model=deit_testing", "--steps=0"], "--steps is 0"),
         (["--model=deit_tseting"], "deit_testing"),
+        (["--model=regnety_testing"], "drop_path_rate"),
     ],
 )
 def test_wrong_flags_are_named(flags, words):

@@ -105,6 +105,8 @@ def run(arguments: Namespace) -> Report:
         if value < 1:
             raise InputError(f"--{name} is {value}, expected 1 or more")
     work = work_of(arguments)
+    if arguments.compare:
+        device = _torch_device()
     ours = programs.build(work)
     with contextlib.ExitStack() as stack:
         theirs, failed = {}, {}
@@ -112,7 +114,8 @@ def run(arguments: Namespace) -> Report:
             from tools import benchmark_torch
 
             with_compile = arguments.compare == "torch"
-            for name, other in benchmark_torch.opponents(work, with_compile=with_compile):
+            started = benchmark_torch.opponents(work, device, with_compile=with_compile)
+            for name, other in started:
                 if isinstance(other, InputError):
                     failed[name] = {"error": str(other)}
                     continue
@@ -133,6 +136,18 @@ def run(arguments: Namespace) -> Report:
                 for name, other in theirs.items()
             }
     return report
+
+
+def _torch_device() -> str:
+    """PyTorch's name for the one device that JAX uses."""
+    names = {"cpu": "cpu", "gpu": "cuda"}
+    platform_name, count = jax.default_backend(), jax.device_count()
+    if platform_name not in names or count > 1:
+        raise InputError(
+            f"--compare needs one CPU or GPU, JAX has {count} device(s) of {platform_name!r}; "
+            "choose one with CUDA_VISIBLE_DEVICES=0 or JAX_PLATFORMS=cpu"
+        )
+    return names[platform_name]
 
 
 def _take_turns(contestants: dict[str, Any], rounds: int, count: int) -> dict[str, list[Turn]]:

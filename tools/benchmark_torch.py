@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 
 class Opponent:
-    """A process with PyTorch's program of `work`, which waits for its turns.
+    """A process with PyTorch's program of `work` on `device`, which waits for its turns.
 
     Raises:
       InputError: PyTorch cannot do the work, for instance because it has no compiler.
     """
 
-    def __init__(self, work: Work, *, compiled: bool):
+    def __init__(self, work: Work, device: Literal["cpu", "cuda"], *, compiled: bool):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, work, compiled), daemon=True)
+        arguments = (theirs, work, device, compiled)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -68,10 +69,10 @@ class Opponent:
         return answer
 
 
-def _serve(connection: Connection, work: Work, compiled: bool) -> None:
+def _serve(connection: Connection, work: Work, device: str, compiled: bool) -> None:
     try:
         begin = time.perf_counter()
-        step, wait, peak_memory = _program(work, compiled)
+        step, wait, peak_memory = _program(work, device, compiled)
         step()
         wait()
         connection.send(time.perf_counter() - begin)
@@ -93,12 +94,12 @@ def _serve(connection: Connection, work: Work, compiled: bool) -> None:
 
 
 def _program(
-    work: Work, compiled: bool
+    work: Work, device_name: str, compiled: bool
 ) -> tuple[Callable[[], Any], Callable[[], None], Callable[[], int | None]]:
     """A step, what waits for it, and what tells the memory it took."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_name)
     torch.manual_seed(0)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -223,11 +224,13 @@ def _autocast(
     )
 
 
-def opponents(work: Work, *, with_compile: bool) -> Iterator[tuple[str, Opponent | InputError]]:
+def opponents(
+    work: Work, device: Literal["cpu", "cuda"], *, with_compile: bool
+) -> Iterator[tuple[str, Opponent | InputError]]:
     """Starts PyTorch's programs by name; one that cannot be compiled is its error instead."""
-    yield "torch_eager", Opponent(work, compiled=False)
+    yield "torch_eager", Opponent(work, device, compiled=False)
     if with_compile:
         try:
-            yield "torch_compile", Opponent(work, compiled=True)
+            yield "torch_compile", Opponent(work, device, compiled=True)
         except InputError as error:
             yield "torch_compile", error
