@@ -15,9 +15,9 @@ infer: normalise and forward, from uint8 images to logits. teacher: forward alon
 in a process of its own and all in turns: in float32, or with autocast to bfloat16, by timm's
 augmentation and PyTorch's AdamW (fused on a GPU). Its step computes no gradient norm and no
 metrics. Every round of turns gives a ratio, ours to theirs: below 1 ours is faster. On CPU what
-counts is CPU time, of all cores; elsewhere the clock. On a CPU with other work to do, PyTorch's
-threads spin while they wait for one another, which counts: compare on an idle machine. Neither side
-reads images.
+counts is CPU time, of all cores; elsewhere the clock. Threads that spin while they wait for one
+another count too, which on a busy machine doubles PyTorch's time: compare on an idle one, on one
+core (`taskset -c 0`), or with OMP_WAIT_POLICY=passive. Neither side reads images.
 
 mfu is the share of the devices' bfloat16 peak that the products and convolutions of the model come
 to, three times the forward pass in training (recomputation is not counted); null where the peak is
