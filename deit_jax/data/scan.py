@@ -60,7 +60,8 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
     options = tf.data.Options()
     options.threading.private_threadpool_size = workers
     due = 0
-    for chunk in dataset.batch(_CHUNK).with_options(options).as_numpy_iterator():
+    chunks = stream.untuned(dataset.batch(_CHUNK).with_options(options))
+    for chunk in chunks.as_numpy_iterator():
         for facts in zip(*(column.tolist() for column in chunk), strict=True):
             index, label, height, width, colours, fingerprint = facts
             yield from _missed(range(due, index), load)

@@ -4,6 +4,7 @@ What stands where is arithmetic (`order`). The views of an image that stand in o
 a batch are loaded together, since reading and decoding it costs as much as all the rest.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -209,7 +210,9 @@ class Batches(Iterator[Batch]):
         `load` turns an entry into one or more rows.
         """
         self.skipped: dict[str, str] = {}
-        self._source, self._units, self._load, self._rows = source, units, load, rows
+        self._source, self._units, self._rows = source, units, rows
+        # Traced once, however often the stream begins anew; it needs nothing from autograph.
+        self._load = tf.function(load, autograph=False)
         self._step, self._end = steps
         self._skip = skip
         self._unreadable: list[int] = []
@@ -229,9 +232,9 @@ class Batches(Iterator[Batch]):
     def _open(self) -> Iterator[Batch]:
         dataset = tf.data.Dataset.range(self._step, self._end)
         dataset = dataset.flat_map(self._entries)
-        dataset = dataset.map(self._load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        dataset = dataset.map(self._load, num_parallel_calls=os.cpu_count(), deterministic=True)
         dataset = dataset.rebatch(self._rows, drop_remainder=True).map(_in_order_of_rows)
-        return dataset.prefetch(_PREFETCH).as_numpy_iterator()
+        return untuned(dataset.prefetch(_PREFETCH)).as_numpy_iterator()
 
     def _entries(self, step: tf.Tensor) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices(self._units(step, self._unreadable))
@@ -263,6 +266,17 @@ class Batches(Iterator[Batch]):
                 f"{self._source.description}: none of its {self._source.num_examples} images can "
                 f"be read ({name}: {reason})"
             ) from error
+
+
+def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The data set without tf.data's tuning, which brings nothing here and may cost a minute.
+
+    Its thread sleeps for longer and longer, up to a minute, and an iterator that is closed waits
+    for it: TensorFlow wakes it just before the note that it shall end, so that it may sleep on.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def _in_order_of_rows(batch: Tensors) -> Tensors:
