@@ -54,7 +54,10 @@ def default_config() -> ConfigDict:
     # Brightness, contrast and saturation, each by a factor from [1 - this, 1 + this].
     config.input.color_jitter = 0.0
     config.input.repeats = 3  # repeated augmentation: views of each drawn image in an epoch
-    config.input.on_bad_image = "error"  # error | skip (another image in place of a broken one)
+    # error | skip (the next readable image in place of one that is not). Where it is an error and
+    # an image has one view, a JPEG is decoded down to the end of its crop: damage below it is not
+    # noticed, and harms nothing.
+    config.input.on_bad_image = "error"
     config.input.interpolation = "bicubic"  # bicubic | bilinear
     config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side
     config.input.mean = IMAGENET_MEAN

@@ -115,7 +115,17 @@ def fold(seed: tf.Tensor, number: int) -> tf.Tensor:
 
 
 def decode(data: tf.Tensor) -> tf.Tensor:
-    """Decodes a whole JPEG, PNG, BMP or GIF (its first frame) to uint8 [h, w, 3], as PIL does."""
+    """Decodes a whole JPEG, PNG, BMP or GIF (its first frame) to uint8 [h, w, 3].
+
+    Pixels are those of the reference, `PIL.Image.open(file).convert("RGB")`, for palettes, grey,
+    CMYK, 16 bits and transparency too, except that
+      - of a grey PNG of 16 bits the upper eight count; Pillow turns nearly all of it white,
+      - transparent pixels of a GIF are black; the reference's folders hold no GIFs.
+
+    Raises:
+      tf.errors.OpError: damaged data, also a PNG that lacks nothing but its end, which Pillow
+        forgives; a BMP of 1, 4 or 16 bits.
+    """
     if data.dtype != tf.string:
         return data
     return tf.cond(tf.io.is_jpeg(data), lambda: _decode_jpeg(data), lambda: _decode_other(data))
@@ -257,7 +267,20 @@ def _decode_jpeg(data: tf.Tensor) -> tf.Tensor:
 
 def _decode_other(data: tf.Tensor) -> tf.Tensor:
     image = tf.io.decode_image(data, channels=3, expand_animations=False)
-    return tf.ensure_shape(image, (None, None, 3))
+    image = tf.ensure_shape(image, (None, None, 3))
+    with tf.control_dependencies([image]):  # which says better what is wrong with too few bytes
+        kind_and_bits = tf.strings.substr(data, 0, 2) + tf.strings.substr(data, 28, 2)
+    return tf.cond(kind_and_bits == b"BM\x08\x00", lambda: _bmp_colours(image, data), lambda: image)
+
+
+def _bmp_colours(image: tf.Tensor, data: tf.Tensor) -> tf.Tensor:
+    """Looks the pixels of a BMP of 8 bits up in its palette; TensorFlow takes them for grey."""
+    pixels, header = (
+        tf.io.decode_raw(tf.strings.substr(data, offset, 4), tf.int32)[0] for offset in (10, 14)
+    )
+    palette = tf.strings.substr(data, 14 + header, pixels - 14 - header)
+    blue_green_red_0 = tf.reshape(tf.io.decode_raw(palette, tf.uint8), (-1, 4))
+    return tf.gather(blue_green_red_0[:, 2::-1], tf.cast(image[:, :, 0], tf.int32))
 
 
 def _uniform(

@@ -167,7 +167,10 @@ def example_ids(
     repeats: int,
     group_size: int | None = None,
 ) -> list[str]:
-    """The names of the examples in the global training batch of a step, row by row."""
+    """The names of the examples in the global training batch of a step, row by row.
+
+    Those that cannot be read are named where they would stand.
+    """
     order = Order(
         num_examples=source.num_examples,
         batch_size=batch_size,
@@ -243,14 +246,16 @@ class Batches(Iterator[Batch]):
         """Finds what cannot be loaded in the present batch; raises InputError unless it may go."""
         # tf.data does not say which element failed: load the batch again, one by one.
         entries = self._entries(tf.constant(self._step, tf.int64))
-        loaded = iter(entries.map(self._load))
+        loaded = iter(untuned(entries.map(self._load)))
         found = False
-        for entry in entries.as_numpy_iterator():
+        for entry in untuned(entries).as_numpy_iterator():
             try:
                 next(loaded)
             except tf.errors.OpError as cause:
-                found = True
                 name, reason = self._source.example_id(int(entry["index"])), reason_of(cause)
+                if name in self.skipped:  # it stands here twice, once in place of another
+                    continue
+                found = True
                 if not self._skip or _OUTSIDE in reason:
                     raise InputError(
                         f"{self._source.description}: {name} cannot be used: {reason}; "
@@ -300,6 +305,7 @@ def _checked(label: tf.Tensor, num_classes: int) -> tf.Tensor:
 
 
 def reason_of(error: tf.errors.OpError) -> str:
-    """TensorFlow's message in one line, without names of nodes."""
-    text = re.sub(r"\[\[.*?\]\]|\{\{.*?\}\}|\[Op:.*?\]|name:", " ", error.message)
+    """TensorFlow's message in one line, without names of nodes and iterators."""
+    text = re.sub(r"Error in user-defined function .*? Iterator::[\w:]+: ", "", error.message)
+    text = re.sub(r"\[\[.*?\]\]|\{\{.*?\}\}|\[Op:.*?\]|name:", " ", text)
     return " ".join(text.split())

@@ -1,6 +1,5 @@
 import itertools
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,38 +234,6 @@ def test_evaluation_does_not_depend_on_the_processes(folder, input_config):
     for want, *parts in zip(alone, *halves, strict=True):
         for key in want:
             np.testing.assert_array_equal(np.concatenate([p[key] for p in parts]), want[key])
-
-
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda p: p.write_bytes(b"not an image"), _truncate, lambda p: p.unlink()]
-)
-def test_an_unreadable_file_is_named(folder, input_config, damage):
-    source = data.open_source(folder, "train")
-    victim = Path(source.example_id(7))
-    damage(victim)
-    batches = {
-        "train": data.train_batches(
-            source,
-            input_config,
-            image_size=8,
-            batch_size=4,
-            steps_per_epoch=3,
-            seed=0,
-            process_index=0,
-            process_count=1,
-            start_step=3,
-        ),
-        "eval": data.eval_batches(source, input_config, image_size=8, batch_size=4),
-    }
-    for iterator in batches.values():
-        with pytest.raises(InputError) as caught:
-            list(itertools.islice(iterator, 3))
-        assert str(victim) in str(caught.value)
-        assert "\n" not in str(caught.value)
 
 
 def test_a_label_outside_the_classes_is_named(counting, plain_config):
