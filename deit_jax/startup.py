@@ -126,6 +126,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     teacher = load_config(config.distill.teacher_config)
     for group in ("dataset", "parallel", "distributed"):
         teacher[group] = config[group]
+    teacher.input.on_bad_image = config.input.on_bad_image  # they are the same images
     for field in ("batch_size", "dtype", "seed"):
         teacher.train[field] = config.train[field]
     epochs = config.distill.teacher_epochs

@@ -61,17 +61,40 @@ def lines(workdir, split):
     return [line for line in every if line["split"] == split]
 
 
-def test_a_folder_of_images_trains_teacher_and_student(tmp_path, folder_config, capsys):
-    """Loss falls, every eval image counts once, and the workdir holds what DESIGN promises."""
-    workdir = tmp_path / "run"
+@pytest.fixture
+def broken_images(tmp_path, sample_images):
+    """The sample with an empty file more in either split."""
+    images = tmp_path / "images"
+    for path in sample_images.glob("*/*/*.JPEG"):
+        link = images / path.relative_to(sample_images)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    for split in ("train", "val"):
+        next((images / split).iterdir()).joinpath("empty.JPEG").touch()
+    return images
+
+
+def test_a_folder_of_images_trains_teacher_and_student(
+    tmp_path, folder_config, broken_images, capsys
+):
+    """Loss falls, every eval image counts once, and the workdir holds what DESIGN promises.
+
+    Images that cannot be read are left out and counted, also for the teacher.
+    """
+    workdir, images = tmp_path / "run", broken_images
+    folder_config.dataset.root = str(images)
+    folder_config.input.on_bad_image = "skip"
     report = loop.train(folder_config, str(workdir))
-    images = Path(folder_config.dataset.root)
-    assert report["num_examples"] == sum(1 for _ in (images / "val").rglob("*.JPEG"))
+    assert report["num_examples"] == sum(1 for _ in (images / "val").rglob("*.JPEG")) - 1
+    for run in (workdir, workdir / "teacher"):
+        assert lines(run, "final")[-1]["skipped_images"] == 1
+    assert lines(workdir, "train")[-1]["skipped_images"] == 1
     losses = [line["loss"] for line in lines(workdir, "train")]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert lines(workdir, "final")[-1] == {"split": "final", "step": len(losses)} | report
     assert set(report) == {
         "top1", "top5", "top1_cls", "top1_dist", "loss", "num_examples", "teacher_top1",
+        "skipped_images",
     }  # fmt: skip
     model = deit_jax.load_model(workdir / "model")
     assert model.info.class_names == tuple(sorted(p.name for p in (images / "train").iterdir()))
@@ -79,7 +102,10 @@ def test_a_folder_of_images_trains_teacher_and_student(tmp_path, folder_config, 
     assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
     assert list(workdir.glob("events.out.tfevents.*"))
     printed = capsys.readouterr().out
-    for word in ("parameters", "steps", "peak rate", "distinct", "images/s", "ETA", "input wait"):
+    for word in (
+        "parameters", "steps", "peak rate", "distinct", "images/s", "ETA", "input wait",
+        "1 unreadable images skipped", "1 unreadable ones left out",
+    ):  # fmt: skip
         assert word in printed, word
 
 
