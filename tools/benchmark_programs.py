@@ -54,12 +54,14 @@ class Work(NamedTuple):
             ),
             optimizer=SimpleNamespace(
                 name="adamw", lr=1e-3, weight_decay=0.05, b1=0.9, b2=0.999, eps=1e-8,
-                momentum=0.9, clip_norm=0.0, decay_dist_token=True,
+                momentum=0.9, clip_norm=0.0, decay_dist_token=True, trainable="",
             ),
             schedule=SimpleNamespace(
                 epochs=300, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5, per_epoch=True
             ),
-            train=SimpleNamespace(seed=0, loss="cross_entropy", ema_decay=0.99996),
+            train=SimpleNamespace(
+                seed=0, loss="cross_entropy", cosub=False, accumulate_steps=1, ema_decay=0.99996
+            ),
         )  # fmt: skip
 
     def image_size(self) -> int:

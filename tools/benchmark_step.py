@@ -26,26 +26,19 @@ not known. peak_memory_bytes is the compiler's plan on CPU.
 
 import contextlib
 import datetime
-import json
 import os
 import platform
 import statistics
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import jax
 
-import jax  # noqa: E402
-
-from deit_jax import command_line  # noqa: E402
-from deit_jax.errors import InputError, exit_status  # noqa: E402
-from tools import benchmark_programs as programs  # noqa: E402
-from tools.benchmark_programs import Program, Turn, Work  # noqa: E402
+from deit_jax.errors import InputError
+from tools import benchmark_programs as programs
+from tools.benchmark_programs import Program, Turn, Work
 
 PARTS = ("train", "infer", "teacher")
 USAGE = "%(prog)s train|infer|teacher --model NAME [options]"
@@ -239,18 +232,3 @@ def markdown(report: Report, command: str) -> Iterator[str]:
         yield (
             f"| {label} | {row['images_per_second']:.1f} | {row['step_ms']:.1f} | {cpu} | {ratio} |"
         )
-
-
-def main() -> None:
-    """Runs this part alone."""
-    parser = command_line.Parser(__doc__, USAGE)
-    parser.add_argument("part", choices=PARTS)
-    add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the report for programs")
-    arguments = parser.parse_args()
-    report = run(arguments)
-    print(json.dumps(report, indent=2) if arguments.json else "\n".join(markdown(report, "")))
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status(main))
