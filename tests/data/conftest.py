@@ -86,6 +86,15 @@ def jpegs(tmp_path_factory):
     return real + sorted(folder.iterdir())
 
 
+def permutation(num_examples, seed, epoch):
+    """The examples in the order of an epoch, [num_examples]."""
+    return tf.random.experimental.index_shuffle(
+        tf.range(num_examples, dtype=tf.int64),
+        seed=tf.constant([seed, epoch], tf.int64),
+        max_index=num_examples - 1,
+    ).numpy()
+
+
 class CountingSource(Source):
     """Example i is a 4×4 image of value i with label i."""
 

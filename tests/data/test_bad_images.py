@@ -14,7 +14,7 @@ from PIL import Image
 from deit_jax import data
 from deit_jax.data import ops
 from deit_jax.errors import InputError
-from tests.data.conftest import CountingSource, picture
+from tests.data.conftest import CountingSource, permutation, picture
 
 _SIDE = 24  # of the images in folders, and of what is made of them: few shapes to compile for
 
@@ -247,11 +247,7 @@ def _expected(num_examples, broken, step, *, batch_size, steps_per_epoch, repeat
     each image repeated in place.
     """
     epoch, place = divmod(step, steps_per_epoch)
-    order = tf.random.experimental.index_shuffle(
-        tf.range(num_examples, dtype=tf.int64),
-        seed=tf.constant([seed, epoch], tf.int64),
-        max_index=num_examples - 1,
-    ).numpy()
+    order = permutation(num_examples, seed, epoch)
     labels, met = [], set()
     for group, row in itertools.product(range(groups), range(batch_size // groups)):
         following = np.roll(order, -((place * batch_size + group + groups * row) // repeats))

@@ -1,13 +1,15 @@
+import collections
 import itertools
 import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from deit_jax import data
 from deit_jax.errors import InputError
-from tests.data.conftest import picture
+from tests.data.conftest import permutation, picture
 
 
 def _labels(batches, count):
@@ -59,121 +61,85 @@ def test_batches_hold_the_images_of_their_labels(counting, plain_config):
     np.testing.assert_array_equal(batch["image"][:, 3, 1, 2], batch["label"])
 
 
-def test_repeats_are_dealt_to_groups_as_the_reference_sampler_does(counting, plain_config):
-    # 40 images, 3 repeats, 4 GPUs with 3 images each: 36 samples an epoch, 12 distinct images.
-    plain_config.repeats = 3
-    gpus, local, steps = 4, 3, 3
-    batches = data.train_batches(
-        counting(40),
-        plain_config,
-        image_size=4,
-        batch_size=gpus * local,
-        steps_per_epoch=steps,
-        seed=0,
-        group_size=local,
-    )
-    for _ in range(2):
-        labels = np.stack(_labels(batches, steps)).reshape(steps, gpus, local)
-        for batch in labels:
-            assert all(len(set(group)) == local for group in batch)
-        counts = np.bincount(labels.ravel(), minlength=40)
-        assert sorted(counts)[-12:] == [3] * 12
-        assert counts.sum() == 36
-        # The sampler: repeat each index in place, give rank r the places r, r+W, …, cut to batches.
-        drawn = list(dict.fromkeys(labels[:, :, :].transpose(0, 2, 1).ravel()))
-        repeated = np.repeat(drawn, 3)
-        want = np.stack([repeated[rank::gpus].reshape(steps, local) for rank in range(gpus)], 1)
-        np.testing.assert_array_equal(labels, want)
-
-
-def test_group_size_only_reorders_the_rows_of_a_batch(counting, plain_config):
-    def labels(group_size):
-        return _labels(
-            data.train_batches(
-                counting(40),
-                plain_config,
-                image_size=4,
-                batch_size=8,
-                steps_per_epoch=5,
-                seed=1,
-                group_size=group_size,
-            ),
-            5,
+def _global_batches(source, config, steps, *, processes=1, **sizes):
+    """The batches of some steps, put together from every process's rows."""
+    shares = [
+        data.train_batches(
+            source, config, **sizes,
+            start_step=steps[0], process_index=index, process_count=processes,
         )
+        for index in range(processes)
+    ]  # fmt: skip
+    return [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in (list(map(next, shares)) for _ in steps)
+    ]
 
-    plain, whole, halves = labels(None), labels(8), labels(4)
-    np.testing.assert_array_equal(plain, whole)
-    np.testing.assert_array_equal(np.sort(plain), np.sort(halves))
-    np.testing.assert_array_equal(halves[0], plain[0].reshape(4, 2).T.ravel())
+
+# Views in a batch, and in an epoch, are not multiples of the repeats: an epoch is 32 of 36 views.
+_SIZES = {"image_size": 16, "batch_size": 4, "group_size": 2, "steps_per_epoch": 8, "seed": 7}
 
 
 def test_resuming_at_any_step_gives_the_same_bits(folder, input_config):
+    input_config.repeats = 3
     source = data.open_source(folder, "train")
-
-    def start(step):
-        return data.train_batches(
-            source,
-            input_config,
-            image_size=16,
-            batch_size=4,
-            steps_per_epoch=3,
-            seed=7,
-            start_step=step,
-        )
-
-    whole = list(itertools.islice(start(0), 8))
-    _assert_equal(list(itertools.islice(start(0), 8)), whole)
-    for step in (1, 5):  # inside the first epoch and inside the second
-        _assert_equal(list(itertools.islice(start(step), 8 - step)), whole[step:])
-    assert len({image.tobytes() for batch in whole for image in batch["image"]}) == 32
+    whole = _global_batches(source, input_config, range(10), **_SIZES)
+    for step in (3, 9):  # inside the first epoch and inside the second
+        resumed = _global_batches(source, input_config, range(step, 10), **_SIZES)
+        _assert_equal(resumed, whole[step:])
+    assert len({image.tobytes() for batch in whole for image in batch["image"]}) == 40
 
 
 def test_the_global_batch_does_not_depend_on_the_processes(folder, input_config):
-    input_config.train_crop = "small"
+    """Though they share the views of an image: whole images are decoded here, crops there."""
+    input_config.repeats = 3
     source = data.open_source(folder, "train")
-
-    def run(process_count):
-        shares = [
-            itertools.islice(
-                data.train_batches(
-                    source,
-                    input_config,
-                    image_size=16,
-                    batch_size=4,
-                    steps_per_epoch=3,
-                    seed=7,
-                    start_step=2,
-                    group_size=2,
-                    process_index=index,
-                    process_count=process_count,
-                ),
-                3,
-            )
-            for index in range(process_count)
-        ]
-        return [
-            {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            for parts in zip(*shares, strict=True)
-        ]
-
-    alone = run(1)
-    _assert_equal(run(2), alone)
-    _assert_equal(run(4), alone)
+    alone = _global_batches(source, input_config, range(6, 9), **_SIZES)
+    for processes in (2, 4):
+        shared = _global_batches(source, input_config, range(6, 9), processes=processes, **_SIZES)
+        _assert_equal(shared, alone)
 
 
 def test_a_late_step_starts_at_once(counting, plain_config):
-    started = time.monotonic()
+    step = 10**9  # which takes two minutes to count to
+    sizes = {"batch_size": 8, "steps_per_epoch": 125, "seed": 0}
+    started = time.process_time()
     batches = data.train_batches(
-        counting(1000),
-        plain_config,
-        image_size=4,
-        batch_size=8,
-        steps_per_epoch=125,
-        seed=0,
-        start_step=10_000_000,
+        counting(1000), plain_config, image_size=4, **sizes, start_step=step
     )
-    assert len(next(batches)["label"]) == 8
-    assert time.monotonic() - started < 10
+    image = next(batches)["image"]
+    assert time.process_time() - started < 10
+    want = permutation(1000, 0, step // 125)[step % 125 * 8 :][:8]
+    np.testing.assert_array_equal(image[:, 0, 0, 0], want % 256)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_image_is_fetched_once_for_all_its_views(counting, plain_config, processes):
+    plain_config.repeats = 3
+    sizes = {"batch_size": 8, "steps_per_epoch": 100, "seed": 0, "group_size": 4}
+    fetched = collections.Counter()
+
+    class Source(counting):
+        def fetch(self, index):
+            def count(index):
+                fetched[int(index)] += 1
+                return index
+
+            return super().fetch(tf.ensure_shape(tf.numpy_function(count, [index], tf.int64), ()))
+
+    source = Source(400)
+    batches = data.train_batches(
+        source, plain_config, image_size=4, process_index=0, process_count=processes, **sizes
+    )
+    used = [set(next(batches)["label"].tolist()) for _ in range(10)]
+    needed = collections.Counter(itertools.chain(*used))
+    assert needed.total() < 10 * 8 / processes
+    assert fetched >= needed
+    # tf.data works ahead, on images that stand in these batches and on later ones.
+    for step in range(10, 100):
+        names = data.example_ids(source, step=step, repeats=3, **sizes)[: 8 // processes]
+        needed.update({int(name.removeprefix("counting:")) for name in names})
+    assert fetched <= needed
 
 
 def test_example_ids_name_the_rows_of_the_batch(counting, plain_config):

@@ -1,0 +1,48 @@
+"""The order of the training stream against the reference's sampler, written anew in NumPy."""
+
+import numpy as np
+import pytest
+
+from deit_jax import data
+from tests.data.conftest import CountingSource, permutation
+
+
+def _sampler(order, repeats, gpus, samples):
+    """What each GPU is given: every image repeated in place, and every W-th of the views.
+
+    [W, samples], after the reference's RASampler, whose padding and cut to a multiple of 256 the
+    number of whole batches takes the place of.
+    """
+    views = np.repeat(order, repeats)
+    return np.stack([views[rank::gpus][:samples] for rank in range(gpus)])
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "repeats", "gpus", "local", "steps"),
+    [
+        (40, 3, 4, 3, 3),  # 36 views of 12 images
+        (40, 3, 1, 8, 5),  # neither the batch nor the epoch is a multiple of 3
+        (40, 3, 2, 5, 11),
+        (40, 3, 8, 2, 7),
+        (40, 3, 3, 4, 10),  # every view of every image
+        (37, 1, 2, 4, 4),
+        (40, 1, 4, 2, 5),
+        (1, 3, 3, 1, 1),
+    ],
+)
+def test_batches_are_dealt_as_the_reference_sampler_does(num_examples, repeats, gpus, local, steps):
+    sizes = {"batch_size": gpus * local, "steps_per_epoch": steps, "group_size": local, "seed": 9}
+    source = CountingSource(num_examples)
+    for epoch in (0, 1, 50_000):
+        batches = [
+            data.example_ids(source, step=epoch * steps + step, repeats=repeats, **sizes)
+            for step in range(steps)
+        ]
+        labels = np.array([[int(name.partition(":")[2]) for name in names] for names in batches])
+        order = permutation(num_examples, 9, epoch)
+        want = _sampler(order, repeats, gpus, steps * local).reshape(gpus, steps, local)
+        np.testing.assert_array_equal(labels.reshape(steps, gpus, local), want.swapaxes(0, 1))
+
+        drawn, rest = divmod(steps * gpus * local, repeats)
+        counts = np.bincount(labels.ravel(), minlength=num_examples)
+        assert sorted(counts[counts > 0]) == [rest] * (rest > 0) + [repeats] * drawn
