@@ -216,6 +216,7 @@ def test_the_reference_draws_one_of_three(setup):
     ("arguments", "words"),
     [
         ([], "the part to measure is missing, expected one of input"),
+        (["train"], "--model"),
         (["output"], "the part to measure is 'output'"),
         (["input", CONFIG], "--data"),
         (["input", "--data=."], "--config is missing"),
@@ -255,5 +256,5 @@ def test_help(capsys):
     with contextlib.suppress(SystemExit):
         benchmark.main(["input", "--help"])
     out = capsys.readouterr().out
-    assert "Parts: `input`" in out
+    assert "Parts: `input`, the" in out
     assert "input --config=FILE" in out

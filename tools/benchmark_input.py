@@ -207,8 +207,8 @@ def _what(kind: str, chosen: ConfigDict) -> str:
     """What is done to the images, in words."""
     if kind == "eval":
         return (
-            f"Evaluation: the short side to {chosen.image_size} / {chosen.crop_ratio:g} pixels, "
-            f"{chosen.interpolation}, and the centre."
+            f"Evaluation: the short side to {int(chosen.image_size / chosen.crop_ratio)} pixels, "
+            f"{chosen.interpolation}, and of that the central {chosen.image_size}."
         )
     steps = [
         f"{chosen.train_crop.replace('_', ' ')} crop of {chosen.image_size} pixels",
