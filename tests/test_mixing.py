@@ -40,6 +40,19 @@ def box_of_timm_032(lam: float, y: int, x: int, size: tuple[int, int]) -> list[i
     return box
 
 
+def draws_of_timm(count: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """λ, of cutmix what the box leaves, and whether it is cutmix."""
+    import_torchvision()
+    from timm.data import mixup
+
+    np.random.seed(0)  # noqa: NPY002 (the generator that timm uses)
+    draw = mixup.Mixup(**BOTH)._params_per_batch
+    lam, cut = map(np.array, zip(*(draw() for _ in range(count)), strict=True))
+    for i in np.flatnonzero(cut):
+        lam[i] = mixup.cutmix_bbox_and_lam((1, 3, *size), lam[i])[1]
+    return lam, cut
+
+
 def test_normalize_equals_torchvision_for_every_value():
     transforms = import_torchvision().transforms
     image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, -1)
@@ -178,6 +191,11 @@ def test_draw_statistics():
     )
     for i in range(4):
         assert stats.ks_2samp(boxes[:, i], box[cut][:, i]).pvalue > 1e-3
+
+    their_lam, their_cut = draws_of_timm(COUNT, (224, 224))
+    assert cut.mean() == pytest.approx(their_cut.mean(), abs=0.02)
+    for kind in (False, True):
+        assert stats.ks_2samp(lam[cut == kind], their_lam[their_cut == kind]).pvalue > 1e-3
 
     rare = mixing.draw_mix(jax.random.key(1), COUNT, (16, 16), **BOTH | {"prob": 0.3})
     assert np.mean(np.asarray(rare.lam) == 1.0) == pytest.approx(0.7, abs=0.02)
