@@ -55,8 +55,8 @@ def default_config() -> ConfigDict:
     config.input.color_jitter = 0.0
     config.input.repeats = 3  # repeated augmentation: views of each drawn image in an epoch
     # error | skip (the next readable image in place of one that is not). Where it is an error and
-    # an image has one view, a JPEG is decoded down to the end of its crop: damage below it is not
-    # noticed, and harms nothing.
+    # an image has one view, and in evaluation, a JPEG is decoded down to the end of its crop:
+    # damage below it is not noticed, and harms nothing.
     config.input.on_bad_image = "error"
     config.input.interpolation = "bicubic"  # bicubic | bilinear
     config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side
