@@ -116,7 +116,7 @@ def test_input(folder, repo_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_input, "compared", fewer)
     monkeypatch.chdir(repo_root)
     file = tmp_path / "numbers.md"
-    file.write_text("# Numbers\n\n## Input pipeline\n\nold\n\n## Other\n\nkept\n")
+    file.write_text("# Numbers\n\n## Input pipeline, 1 core\n\nold\n\n## Other\n\nkept\n")
     flags = ["--only=eval", "--compare=timm", "--cores=1", "--rounds=1", "--images=8", "--batch=4"]
     size = "--config.input.image_size=64"
     argv = ["input", CONFIG, size, "--data", str(folder), *flags, "--json", "--write", str(file)]
@@ -140,7 +140,9 @@ def test_input(folder, repo_root, tmp_path, monkeypatch, capsys):
         assert 1e8 < one["peak_memory_bytes"] < 3e9
 
     text = file.read_text()
-    assert text.startswith("# Numbers\n\n## Input pipeline\n\n`python tools/benchmark.py input --c")
+    assert text.startswith(
+        "# Numbers\n\n## Input pipeline, 1 core\n\n`python tools/benchmark.py input --c"
+    )
     assert f"| timm, uint8 | {found['timm_uint8']['cpu_ms']:.2f} ms |" in text
     assert "old" not in text
     assert text.endswith("|\n\n## Other\n\nkept\n")

@@ -251,7 +251,7 @@ def markdown(report: Report, command: str) -> Iterator[str]:
     files = (
         " and ".join(f"{count:,} {split}" for split, count in report["files"].items()) + " JPEGs"
     )
-    yield "## Input pipeline"
+    yield f"## Input pipeline, {report['cores']} core{'s' if report['cores'] != 1 else ''}"
     yield ""
     yield f"`{command}`"
     yield ""
