@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, optim, parallel, trees
+from deit_jax import checkpoint, host_memory, optim, parallel, trees
 from deit_jax.config import RunPlan, check_batch, load_config, plan_run, validate
 from deit_jax.convert import surgery
 from deit_jax.errors import InputError
@@ -44,6 +44,7 @@ def check(config: ConfigDict, workdir: str) -> Setup:
     if config.train.tensorboard:
         import_tensorboard()
     parallel.start_processes(config.distributed)
+    host_memory.keep()
     check_batch(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     if config.train.log_attention and "num_heads" not in registry.model_options(config.model.name):
         raise InputError(

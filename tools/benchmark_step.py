@@ -36,6 +36,7 @@ from typing import Any
 
 import jax
 
+from deit_jax import host_memory
 from deit_jax.errors import InputError
 from tools import benchmark_programs as programs
 from tools.benchmark_programs import Program, Turn, Work
@@ -92,6 +93,7 @@ def run(arguments: Namespace) -> Report:
     if arguments.compare:
         # Before JAX starts, which else takes most of a GPU's memory from PyTorch.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    host_memory.keep()  # as the training loop does
     on_cpu = jax.default_backend() == "cpu"
     count = (1 if on_cpu else 20) if arguments.steps is None else arguments.steps
     for name, value in (("rounds", arguments.rounds), ("steps", count)):

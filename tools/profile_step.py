@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 
-from deit_jax import command_line  # noqa: E402
+from deit_jax import command_line, host_memory  # noqa: E402
 from deit_jax.errors import InputError, exit_status  # noqa: E402
 from tools import benchmark_programs as programs  # noqa: E402
 from tools import benchmark_step  # noqa: E402
@@ -47,6 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         raise InputError(f"--steps is {arguments.steps}, expected 1 or more")
+    host_memory.keep()
     program = programs.build(benchmark_step.work_of(arguments))
     print(f"compiled in {program.compile_s:.1f} s", flush=True)
     program.run(1)
