@@ -193,10 +193,11 @@ def _attend_backward(
     weights = jnp.exp(_scores(q, k) - log_total)
     # Σ_k weights · their gradient, which softmax's derivative subtracts, is also grad · out.
     mean = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
-    scores_grad = weights * (product("bhqd,bhkd->bhqk", grad, v) - mean) * q.shape[-1] ** -0.5
+    scores_grad = weights * (product("bhqd,bhkd->bhqk", grad, v) - mean)
     scores_grad = scores_grad.astype(q.dtype)
-    q_grad = product("bhqk,bhkd->bhqd", scores_grad, k)
-    k_grad = product("bhqk,bhqd->bhkd", scores_grad, q)
+    # The scale of the scores, put where there are fewer numbers.
+    q_grad = product("bhqk,bhkd->bhqd", scores_grad, k) * q.shape[-1] ** -0.5
+    k_grad = product("bhqk,bhqd->bhkd", scores_grad, q) * q.shape[-1] ** -0.5
     v_grad = product("bhqk,bhqd->bhkd", weights.astype(v.dtype), grad)
     grads = [_merge_heads(x).astype(qkv.dtype) for x in (q_grad, k_grad, v_grad)]
     return (jnp.concatenate(grads, axis=-1),)
