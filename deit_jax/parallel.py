@@ -1,5 +1,6 @@
 """Processes, the device mesh, and where arrays live on it."""
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -71,6 +72,21 @@ def state_shardings(mesh: Mesh, shapes: object) -> object:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(sharding, shapes)
+
+
+def device_bytes(shapes: object, shardings: object) -> int:
+    """The bytes that a tree of arrays takes on one device, the same on every one.
+
+    Args:
+      shapes: a tree of arrays or ShapeDtypeStructs.
+      shardings: the sharding of each, as `state_shardings` gives them.
+    """
+    sizes = jax.tree.map(
+        lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize,
+        shapes,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))
 
 
 def to_global(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

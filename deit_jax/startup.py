@@ -183,6 +183,16 @@ def load_teacher(setup: Setup) -> tuple[Network, Variables] | tuple[None, None]:
     return network, parallel.replicate(variables, setup.mesh)
 
 
+def _new_state(setup: Setup, variables: Variables) -> TrainState:
+    return new_state(variables, setup.optimizer, ema=setup.config.train.ema_decay > 0)
+
+
+def _state_layout(setup: Setup) -> tuple[TrainState, TrainState]:
+    """The shape of every array of the run's state, and its sharding on the mesh."""
+    shapes = jax.eval_shape(lambda variables: _new_state(setup, variables), setup.abstract)
+    return shapes, parallel.state_shardings(setup.mesh, shapes)
+
+
 def initial_state(
     setup: Setup, checkpoints: checkpoint.TrainCheckpoints
 ) -> tuple[TrainState, object, dict, str]:
@@ -196,11 +206,10 @@ def initial_state(
     def init(key: jax.Array) -> TrainState:
         rngs = nnx.Rngs(params=key)
         _, variables = split_model(_build(setup.config, setup.plan, rngs=rngs))
-        return new_state(variables, setup.optimizer, ema=setup.config.train.ema_decay > 0)
+        return _new_state(setup, variables)
 
     key = jax.random.key(setup.config.train.seed)
-    shapes = jax.eval_shape(init, key)
-    shardings = parallel.state_shardings(setup.mesh, shapes)
+    shapes, shardings = _state_layout(setup)
     none_yet = {"top1": -1.0, "step": -1}
     latest = checkpoints.latest_step()
     if latest is not None:
@@ -221,10 +230,7 @@ def initial_state(
     _, notices = _fit(setup, like, source.info, fresh=setup.abstract)
     fresh = parallel.to_host(start(key).model) if notices else None  # what is new comes from it
     variables, notices = _fit(setup, variables, source.info, fresh=fresh)
-    begin = jax.jit(
-        lambda v: new_state(v, setup.optimizer, ema=setup.config.train.ema_decay > 0),
-        out_shardings=shardings,
-    )
+    begin = jax.jit(lambda v: _new_state(setup, v), out_shardings=shardings)
     return begin(variables), shardings, none_yet, "; ".join([f"weights of {folder}", *notices])
 
 
@@ -272,6 +278,7 @@ def recipe(setup: Setup, origin: str) -> str:
         f"peak rate {config.optimizer.lr:g}",
         "batch": f"{config.train.batch_size} images over all devices{micro}; mixing in {group}",
         "devices": f"{parallel.describe(setup.mesh)}; {config.train.dtype} products",
+        "state": _state_line(setup),
     }
     if setup.teacher_folder is not None:
         distill = config.distill
@@ -284,3 +291,18 @@ def recipe(setup: Setup, origin: str) -> str:
             if size not in (None, info.image_size):
                 lines["teacher"] += f"; it sees the images resized to {size}×{size}"
     return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())
+
+
+def _state_line(setup: Setup) -> str:
+    """How much of a device's memory the state takes, and how much there would be on one device."""
+    shapes, shardings = _state_layout(setup)
+    sizes = {
+        "weights": parallel.device_bytes(shapes.model, shardings.model),
+        "optimiser": parallel.device_bytes(shapes.opt_state, shardings.opt_state),
+        "average": parallel.device_bytes(shapes.ema, shardings.ema),
+    }
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items() if size)
+    line = f"{sum(sizes.values()) / 2**20:,.1f} MiB on each device ({parts})"
+    kept = (shapes.model, shapes.opt_state, shapes.ema)
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+    return line if whole == sum(sizes.values()) else f"{line}, of {whole / 2**20:,.1f} in all"
