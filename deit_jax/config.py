@@ -27,6 +27,7 @@ _CHOICES = {
     "optimizer.name": ("adamw", "lamb", "sgd"),
     "train.loss": ("cross_entropy", "bce"),
     "train.dtype": ("bfloat16", "float32"),
+    "parallel.backend": ("mesh", "pmap"),
 }
 _AT_LEAST_ONE = (
     "input.image_size", "input.repeats", "mixing.group_size", "schedule.epochs",
@@ -129,6 +130,8 @@ def validate(config: ConfigDict) -> None:
         _refuse(config, "train.cosub", "False where model.drop_path_rate is 0: no two submodels")
     if config.train.cosub and config.distill.kind != "none":
         _refuse(config, "train.cosub", "False where distill.kind is not 'none': it has no teacher")
+    if config.parallel.backend == "pmap" and config.parallel.fsdp > 1:
+        _refuse(config, "parallel.fsdp", "1 where parallel.backend is 'pmap', which shards nothing")
     if config.schedule.warmup_epochs >= config.schedule.epochs:
         _refuse(
             config,

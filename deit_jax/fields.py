@@ -136,6 +136,8 @@ def default_config() -> ConfigDict:
     config.train.tensorboard = False  # also write TensorBoard events (extra: tensorboard)
 
     config.parallel = ConfigDict()
+    # One program over all devices, or the same one on each, averaging by itself: equal results.
+    config.parallel.backend = "mesh"  # mesh | pmap (fsdp 1 only)
     config.parallel.fsdp = 1  # devices that share one copy of the parameters
 
     config.checkpoint = ConfigDict()

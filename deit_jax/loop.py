@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, parallel, startup, steps
+from deit_jax import checkpoint, parallel, pmapped, startup, steps
 from deit_jax.config import changed_fields, write_config
 from deit_jax.errors import InputError
 from deit_jax.evaluate import evaluator, skipped, teacher_accuracy
@@ -164,13 +164,15 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
 def jit_train_step(
     setup: Setup, shardings: object, teacher: steps.Network | None
 ) -> Callable[[steps.TrainState, steps.Variables | None, dict], tuple[steps.TrainState, dict]]:
-    """The training step compiled for the run's mesh; it consumes (donates) the state it is given.
+    """The training step compiled for the run's devices; it consumes (donates) the given state.
 
     Args:
       setup: the checked run.
       shardings: of the state, from `startup.initial_state`.
       teacher: from `startup.load_teacher`.
     """
+    if setup.config.parallel.backend == "pmap":
+        return pmapped.pmap_train_step(setup, teacher)
     replicated = parallel.replicated(setup.mesh)
     step = steps.make_train_step(
         setup.config,

@@ -266,6 +266,7 @@ def recipe(setup: Setup, origin: str) -> str:
     count, trained = trees.param_count(params), trees.param_count(trees.select(params, mask))
     some = f" ({trained:,} of them train)" if trained < count else ""
     parts = config.train.accumulate_steps
+    pmap = "; step under pmap" if config.parallel.backend == "pmap" else ""
     micro = f" in {parts} micro-batches" if parts > 1 else ""
     lines = {
         "model": f"{info.name}, {count:,} parameters{some}, "
@@ -277,7 +278,7 @@ def recipe(setup: Setup, origin: str) -> str:
         f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up; "
         f"peak rate {config.optimizer.lr:g}",
         "batch": f"{config.train.batch_size} images over all devices{micro}; mixing in {group}",
-        "devices": f"{parallel.describe(setup.mesh)}; {config.train.dtype} products",
+        "devices": f"{parallel.describe(setup.mesh)}{pmap}; {config.train.dtype} products",
         "state": _state_line(setup),
     }
     if setup.teacher_folder is not None:

@@ -10,9 +10,10 @@ import optax
 from flax import nnx, struct
 from jax.sharding import NamedSharding
 
-from deit_jax import losses, mixing, optim
+from deit_jax import losses, mixing, optim, shares
 from deit_jax.accumulate import accumulate
 from deit_jax.models import registry
+from deit_jax.models.layers import TrainingRngs
 from deit_jax.models.registry import ModelInfo
 
 if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
@@ -60,7 +61,12 @@ class Network:
     info: ModelInfo
 
     def __call__(
-        self, variables: Variables, images: jax.Array, key: jax.Array | None = None
+        self,
+        variables: Variables,
+        images: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        axis_name: str | None = None,
     ) -> tuple[tuple[jax.Array, ...], Tree]:
         """Applies the model.
 
@@ -68,13 +74,15 @@ class Network:
           variables: weights, checked against this network by whoever loaded them.
           images: [B,H,W,3] normalised floats.
           key: randomness of a training pass; None evaluates.
+          axis_name: the axis over which devices share the batch, under pmap.
 
         Returns:
           The logits of each head, float32 [B,K], and the BatchNorm statistics after the pass.
         """
         # merge matches leaves by position, hence the name and shape check at every loader.
         model = nnx.merge(self.graphdef, variables.params, variables.batch_stats)
-        heads = model.heads(images, rngs=None if key is None else nnx.Rngs(dropout=key))
+        rngs = None if key is None else TrainingRngs(axis_name, dropout=key)
+        heads = model.heads(images, rngs=rngs)
         return heads, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
@@ -111,7 +119,11 @@ def step_keys(seed: int, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def make_augment(
-    config: "ConfigDict", plan: "RunPlan", *, replicated: NamedSharding | None = None
+    config: "ConfigDict",
+    plan: "RunPlan",
+    *,
+    replicated: NamedSharding | None = None,
+    axis_name: str | None = None,
 ) -> Callable[[jax.Array, dict], tuple[jax.Array, jax.Array, mixing.MixDraw]]:
     """Builds a recipe's augmentation on the device; arguments as `make_train_step`.
 
@@ -124,7 +136,9 @@ def make_augment(
         erase_key, mix_key = jax.random.split(key)
         images = mixing.normalize(batch["image"], config.input.mean, config.input.std)
         if config.mixing.random_erasing:
-            images = mixing.random_erasing(erase_key, images, prob=config.mixing.random_erasing)
+            images = mixing.random_erasing(
+                erase_key, images, prob=config.mixing.random_erasing, axis_name=axis_name
+            )
         return mixing.mix(
             mix_key,
             images,
@@ -137,6 +151,7 @@ def make_augment(
             prob=config.mixing.prob,
             switch_prob=config.mixing.switch_prob,
             replicated=replicated,
+            axis_name=axis_name,
         )
 
     return augment
@@ -150,6 +165,7 @@ def make_train_step(
     *,
     teacher: Network | None = None,
     replicated: NamedSharding | None = None,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, Variables | None, dict], tuple[TrainState, dict]]:
     """Builds the pure training step of a recipe.
 
@@ -160,6 +176,8 @@ def make_train_step(
       optimizer: without learning rate (`optim.make_optimizer`).
       teacher: the teacher's computation where the recipe distils.
       replicated: sharding of small draws on the mesh; keeps mixing free of communication.
+      axis_name: the axis over which devices share the batch, under pmap; `batch` is then the
+        device's own rows, and gradients and metrics are averaged over the axis.
 
     Returns:
       step(state, teacher_variables, batch) → (state, metrics), to be jitted with the state
@@ -169,7 +187,7 @@ def make_train_step(
       A step whose loss or gradient is not finite changes only the counters and `step`.
     """
     distil = config.distill
-    augment = make_augment(config, plan, replicated=replicated)
+    augment = make_augment(config, plan, replicated=replicated, axis_name=axis_name)
 
     def train_step(
         state: TrainState, teacher_variables: Variables | None, batch: dict
@@ -189,7 +207,7 @@ def make_train_step(
                 variables = Variables(optim.freeze(params, trainable), batch_stats)
                 # Each image next to itself, so that both stay on their device.
                 shown = jnp.repeat(images, 2, axis=0) if config.train.cosub else images
-                heads, new_stats = network(variables, shown, key)
+                heads, new_stats = network(variables, shown, key, axis_name=axis_name)
                 if config.train.cosub:
                     pairs = heads[0].reshape(len(images), 2, -1)
                     per_image, parts = losses.cosub(
@@ -226,6 +244,7 @@ def make_train_step(
             steps=config.train.accumulate_steps,
             replicated=replicated,
         )
+        grads, metrics = shares.mean((grads, metrics), axis_name)
         rate = optim.learning_rate(
             state.step,
             steps_per_epoch=plan.steps_per_epoch,

@@ -13,7 +13,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from deit_jax import shares
 from deit_jax.errors import InputError
+
+
+class TrainingRngs(nnx.Rngs):
+    """Random streams of a training pass, and the axis over which devices share its batch.
+
+    Under pmap the rows are the device's own, but noise and statistics are those of the whole batch:
+    DropPath and BatchNorm follow the axis. Dropout, which no recipe uses, does not.
+    """
+
+    def __init__(self, axis_name: str | None, **streams: jax.Array):
+        super().__init__(**streams)
+        self.axis_name = axis_name
+
+
+def _axis_name(rngs: nnx.Rngs) -> str | None:
+    return rngs.axis_name if isinstance(rngs, TrainingRngs) else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -286,8 +303,10 @@ class DropPath(nnx.Module):
         if rngs is None or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        axis_name = _axis_name(rngs)
+        shape = (x.shape[0] * shares.count(axis_name),) + (1,) * (x.ndim - 1)
         kept = jax.random.bernoulli(rngs.dropout(), keep, shape)
+        kept = shares.own_rows(kept, axis_name)
         return x * (kept.astype(x.dtype) / keep)
 
 
@@ -296,7 +315,8 @@ class BatchNorm(nnx.Module):
 
     In training the batch normalises itself with its biased variance, and the running statistics
     move a tenth of the way to the batch's mean and *unbiased* variance (nnx.BatchNorm takes the
-    biased one). Under `jax.jit` the batch is the global batch whatever its sharding.
+    biased one). The batch is the global batch, under `jax.jit` whatever its sharding, under pmap
+    with a mean over the devices.
     """
 
     momentum = 0.1
@@ -314,18 +334,18 @@ class BatchNorm(nnx.Module):
         if rngs is None:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean, var = self._batch_statistics(x)
+            mean, var = self._batch_statistics(x, _axis_name(rngs))
         return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
 
-    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        count = x.size // x.shape[-1]
+    def _batch_statistics(self, x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+        count = x.size // x.shape[-1] * shares.count(axis_name)
         if count < 2:
             raise InputError(
                 f"batch norm in training got one value a channel (input shape {x.shape}), "
                 "expected at least two: use a larger batch or larger images"
             )
-        mean = x.mean((0, 1, 2))
-        var = jnp.square(x - mean).mean((0, 1, 2))
+        mean = shares.mean(x.mean((0, 1, 2)), axis_name)
+        var = shares.mean(jnp.square(x - mean).mean((0, 1, 2)), axis_name)
         # The running statistics are a record, not a path for gradients.
         recorded = jax.lax.stop_gradient((mean, var * (count / (count - 1))))
         for running, new in zip((self.mean, self.var), recorded, strict=True):
