@@ -1,0 +1,200 @@
+"""Trains and restores runs, step by step, over the devices of this process; prints JSON.
+
+python tests/device_check.py shard ROOT               one recipe over three meshes
+python tests/device_check.py pmap ROOT                the same over the mesh and under pmap
+python tests/device_check.py restore ROOT NAME FSDP [COORDINATOR PROCESS_ID]
+                                                      what is in the checkpoint of ROOT/NAME
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import digits_distill
+from deit_jax import checkpoint, loop, parallel, startup, trees
+from deit_jax.models import layers, registry
+
+_NO_BEST = {"top1": -1.0, "step": -1}
+
+
+def recipe(root: Path, *, backend: str = "mesh", fsdp: int = 1) -> ConfigDict:
+    """Distillation with everything on that is drawn, or that sums over all parameters."""
+    config = digits_distill.get_config()
+    config.model.drop_path_rate = 0.1
+    config.mixing.random_erasing = 0.25
+    config.mixing.cutmix_alpha = 1.0
+    config.optimizer.name = "lamb"
+    config.optimizer.clip_norm = 1.0
+    config.schedule.warmup_lr = 1e-3
+    config.distill.teacher = str(root / "teacher")
+    config.parallel.backend, config.parallel.fsdp = backend, fsdp
+    return config
+
+
+def make_small(root: Path) -> None:
+    """Two blocks in place of four, as these programs are compiled more than they run; a teacher."""
+    entry = registry._MODELS["deit_testing_distilled"]
+    small = dataclasses.replace(entry, options=entry.options | {"depth": 2})
+    registry._MODELS["deit_testing_distilled"] = small
+    if not (root / "teacher").exists():
+        options = {"num_classes": 10, "patch_size": 16, "depth": 1}
+        model = registry.create_model("deit_testing", **options, rngs=nnx.Rngs(1))
+        checkpoint.save_model(root / "teacher", model)
+
+
+class Run:
+    """A run whose steps are taken by hand, from the latest checkpoint of its folder."""
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        self.setup = startup.check(config, str(workdir))
+        self.checkpoints = checkpoint.TrainCheckpoints(str(workdir), keep=9)
+        self.state, shardings, _, origin = startup.initial_state(self.setup, self.checkpoints)
+        self.summary = startup.recipe(self.setup, origin)
+        self._batches = loop._batches(self.setup, int(self.state.step))
+        teacher, self._teacher = startup.load_teacher(self.setup)
+        self._step = loop.jit_train_step(self.setup, shardings, teacher)
+
+    def next_batch(self) -> dict[str, jax.Array]:
+        """The global batch that comes next, on the devices."""
+        return parallel.to_global(next(self._batches), parallel.batch_sharding(self.setup.mesh))
+
+    def losses(self, count: int) -> list[float]:
+        """Trains so many steps."""
+        found = []
+        for _ in range(count):
+            self.state, metrics = self._step(self.state, self._teacher, self.next_batch())
+            found.append(float(metrics["loss"]))
+        return found
+
+    def save(self, workdir: Path) -> None:
+        """Adds the state to the checkpoints of a folder."""
+        with contextlib.closing(checkpoint.TrainCheckpoints(str(workdir), keep=9)) as checkpoints:
+            info, step = self.setup.network.info, int(self.state.step)
+            checkpoints.save(self.state, info, step=step, best=_NO_BEST, top1=None)
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The state's arrays by name, without its counters."""
+        return trees.flat([self.state.model, self.state.opt_state, self.state.ema])
+
+    def device_bytes(self) -> list[int]:
+        """What the arrays take on each device of this process."""
+        sizes = dict.fromkeys(jax.local_devices(), 0)
+        for array in self.arrays().values():
+            for shard in array.addressable_shards:
+                sizes[shard.device] += shard.data.nbytes
+        return list(sizes.values())
+
+
+@contextlib.contextmanager
+def opened(config: ConfigDict, workdir: Path) -> Iterator[Run]:
+    """A run, closed at the end."""
+    run = Run(config, workdir)
+    with contextlib.closing(run.checkpoints):
+        yield run
+
+
+def digest(tree: object) -> str:
+    """A hash of all bits of arrays on the devices, whichever way they lie there."""
+    found = hashlib.sha256()
+    for name, value in sorted(trees.flat(parallel.to_host(tree)).items()):
+        found.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+def shard(root: Path) -> dict:
+    """Six steps over 8 × 1 and 1 × 8; the former is saved after three, and goes on over 2 × 4."""
+    found = {"losses": {}, "bytes": {}, "summary": {}}
+    for fsdp in (1, 8, 4):
+        workdir = root / ("saved" if fsdp == 4 else f"fsdp{fsdp}")
+        with opened(recipe(root, fsdp=fsdp), workdir) as run:
+            found["bytes"][fsdp], found["summary"][fsdp] = run.device_bytes(), run.summary
+            if fsdp == 4:
+                found["restored"], found["losses"][fsdp] = digest(run.state), run.losses(3)
+                continue
+            found["losses"][fsdp] = run.losses(3)
+            if fsdp == 1:
+                found["arrays"] = {name: x.nbytes for name, x in run.arrays().items()}
+                found["state"] = digest(run.state)
+                run.save(root / "saved")
+            found["losses"][fsdp] += run.losses(3)
+    with opened(recipe(root), root / "saved") as run:
+        found["batch"] = digest(run.next_batch())
+    return found
+
+
+def restore(root: Path, name: str, fsdp: int, *process: str) -> dict:
+    """The state of ROOT/NAME and its next batch; two processes save it again as ROOT/by_two."""
+    config = recipe(root, fsdp=fsdp)
+    if process:
+        config.distributed.coordinator_address, config.distributed.num_processes = process[0], 2
+        config.distributed.process_id = int(process[1])
+    with opened(config, root / name) as run:
+        found = {"state": digest(run.state), "batch": digest(run.next_batch())}
+        if process:
+            run.save(root / "by_two")
+    return found | {"summary": run.summary}
+
+
+def pmap(root: Path) -> dict:
+    """Twenty steps of each backend, saved after ten and gone on with by the other."""
+    found = {"losses": {}, "continued": {}, "summary": {}}
+    for backend in ("mesh", "pmap"):
+        config = recipe(root, backend=backend)
+        config.train.accumulate_steps = 2
+        with opened(config, root / backend) as run:
+            found["summary"][backend] = run.summary
+            found["losses"][backend] = run.losses(10)
+            run.save(root / backend)
+            before = jax.tree.leaves(run.state)
+            found["losses"][backend] += run.losses(10)
+            found["donated"] = all(x.is_deleted() for x in before)
+    for backend, other in (("mesh", "pmap"), ("pmap", "mesh")):
+        config = recipe(root, backend=backend)
+        config.train.accumulate_steps = 2
+        with opened(config, root / other) as run:
+            found["continued"][backend] = run.losses(10)
+    return found | {"batch_norm": batch_norm()}
+
+
+def batch_norm() -> float:
+    """The largest relative error of BatchNorm under pmap: output, gradient and statistics."""
+    devices = jax.device_count()
+    images = jax.random.normal(jax.random.key(0), (devices, 2, 4, 4, 3)) * 3.0
+    images += jnp.arange(float(devices)).reshape(-1, 1, 1, 1, 1)  # no share is like the batch
+    weights = jax.random.normal(jax.random.key(1), images.shape)
+
+    def run(x: jax.Array, weights: jax.Array, axis_name: str | None) -> tuple:
+        norm = layers.BatchNorm(3)
+        rngs = layers.TrainingRngs(axis_name, dropout=jax.random.key(0))
+        return (norm(x, rngs) * weights).sum(), (norm.mean[...], norm.var[...])
+
+    def one(x: jax.Array, weights: jax.Array, axis_name: str | None = "batch") -> tuple:
+        (out, after), grad = jax.value_and_grad(run, has_aux=True)(x, weights, axis_name)
+        return out, grad, *after
+
+    flat = [x.reshape(-1, 4, 4, 3) for x in (images, weights)]
+    out, grad, *after = jax.jit(one, static_argnums=2)(*flat, None)
+    found, found_grad, *found_after = jax.pmap(one, axis_name="batch")(images, weights)
+    pairs = [(found.sum(), out), (found_grad.reshape(grad.shape), grad)]
+    pairs += [(x[-1], y) for x, y in zip(found_after, after, strict=True)]
+    return max(float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in pairs)
+
+
+if __name__ == "__main__":
+    mode, root, *rest = sys.argv[1:]
+    make_small(Path(root))
+    if mode == "restore":
+        result = restore(Path(root), rest[0], int(rest[1]), *rest[2:])
+    else:
+        result = {"shard": shard, "pmap": pmap}[mode](Path(root))
+    print(json.dumps(result))
