@@ -1,24 +1,33 @@
 """The README's Python lines run as they are printed."""
 
+import contextlib
 import dataclasses
 import pkgutil
 import re
 
+import jax
 import numpy as np
+import optax
 from flax import nnx
 
 import deit_jax
+from deit_jax import checkpoint, steps, trees
 
 
 def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
-    """Loading, preprocessing and predicting; plain Orbax reads the same arrays."""
+    """Loading, preprocessing and predicting; plain Orbax reads the same arrays, of training too."""
     model = deit_jax.create_model("deit_testing_distilled", num_classes=10, rngs=nnx.Rngs(0))
     names = tuple("0123456789")
     model.info = dataclasses.replace(model.info, class_names=names)
-    deit_jax.save_model(tmp_path / "runs/digits/model", model)
     monkeypatch.chdir(tmp_path)
+    deit_jax.save_model("runs/digits/model", model)
+    network, variables = steps.split_model(model)
+    ema = jax.tree.map(lambda x: x + 1, variables)
+    state = steps.new_state(variables, optax.adam(1e-3), ema=True).replace(ema=ema)
+    with contextlib.closing(checkpoint.TrainCheckpoints("runs/digits", keep=1)) as checkpoints:
+        checkpoints.save(state, network.info, step=1320, best={}, top1=None)
     blocks = re.findall(r"```python\n(.*?)```", (repo_root / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     space = {}
     for block in blocks:
         exec(block, space)
@@ -26,6 +35,11 @@ def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
     assert space["logits"].shape == (1, 10)
     kernel = space["weights"]["params"]["blocks"]["0"]["attn"]["qkv"]["kernel"]
     np.testing.assert_array_equal(kernel, model.blocks[0].attn.qkv.kernel[...])
+    read, kept = trees.flat(space["model_part"]["params"]), trees.flat(variables.params)
+    assert read.keys() == kept.keys()
+    for name, value in kept.items():
+        assert isinstance(read[name], np.ndarray)
+        np.testing.assert_array_equal(read[name], value, err_msg=name)
 
 
 def test_public_names_are_no_modules():
