@@ -1,4 +1,4 @@
-"""Trains or evaluates a recipe: python main.py --config=configs/NAME.py[:RUN] --workdir=DIR."""
+"""Trains, evaluates or plans: python main.py --config=configs/NAME.py[:RUN] --workdir=DIR."""
 
 import os
 import sys
@@ -7,23 +7,28 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from deit_jax import command_line, loop
+from deit_jax import command_line, forecast, loop
 from deit_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe: FILE.py or FILE.py:RUN.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; run again on it to resume.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_MODES = {"train": loop.train, "eval": loop.evaluate_only, "plan": forecast.plan}
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    list(_MODES),
+    "What to do; plan compiles the training step and says what it needs, and trains nothing.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the chosen mode; mistakes of the user end in one line, not in a traceback."""
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}; fields are set as --config.GROUP.FIELD=VALUE")
-    run = loop.train if _MODE.value == "train" else loop.evaluate_only
     try:
-        run(_CONFIG.value, _WORKDIR.value)
+        _MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
     except InputError as error:
         _fail(str(error))
     except loop.NonFiniteLoss as error:

@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Evaluates the latest checkpoint of `workdir` (or `init_from`); reports as `train` does."""
     setup = startup.check(config, workdir)
-    if not _holds_checkpoint(workdir) and not config.init_from:
+    if not holds_checkpoint(workdir) and not config.init_from:
         raise InputError(
             f"--workdir={workdir} holds no checkpoint to evaluate; train first, or name a model "
             "folder by --config.init_from"
@@ -287,12 +287,13 @@ def _write_final_models(setup: Setup, state: steps.TrainState) -> None:
         checkpoint.write_model(folder, state.ema, dataclasses.replace(info, weights="ema"))
 
 
-def _holds_checkpoint(workdir: str) -> bool:
+def holds_checkpoint(workdir: str) -> bool:
+    """Whether a run of `workdir` would resume."""
     return any(path.name.isdigit() for path in Path(workdir, "checkpoints").glob("*"))
 
 
 def _open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckpoints:
-    if setup.config.init_from and not _holds_checkpoint(setup.workdir):
+    if setup.config.init_from and not holds_checkpoint(setup.workdir):
         startup.check_start(setup, training=training)
     try:
         Path(setup.workdir).mkdir(parents=True, exist_ok=True)

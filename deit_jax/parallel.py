@@ -1,6 +1,7 @@
 """Processes, the device mesh, and where arrays live on it."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -34,14 +35,16 @@ def start_processes(distributed: "ConfigDict") -> None:
         )
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """A (devices / fsdp) × fsdp mesh over all devices of all processes.
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (devices / fsdp) × fsdp mesh over all devices of all processes, or over `devices`.
 
     The axes are Auto: with Explicit axes, the default of `jax.make_mesh`, plain model code does
     not type-check.
     """
-    shape = (jax.device_count() // fsdp, fsdp)
-    return jax.make_mesh(shape, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+    devices = jax.devices() if devices is None else devices
+    shape = (len(devices) // fsdp, fsdp)
+    axis_types = (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, (DATA, FSDP), axis_types=axis_types, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

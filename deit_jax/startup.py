@@ -46,17 +46,7 @@ def check(config: ConfigDict, workdir: str) -> Setup:
     parallel.start_processes(config.distributed)
     host_memory.keep()
     check_batch(config, num_devices=jax.device_count(), num_processes=jax.process_count())
-    if config.train.log_attention and "num_heads" not in registry.model_options(config.model.name):
-        raise InputError(
-            f"config.train.log_attention is True, but config.model.name {config.model.name!r} has "
-            "no attention; set it to False"
-        )
-    if config.distill.kind != "none" and not registry.is_distilled(config.model.name):
-        raise InputError(
-            f"config.distill.kind is {config.distill.kind!r}, but config.model.name "
-            f"{config.model.name!r} has no distillation token; choose a *_distilled_* model, such "
-            "as deit_base_distilled_patch16_224, or --config.distill.kind=none"
-        )
+    check_model(config)
 
     from deit_jax import data  # TensorFlow: imported by runs alone
 
@@ -70,21 +60,49 @@ def check(config: ConfigDict, workdir: str) -> Setup:
         class_names=train_source.class_names,
         num_devices=jax.device_count(),
     )
+    mesh = parallel.make_mesh(config.parallel.fsdp)
+    setup = assemble(config, workdir, plan, mesh, sources=(train_source, eval_source))
+    _check_teacher(setup)
+    return setup
+
+
+def check_model(config: ConfigDict) -> None:
+    """Raises InputError where the model lacks what the recipe asks of it."""
+    if config.train.log_attention and "num_heads" not in registry.model_options(config.model.name):
+        raise InputError(
+            f"config.train.log_attention is True, but config.model.name {config.model.name!r} has "
+            "no attention; set it to False"
+        )
+    if config.distill.kind != "none" and not registry.is_distilled(config.model.name):
+        raise InputError(
+            f"config.distill.kind is {config.distill.kind!r}, but config.model.name "
+            f"{config.model.name!r} has no distillation token; choose a *_distilled_* model, such "
+            "as deit_base_distilled_patch16_224, or --config.distill.kind=none"
+        )
+
+
+def assemble(
+    config: ConfigDict,
+    workdir: str,
+    plan: RunPlan,
+    mesh: Mesh,
+    *,
+    sources: tuple[object, object] = (None, None),
+) -> Setup:
+    """Puts a run together from a checked config; without `sources` it can only be compiled."""
     network, abstract = split_model(_build(config, plan))
-    setup = Setup(
+    return Setup(
         config=config,
         workdir=workdir,
         plan=plan,
-        mesh=parallel.make_mesh(config.parallel.fsdp),
+        mesh=mesh,
         network=network,
         abstract=abstract,
         optimizer=optim.make_optimizer(abstract.params, config.optimizer),
-        train_source=train_source,
-        eval_source=eval_source,
+        train_source=sources[0],
+        eval_source=sources[1],
         teacher_folder=_teacher_folder(config, workdir),
     )
-    _check_teacher(setup)
-    return setup
 
 
 def _build(config: ConfigDict, plan: RunPlan, *, rngs: object = None) -> object:
@@ -171,6 +189,24 @@ def _check_teacher(setup: Setup) -> None:
         )
     _, like = checkpoint.read_network(folder)
     checkpoint.check_weights(folder, like)
+
+
+def abstract_teacher(
+    setup: Setup, default: str = ""
+) -> tuple[Network, Variables] | tuple[None, None]:
+    """The teacher's computation and the shapes of its weights, trained or not; or (None, None).
+
+    `default` names its model where there is neither a folder nor a recipe.
+    """
+    folder, config = setup.teacher_folder, setup.config
+    if folder is None:
+        return None, None
+    if checkpoint.find_model(folder) is not None:
+        return checkpoint.read_network(folder, dtype=config.train.dtype)
+    if config.distill.teacher_config:
+        return split_model(_build(teacher_config(config), setup.plan))
+    options = {"num_classes": setup.plan.num_classes, "dtype": config.train.dtype}
+    return split_model(registry.abstract_model(default, **options))
 
 
 def load_teacher(setup: Setup) -> tuple[Network, Variables] | tuple[None, None]:

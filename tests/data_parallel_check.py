@@ -5,7 +5,6 @@ python tests/data_parallel_check.py WORKDIR [config overrides as GROUP.FIELD=INT
 
 import collections
 import json
-import re
 import sys
 
 import jax
@@ -14,6 +13,7 @@ from flax import nnx
 
 from configs import digits_distill
 from deit_jax import checkpoint, loop, parallel, startup, steps
+from deit_jax import collectives as crossings
 from deit_jax.models import registry
 
 
@@ -42,9 +42,7 @@ def collectives(workdir: str, overrides: list[str]) -> dict[str, int]:
     batch = parallel.to_global(batch, parallel.batch_sharding(setup.mesh))
     variables = parallel.replicate(variables, setup.mesh)
     text = step.lower(state, variables, batch).compile().as_text()
-    operations = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    names = re.findall(rf" ({operations})(?:-start)?\(", text)
-    return dict(collections.Counter(names))
+    return dict(collections.Counter(one.kind for one in crossings.read(text, jax.device_count())))
 
 
 if __name__ == "__main__":

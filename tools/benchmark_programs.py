@@ -14,19 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deit_jax import mixing, optim, parallel, steps
+from deit_jax import chips, mixing, optim, parallel, steps
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES = 1000
-
-# Dense bfloat16 products in 10^12 FLOP/s, from the makers' data sheets, by a part of the name that
-# JAX gives the device; the first that fits counts.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
-    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6 lite": 918,
-}  # fmt: skip
 
 
 class Work(NamedTuple):
@@ -261,8 +254,5 @@ def _inner_jaxprs(values: Iterable[Any]) -> Iterator[Any]:
 
 def peak_flops() -> float | None:
     """FLOP/s in bfloat16 of all devices together, None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    for part, tera in PEAK_TFLOPS.items():
-        if part in kind:
-            return tera * 1e12 * jax.device_count()
-    return None
+    chip = chips.find(jax.devices()[0].device_kind)
+    return chip.tflops * 1e12 * jax.device_count() if chip else None

@@ -1,0 +1,117 @@
+"""What crosses between devices in a compiled program, read from its optimised HLO text."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
+_OPERATION = re.compile(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({_KINDS})(-start)?\(")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """One operation between devices.
+
+    Attributes:
+      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute".
+      bytes: of the whole array on one device: of the result, for a reduce-scatter of the operand.
+      devices: how many take part in one exchange.
+      where: "step", or "loop" and "branch" for what runs several times, or not always.
+      times: how often a step runs it, as far as the text says.
+    """
+
+    kind: str
+    bytes: int
+    devices: int
+    where: str = "step"
+    times: int = 1
+
+
+def read(text: str, num_devices: int) -> list[Collective]:
+    """The collectives of a program in the order in which it calls them.
+
+    Args:
+      text: `compiled.as_text()`.
+      num_devices: of the program, for operations that name no groups.
+    """
+    bodies, entry = _computations(text)
+    return list(_visit(bodies, entry, num_devices, "step", 1))
+
+
+def table(found: list[Collective]) -> list[dict]:
+    """Rows of like operations: kind, where, devices, and count and bytes of all in a step."""
+    rows: dict[tuple, dict] = {}
+    for one in found:
+        row = {"kind": one.kind, "where": one.where, "devices": one.devices}
+        row = rows.setdefault(tuple(row.values()), row | {"count": 0, "bytes": 0})
+        row["count"] += one.times
+        row["bytes"] += one.times * one.bytes
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def ring_seconds(found: list[Collective], bytes_per_second: float) -> float:
+    """How long the exchanges take one after the other, each as a ring over its devices."""
+    seconds = 0.0
+    for one in found:
+        share = (one.devices - 1) / one.devices
+        rounds = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(one.kind, share)
+        seconds += one.times * one.bytes * rounds / bytes_per_second
+    return seconds
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        if line[:1] in (" ", "\t"):
+            lines.append(line)
+        elif match := _COMPUTATION.match(line):
+            lines = bodies.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+    return bodies, entry
+
+
+def _visit(
+    bodies: dict[str, list[str]], name: str, num_devices: int, where: str, times: int
+) -> Iterator[Collective]:
+    for line in bodies.get(name, ()):
+        if match := _OPERATION.match(line):
+            yield _collective(match, line, num_devices)._replace(where=where, times=times)
+        for role, names in _CALLED.findall(line):
+            place, often = where, times
+            if role in ("body", "condition"):
+                trips = _TRIPS.search(line)
+                place, often = "loop", times * (int(trips[1]) if trips else 1)
+            elif role.endswith(("computation", "computations")):
+                place = "branch"
+            for called in re.findall(r"[\w.\-]+", names):
+                yield from _visit(bodies, called, num_devices, place, often)
+
+
+def _collective(match: re.Match, line: str, num_devices: int) -> Collective:
+    shape, kind, start = match.groups()
+    devices = num_devices
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        devices = int(groups[1])
+    elif groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        devices = groups[1].count(",") + 1
+    size = sum(_bytes(*array) for array in _ARRAY.findall(shape))
+    if kind == "reduce-scatter":
+        size *= devices
+    elif start and kind == "all-gather":  # the type holds the operands too
+        size = size * devices // (devices + 1)
+    elif start and kind in ("collective-permute", "all-to-all"):  # operands and results
+        size //= 2
+    return Collective(kind, size, devices)
+
+
+def _bytes(kind: str, shape: str) -> int:
+    bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
+    return math.prod(int(size) for size in shape.split(",") if size) * bits // 8

@@ -1,0 +1,324 @@
+"""What a run's training step will need: memory, exchanges, and how long it takes at best.
+
+All of it is read from the compiled step; nothing runs.
+"""
+
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from deit_jax import chips, collectives, loop, parallel, startup
+from deit_jax.errors import brief
+from deit_jax.metrics import say
+from deit_jax.startup import Setup
+from deit_jax.steps import new_state
+
+GIB = 2**30
+Report = dict[str, object]
+
+
+def plan(config: object, workdir: str) -> Report:
+    """Prints what the run of `workdir` would need on these devices; trains and writes nothing.
+
+    Raises:
+      InputError: what would stop the run at its start.
+    """
+    setup = startup.check(config, workdir)
+    if config.init_from and not loop.holds_checkpoint(workdir):
+        startup.check_start(setup, training=True)
+    say(f"Plan of {workdir}\n{startup.recipe(setup, 'not started')}\n", on=_first())
+    report = forecast(setup, limit=device_memory())
+    say("\n".join(lines(report)), on=_first())
+    return report
+
+
+def _first() -> bool:
+    return jax.process_index() == 0
+
+
+def device_memory() -> int | None:
+    """Bytes that one of this machine's devices has; CPU devices share the machine's memory."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if jax.default_backend() != "cpu":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def forecast(setup: Setup, *, limit: int | None, teacher: str = "") -> Report:
+    """Compiles the training step for the mesh of `setup` and reads the program.
+
+    Args:
+      setup: a checked run; its mesh may be of devices that are not here.
+      limit: bytes of memory of a device; None where it is not known.
+      teacher: model of the teacher where the recipe names none.
+
+    Returns:
+      `state` (bytes on a device by what they are), `memory` (the compiler's plan; None if it
+      refused), `fits` (None: not known), `refusal`, `flops` and `bytes_accessed` of a device,
+      `collectives`, `bounds` (seconds; {} for an unknown chip), `host`, and what was compiled.
+    """
+    config, mesh = setup.config, setup.mesh
+    everywhere, rows = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    state = jax.eval_shape(
+        lambda v: new_state(v, setup.optimizer, ema=config.train.ema_decay > 0), setup.abstract
+    )
+    shardings = parallel.state_shardings(mesh, state)
+    state = jax.tree.map(_placed, state, shardings)
+    network, variables = startup.abstract_teacher(setup, teacher)
+    variables = jax.tree.map(lambda leaf: _placed(leaf, everywhere), variables)
+    size, count = config.input.image_size, config.train.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((count, size, size, 3), np.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct((count,), np.int32, sharding=rows),
+    }
+    device = mesh.devices.flat[0]
+    report = {
+        "model": setup.network.info.name,
+        "teacher": network.info.name if network else None,
+        "batch": count,
+        "image_size": size,
+        "dtype": config.train.dtype,
+        "remat": config.model.remat,
+        "accumulate_steps": config.train.accumulate_steps,
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "state": {
+            "parameters": device_bytes(state.model),
+            "optimizer": device_bytes(state.opt_state),
+            "moving_average": device_bytes(state.ema),
+            "teacher": device_bytes(variables),
+            "batch": device_bytes(batch),
+            "gradients": device_bytes(state.model.params),
+        },
+        "limit": limit,
+    }
+    step = loop.jit_train_step(setup, shardings, network)
+    begin = time.perf_counter()
+    lowered = step.lower(state, variables, batch)
+    try:
+        compiled, refusal = lowered.compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        compiled, refusal = None, error
+    report["compile_s"] = time.perf_counter() - begin
+    report |= _program(compiled, mesh.size) if compiled else _refused(refusal)
+    report["fits"] = _fits(report)
+    report["bounds"] = _bounds(report, chips.find(device.device_kind))
+    report["host"] = _host(report)
+    return report
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def device_bytes(tree: object) -> int:
+    """Bytes that a tree of arrays or shapes with shardings takes on one device."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _program(compiled: jax.stages.Compiled, num_devices: int) -> Report:
+    plan, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = {
+        "arguments": plan.argument_size_in_bytes,
+        "outputs": plan.output_size_in_bytes,
+        "aliased": plan.alias_size_in_bytes,
+        "temporaries": plan.temp_size_in_bytes,
+        "program": plan.generated_code_size_in_bytes,
+    }
+    memory["total"] = sum(memory.values()) - 2 * memory["aliased"]
+    return {
+        "memory": memory,
+        "refusal": None,
+        "flops": cost.get("flops"),
+        "bytes_accessed": cost.get("bytes accessed"),
+        "collectives": collectives.read(compiled.as_text(), num_devices),
+    }
+
+
+_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) (?:\w+ )*hbm")
+
+
+def _refused(error: Exception) -> Report:
+    """What is known where the compiler found that the step needs too much memory."""
+    refusal = {"message": brief(error, 500), "used": None, "available": None}
+    if match := _USED.search(str(error)):
+        units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+        refusal["used"] = int(float(match[1]) * units[match[2]])
+        refusal["available"] = int(float(match[3]) * units[match[4]])
+    nothing = dict.fromkeys(("memory", "flops", "bytes_accessed"))
+    return nothing | {"collectives": [], "refusal": refusal}
+
+
+def _fits(report: Report) -> bool | None:
+    if report["refusal"]:
+        return False
+    return report["memory"]["total"] <= report["limit"] if report["limit"] else None
+
+
+def _bounds(report: Report, chip: chips.Chip | None) -> dict[str, float]:
+    """Seconds that a step takes at least for its arithmetic, its memory and its exchanges."""
+    if chip is None or report["memory"] is None or report["accumulate_steps"] > 1:
+        return {}  # the compiler counts the work of a loop once
+    return roofline(chip, report["flops"], report["bytes_accessed"], report["collectives"])
+
+
+def roofline(
+    chip: chips.Chip, flops: float, accessed: float, found: list[collectives.Collective]
+) -> dict[str, float]:
+    """Seconds for each part of a step at the chip's stated rates, without those we do not know."""
+    bounds = {"arithmetic": flops / (chip.tflops * 1e12)}
+    if chip.bandwidth:
+        bounds["memory"] = accessed / (chip.bandwidth * 1e9)
+    if chip.ring:
+        bounds["exchange"] = collectives.ring_seconds(found, chip.ring * 1e9)
+    return bounds
+
+
+def _host(report: Report) -> dict[str, float | None]:
+    """What the hosts together must deliver; the rate is that of the shortest possible step."""
+    longest = max(report["bounds"].values(), default=None)
+    image = report["image_size"] ** 2 * 3 + 4
+    return {
+        "bytes_per_image": image,
+        "bytes_per_step": image * report["batch"],
+        "images_per_second": report["batch"] / longest if longest else None,
+    }
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report as Markdown, without a heading."""
+    axes = " × ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    teacher = f", taught by {report['teacher']}" if report["teacher"] else ""
+    ways = [report["dtype"], f"{report['batch']} images", f"{axes} on {report['devices']} devices"]
+    ways += ["remat"] if report["remat"] else []
+    if report["accumulate_steps"] > 1:
+        ways.append(f"{report['accumulate_steps']} micro-batches")
+    yield f"{report['model']} at {report['image_size']} pixels{teacher}; {', '.join(ways)}"
+    yield f"({report['device']}). Compiled in {report['compile_s']:.0f} s."
+    yield ""
+    yield from _memory_lines(report)
+    if report["memory"] is not None:
+        yield ""
+        yield from _exchange_lines(report["collectives"])
+        yield ""
+        yield from _time_lines(report)
+    host = report["host"]
+    line = (
+        f"Input: {host['bytes_per_image']:,} bytes an image, {host['bytes_per_step'] / 1e6:.1f} MB "
+        "a step of all hosts; "
+    )
+    if host["images_per_second"]:
+        yield line + f"the shortest possible step takes {host['images_per_second']:,.0f} images/s."
+    else:
+        yield line + f"a step of S seconds takes {report['batch']:,} / S images/s."
+
+
+def _memory_lines(report: Report) -> Iterator[str]:
+    state, memory, limit = report["state"], report["memory"], report["limit"]
+    rows = {name.replace("_", " "): size for name, size in state.items() if size}
+    gradients = rows.pop("gradients")
+    if memory is None:
+        rows["gradients"] = gradients
+    else:
+        rows |= {
+            "**arguments**: all of these, as the compiler lays them out": memory["arguments"],
+            "**outputs** beyond the arguments' place": max(
+                0, memory["outputs"] - memory["aliased"]
+            ),
+            "**temporaries**: activations, gradients and the like": memory["temporaries"],
+            "**program**": memory["program"],
+            "**total**": memory["total"],
+        }
+    if limit:
+        shared = ", its share of the machine's memory" if report["device"] == "cpu" else ""
+        rows[f"the device has{shared}"] = limit
+    yield "| memory of a device | GiB | bytes |"
+    yield "|---|---|---|"
+    for name, size in rows.items():
+        yield f"| {name} | {size / GIB:.2f} | {size:,} |"
+    if memory is not None:
+        yield ""
+        yield f"The gradients among the temporaries are {gradients / GIB:.2f} GiB."
+    yield ""
+    yield _verdict(report)
+
+
+def _verdict(report: Report) -> str:
+    if report["fits"] is None:
+        return "Whether it fits is not known: the device does not say how much memory it has."
+    if report["fits"]:
+        return "**Fits.**"
+    remedies = f"Try {' or '.join(_remedies(report))}."
+    refusal, limit = report["refusal"], report["limit"]
+    if refusal is None:
+        over = (report["memory"]["total"] - limit) / GIB
+        return f"**Does not fit: {over:.2f} GiB over.** {remedies}"
+    if refusal["used"] is None:
+        return f"**Does not fit.** {remedies} The compiler: {refusal['message']}"
+    used, limit = refusal["used"] / GIB, refusal["available"] / GIB
+    return (
+        f"**Does not fit: {used - limit:.2f} GiB over.** {remedies} The compiler found no way "
+        f"below {used:.2f} GiB, where it may use {limit:.2f}."
+    )
+
+
+def _remedies(report: Report) -> Iterator[str]:
+    fsdp = report["mesh"][parallel.FSDP]
+    devices = report["devices"]
+    if fsdp < devices:
+        eight = math.gcd(devices, 8)
+        yield f"--config.parallel.fsdp={eight if fsdp < eight else devices}"
+    if not report["remat"]:
+        yield "--config.model.remat=True"
+    if report["accumulate_steps"] == 1:
+        yield "--config.train.accumulate_steps=2"
+    yield "a smaller --config.train.batch_size"
+
+
+def _exchange_lines(found: list[collectives.Collective]) -> Iterator[str]:
+    if not found:
+        yield "Nothing crosses between devices."
+        return
+    yield "| between devices | where | devices | operations a step | MB |"
+    yield "|---|---|---|---|---|"
+    for row in collectives.table(found):
+        yield (
+            f"| {row['kind']} | {row['where']} | {row['devices']} | {row['count']} | "
+            f"{row['bytes'] / 1e6:,.3f} |"
+        )
+
+
+def _time_lines(report: Report) -> Iterator[str]:
+    yield (
+        f"{report['flops'] / 1e12:.2f} TFLOP and {report['bytes_accessed'] / 1e9:.1f} GB of memory "
+        "traffic a device and step, as the compiler counts them."
+    )
+    bounds = report["bounds"]
+    if not bounds:
+        why = "the chip's rates are not known"
+        if report["accumulate_steps"] > 1:
+            why = "the compiler counts the micro-batches' loop once"
+        yield f"No estimate of the time: {why}."
+        return
+    binds = max(bounds, key=bounds.get)
+    parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in bounds.items())
+    rate = report["batch"] / bounds[binds]
+    yield (
+        f"At the chip's stated rates, a step takes at least: {parts}. {binds.capitalize()} binds: "
+        f"at most {rate:,.0f} images/s, {rate / report['devices']:,.0f} a device. This is an "
+        "estimate of a bound, not a measurement."
+    )
