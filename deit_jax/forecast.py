@@ -1,4 +1,4 @@
-"""What a run's training step will need: memory, exchanges, and how long it takes at best.
+"""What a run's training step will need: memory, exchanges, and about how long it takes.
 
 All of it is read from the compiled step; nothing runs.
 """
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from deit_jax import chips, collectives, loop, parallel, startup
+from deit_jax import checkpoint, chips, collectives, loop, parallel, startup
 from deit_jax.errors import brief
 from deit_jax.metrics import say
 from deit_jax.startup import Setup
@@ -33,6 +33,9 @@ def plan(config: object, workdir: str) -> Report:
     if config.init_from and not loop.holds_checkpoint(workdir):
         startup.check_start(setup, training=True)
     say(f"Plan of {workdir}\n{startup.recipe(setup, 'not started')}\n", on=_first())
+    if setup.teacher_folder is not None and not checkpoint.find_model(setup.teacher_folder):
+        recipe = config.distill.teacher_config
+        say(f"Its teacher is trained first; plan that with --config={recipe}.\n", on=_first())
     report = forecast(setup, limit=device_memory())
     say("\n".join(lines(report)), on=_first())
     return report
@@ -111,7 +114,7 @@ def forecast(setup: Setup, *, limit: int | None, teacher: str = "") -> Report:
             raise
         compiled, refusal = None, error
     report["compile_s"] = time.perf_counter() - begin
-    report |= _program(compiled, mesh.size) if compiled else _refused(refusal)
+    report |= _program(compiled, mesh.size) if compiled else _refused(refusal, report["state"])
     report["fits"] = _fits(report)
     report["bounds"] = _bounds(report, chips.find(device.device_kind))
     report["host"] = _host(report)
@@ -149,16 +152,23 @@ def _program(compiled: jax.stages.Compiled, num_devices: int) -> Report:
     }
 
 
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) (?:\w+ )*hbm")
+# Two ways in which the TPU compiler says so: of all memory, and of the temporaries alone.
+_USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_TEMPORARIES = re.compile(
+    r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
+)
 
 
-def _refused(error: Exception) -> Report:
+def _refused(error: Exception, state: dict[str, int]) -> Report:
     """What is known where the compiler found that the step needs too much memory."""
+    units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     refusal = {"message": brief(error, 500), "used": None, "available": None}
-    if match := _USED.search(str(error)):
-        units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-        refusal["used"] = int(float(match[1]) * units[match[2]])
-        refusal["available"] = int(float(match[3]) * units[match[4]])
+    for pattern in (_USED, _TEMPORARIES):
+        if match := pattern.search(str(error)):
+            refusal["used"] = int(float(match[1]) * units[match[2]])
+            refusal["available"] = int(float(match[3]) * units[match[4]])
+            if pattern is _TEMPORARIES:
+                refusal["used"] += sum(state.values()) - state["gradients"]
     nothing = dict.fromkeys(("memory", "flops", "bytes_accessed"))
     return nothing | {"collectives": [], "refusal": refusal}
 
@@ -170,7 +180,7 @@ def _fits(report: Report) -> bool | None:
 
 
 def _bounds(report: Report, chip: chips.Chip | None) -> dict[str, float]:
-    """Seconds that a step takes at least for its arithmetic, its memory and its exchanges."""
+    """Estimated seconds of a step's arithmetic, its memory traffic and its exchanges."""
     if chip is None or report["memory"] is None or report["accumulate_steps"] > 1:
         return {}  # the compiler counts the work of a loop once
     return roofline(chip, report["flops"], report["bytes_accessed"], report["collectives"])
@@ -189,7 +199,7 @@ def roofline(
 
 
 def _host(report: Report) -> dict[str, float | None]:
-    """What the hosts together must deliver; the rate is that of the shortest possible step."""
+    """What the hosts together must deliver; the rate is that of the estimated step."""
     longest = max(report["bounds"].values(), default=None)
     image = report["image_size"] ** 2 * 3 + 4
     return {
@@ -219,12 +229,12 @@ def lines(report: Report) -> Iterator[str]:
     host = report["host"]
     line = (
         f"Input: {host['bytes_per_image']:,} bytes an image, {host['bytes_per_step'] / 1e6:.1f} MB "
-        "a step of all hosts; "
+        "a step; "
     )
     if host["images_per_second"]:
-        yield line + f"the shortest possible step takes {host['images_per_second']:,.0f} images/s."
+        yield line + f"that step takes {host['images_per_second']:,.0f} images/s of all hosts."
     else:
-        yield line + f"a step of S seconds takes {report['batch']:,} / S images/s."
+        yield line + f"a step of S seconds takes {report['batch']:,} / S images/s of all hosts."
 
 
 def _memory_lines(report: Report) -> Iterator[str]:
@@ -267,13 +277,10 @@ def _verdict(report: Report) -> str:
     if refusal is None:
         over = (report["memory"]["total"] - limit) / GIB
         return f"**Does not fit: {over:.2f} GiB over.** {remedies}"
-    if refusal["used"] is None:
-        return f"**Does not fit.** {remedies} The compiler: {refusal['message']}"
-    used, limit = refusal["used"] / GIB, refusal["available"] / GIB
-    return (
-        f"**Does not fit: {used - limit:.2f} GiB over.** {remedies} The compiler found no way "
-        f"below {used:.2f} GiB, where it may use {limit:.2f}."
-    )
+    over = ""
+    if refusal["used"] is not None:
+        over = f": {(refusal['used'] - refusal['available']) / GIB:.2f} GiB over"
+    return f"**Does not fit{over}.** {remedies} The compiler: {refusal['message']}"
 
 
 def _remedies(report: Report) -> Iterator[str]:
@@ -318,7 +325,7 @@ def _time_lines(report: Report) -> Iterator[str]:
     parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in bounds.items())
     rate = report["batch"] / bounds[binds]
     yield (
-        f"At the chip's stated rates, a step takes at least: {parts}. {binds.capitalize()} binds: "
-        f"at most {rate:,.0f} images/s, {rate / report['devices']:,.0f} a device. This is an "
-        "estimate of a bound, not a measurement."
+        f"At the chip's stated rates these take {parts}: {binds} binds, and a step of no less than "
+        f"that makes {rate:,.0f} images/s, {rate / report['devices']:,.0f} a device. This is an "
+        "estimate, not a measurement."
     )

@@ -7,10 +7,10 @@ python tools/compile_for.py --config=configs/deit3.py:h --topology v5e:4x8 \\
 The step is the training loop's own, on the recipe's model, teacher, state and mesh, compiled by
 the TPU compiler, which needs no TPU: pip install 'jax[tpu]'. It takes minutes. No data is read.
 
-Memory and exchanges are those of the compiled program. Times are bounds, from the rates that the
-chip's maker states: arithmetic at the bfloat16 peak; the compiler's count of bytes read and
-written, fused operations once, at the memory's rate; exchanges one after the other, each as one
-ring over its devices on the links of one axis. A step may take much longer, never less.
+Memory and exchanges are those of the compiled program. Times are estimates from the rates that the
+chip's maker states: arithmetic at the bfloat16 peak; the compiler's count of the bytes that
+operations read and write, part of which never leaves the chip, at the memory's rate; exchanges one
+after the other, each as one ring over its devices on the links of one axis of the torus.
 """
 
 import argparse
