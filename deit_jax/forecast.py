@@ -213,12 +213,12 @@ def lines(report: Report) -> Iterator[str]:
     """The report as Markdown, without a heading."""
     axes = " × ".join(f"{name} {size}" for name, size in report["mesh"].items())
     teacher = f", taught by {report['teacher']}" if report["teacher"] else ""
-    ways = [report["dtype"], f"{report['batch']} images", f"{axes} on {report['devices']} devices"]
+    ways = [report["dtype"], f"{report['batch']} images", axes]
     ways += ["remat"] if report["remat"] else []
     if report["accumulate_steps"] > 1:
         ways.append(f"{report['accumulate_steps']} micro-batches")
-    yield f"{report['model']} at {report['image_size']} pixels{teacher}; {', '.join(ways)}"
-    yield f"({report['device']}). Compiled in {report['compile_s']:.0f} s."
+    yield f"{report['model']} at {report['image_size']} pixels{teacher}; {', '.join(ways)};"
+    yield f"{report['devices']} × {report['device']}. Compiled in {report['compile_s']:.0f} s."
     yield ""
     yield from _memory_lines(report)
     if report["memory"] is not None:
@@ -226,6 +226,7 @@ def lines(report: Report) -> Iterator[str]:
         yield from _exchange_lines(report["collectives"])
         yield ""
         yield from _time_lines(report)
+    yield ""
     host = report["host"]
     line = (
         f"Input: {host['bytes_per_image']:,} bytes an image, {host['bytes_per_step'] / 1e6:.1f} MB "
@@ -311,7 +312,7 @@ def _exchange_lines(found: list[collectives.Collective]) -> Iterator[str]:
 
 def _time_lines(report: Report) -> Iterator[str]:
     yield (
-        f"{report['flops'] / 1e12:.2f} TFLOP and {report['bytes_accessed'] / 1e9:.1f} GB of memory "
+        f"{report['flops'] / 1e12:.3g} TFLOP and {report['bytes_accessed'] / 1e9:.3g} GB of memory "
         "traffic a device and step, as the compiler counts them."
     )
     bounds = report["bounds"]
