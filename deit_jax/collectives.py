@@ -12,6 +12,7 @@ _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
@@ -42,7 +43,7 @@ def read(text: str, num_devices: int) -> list[Collective]:
       num_devices: of the program, for operations that name no groups.
     """
     bodies, entry = _computations(text)
-    return list(_visit(bodies, entry, num_devices, "step", 1))
+    return list(_visit(bodies, entry, num_devices, "step", 1, set()))
 
 
 def table(found: list[Collective]) -> list[dict]:
@@ -79,11 +80,27 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _visit(
-    bodies: dict[str, list[str]], name: str, num_devices: int, where: str, times: int
+    bodies: dict[str, list[str]],
+    name: str,
+    num_devices: int,
+    where: str,
+    times: int,
+    seen: set[tuple[str, str]],
+    fused: bool = False,
 ) -> Iterator[Collective]:
+    """`seen` holds the kinds and channels of the exchanges in fusions so far."""
     for line in bodies.get(name, ()):
         if match := _OPERATION.match(line):
-            yield _collective(match, line, num_devices)._replace(where=where, times=times)
+            # The TPU compiler spreads one exchange over several fusions that hide it.
+            channel = _CHANNEL.search(line)
+            part = (match[2], channel[1]) if fused and channel else None
+            if part not in seen:
+                one = _collective(match, line, num_devices)
+                if name.startswith("all-reduce-scatter"):  # its way to write a reduce-scatter
+                    one = one._replace(kind="reduce-scatter")
+                yield one._replace(where=where, times=times)
+            if part is not None:
+                seen.add(part)
         for role, names in _CALLED.findall(line):
             place, often = where, times
             if role in ("body", "condition"):
@@ -92,16 +109,13 @@ def _visit(
             elif role.endswith(("computation", "computations")):
                 place = "branch"
             for called in re.findall(r"[\w.\-]+", names):
-                yield from _visit(bodies, called, num_devices, place, often)
+                inside = fused or role == "calls"
+                yield from _visit(bodies, called, num_devices, place, often, seen, inside)
 
 
 def _collective(match: re.Match, line: str, num_devices: int) -> Collective:
     shape, kind, start = match.groups()
-    devices = num_devices
-    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        devices = int(groups[1])
-    elif groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        devices = groups[1].count(",") + 1
+    devices = _group(line) or num_devices
     size = sum(_bytes(*array) for array in _ARRAY.findall(shape))
     if kind == "reduce-scatter":
         size *= devices
@@ -110,6 +124,19 @@ def _collective(match: re.Match, line: str, num_devices: int) -> Collective:
     elif start and kind in ("collective-permute", "all-to-all"):  # operands and results
         size //= 2
     return Collective(kind, size, devices)
+
+
+def _group(line: str) -> int | None:
+    """How many devices take part in one exchange, None where the operation names no groups."""
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(groups[1])
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return groups[1].count(",") + 1
+    # mesh['a'=4,'b'=8], perhaps an order of devices, and the axes over which it goes
+    if groups := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[2]))
+    return None
 
 
 def _bytes(kind: str, shape: str) -> int:

@@ -79,6 +79,19 @@ HLO = """HloModule jit_train_step, is_scheduled=true
   ROOT %same = f32[2]{0} copy(%p)
 }
 
+%all-reduce-scatter.4 (p: f32[8,4]) -> f32[8,2] {
+  %all-reduce.5 = f32[8,4]{1,0} all-reduce(%p), channel_id=6, replica_groups={{0,1},{2,3}}
+  ROOT %slice = f32[8,2] dynamic-slice(%all-reduce.5, %zero, %i)
+}
+
+%async_collective_fusion.1 (p: bf16[4,4]) -> bf16[4,8] {
+  ROOT %all-gather.6 = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, dimensions={1}
+}
+
+%async_collective_fusion.2 (p: bf16[4,4]) -> bf16[4,8] {
+  ROOT %all-gather.7 = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={1}
+}
+
 ENTRY %main.9 (a: f32[100], b: f32[2]) -> f32[100] {
   %ar = (f32[100]{0}, f32[]) all-reduce-start(%a, %c), replica_groups={}, to_apply=%add
   %ard = (f32[100]{0}, f32[]) all-reduce-done(%ar)
@@ -86,6 +99,9 @@ ENTRY %main.9 (a: f32[100], b: f32[2]) -> f32[100] {
   %agd = f32[20]{0} all-gather-done(%ag)
   %f = bf16[8,16]{1,0} fusion(%d), kind=kLoop, calls=%fused
   %w = (s32[], f32[4]) while(%t), condition=%cond.2, body=%body.2, backend_config={"known_trip_count":{"n":"3"}}
+  %ars = f32[8,2] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.4
+  %g1 = bf16[4,8] fusion(%h), kind=kCustom, calls=%async_collective_fusion.1
+  %g2 = bf16[4,8] fusion(%g1), kind=kCustom, calls=%async_collective_fusion.2
   ROOT %c2 = f32[2] conditional(%i, %b, %b), branch_computations={%left, %right}
 }
 """  # noqa: E501
@@ -99,13 +115,15 @@ def test_collectives_are_found_where_they_are():
         Collective("all-gather", 80, 4),
         Collective("all-to-all", 256, 2),
         Collective("reduce-scatter", 64, 4, "loop", 3),
+        Collective("reduce-scatter", 128, 2),
+        Collective("all-gather", 64, 2),  # of two fusions, one exchange
         Collective("collective-permute", 8, 4, "branch"),
     ]
-    rows = {row["kind"]: row for row in collectives.table([*found, found[0]])}
-    assert rows["all-reduce"]["count"] == 2
-    assert rows["all-reduce"]["bytes"] == 808
-    assert rows["reduce-scatter"]["count"] == 3
-    assert rows["reduce-scatter"]["bytes"] == 192
+    rows = {(row["kind"], row["where"]): row for row in collectives.table([*found, found[0]])}
+    assert rows["all-reduce", "step"]["count"] == 2
+    assert rows["all-reduce", "step"]["bytes"] == 808
+    assert rows["reduce-scatter", "loop"]["count"] == 3
+    assert rows["reduce-scatter", "loop"]["bytes"] == 192
 
 
 def test_roofline():
