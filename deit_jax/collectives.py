@@ -25,7 +25,7 @@ class Collective(NamedTuple):
       bytes: of the whole array on one device: of the result, for a reduce-scatter of the operand.
       devices: how many take part in one exchange.
       where: "step", or "loop" and "branch" for what runs several times, or not always.
-      times: how often a step runs it, as far as the text says.
+      times: how often a step runs it, as far as the text says; a TPU's says it of no loop.
     """
 
     kind: str

@@ -308,6 +308,9 @@ def _exchange_lines(found: list[collectives.Collective]) -> Iterator[str]:
             f"| {row['kind']} | {row['where']} | {row['devices']} | {row['count']} | "
             f"{row['bytes'] / 1e6:,.3f} |"
         )
+    if any(one.where == "loop" and one.times == 1 for one in found):
+        yield ""
+        yield "Loops count as one pass: the program does not say how many there are."
 
 
 def _time_lines(report: Report) -> Iterator[str]:
