@@ -11,13 +11,11 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from deit_jax import checkpoint, chips, collectives, loop, parallel, startup
-from deit_jax.errors import brief
+from deit_jax.errors import InputError, brief
 from deit_jax.metrics import say
 from deit_jax.startup import Setup
-from deit_jax.steps import new_state
 
 GIB = 2**30
 Report = dict[str, object]
@@ -67,16 +65,22 @@ def forecast(setup: Setup, *, limit: int | None, teacher: str = "") -> Report:
       `state` (bytes on a device by what they are), `memory` (the compiler's plan; None if it
       refused), `fits` (None: not known), `refusal`, `flops` and `bytes_accessed` of a device,
       `collectives`, `bounds` (seconds; {} for an unknown chip), `host`, and what was compiled.
+
+    Raises:
+      InputError: the recipe's backend is pmap, which compiles nothing ahead.
     """
     config, mesh = setup.config, setup.mesh
     everywhere, rows = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    state = jax.eval_shape(
-        lambda v: new_state(v, setup.optimizer, ema=config.train.ema_decay > 0), setup.abstract
-    )
-    shardings = parallel.state_shardings(mesh, state)
-    state = jax.tree.map(_placed, state, shardings)
+    if config.parallel.backend != "mesh":
+        raise InputError(
+            f"config.parallel.backend is {config.parallel.backend!r}, but only the step over a "
+            "mesh can be compiled ahead; it needs the same memory: plan with "
+            "--config.parallel.backend=mesh"
+        )
+    shapes, shardings = startup.state_layout(setup)
+    state = parallel.place(shapes, shardings)
     network, variables = startup.abstract_teacher(setup, teacher)
-    variables = jax.tree.map(lambda leaf: _placed(leaf, everywhere), variables)
+    variables = parallel.place(variables, jax.tree.map(lambda _: everywhere, variables))
     size, count = config.input.image_size, config.train.batch_size
     batch = {
         "image": jax.ShapeDtypeStruct((count, size, size, 3), np.uint8, sharding=rows),
@@ -95,12 +99,12 @@ def forecast(setup: Setup, *, limit: int | None, teacher: str = "") -> Report:
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "state": {
-            "parameters": device_bytes(state.model),
-            "optimizer": device_bytes(state.opt_state),
-            "moving_average": device_bytes(state.ema),
-            "teacher": device_bytes(variables),
-            "batch": device_bytes(batch),
-            "gradients": device_bytes(state.model.params),
+            "parameters": parallel.device_bytes(state.model),
+            "optimizer": parallel.device_bytes(state.opt_state),
+            "moving_average": parallel.device_bytes(state.ema),
+            "teacher": parallel.device_bytes(variables),
+            "batch": parallel.device_bytes(batch),
+            "gradients": parallel.device_bytes(state.model.params),
         },
         "limit": limit,
     }
@@ -119,18 +123,6 @@ def forecast(setup: Setup, *, limit: int | None, teacher: str = "") -> Report:
     report["bounds"] = _bounds(report, chips.find(device.device_kind))
     report["host"] = _host(report)
     return report
-
-
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def device_bytes(tree: object) -> int:
-    """Bytes that a tree of arrays or shapes with shardings takes on one device."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _program(compiled: jax.stages.Compiled, num_devices: int) -> Report:

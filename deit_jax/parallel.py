@@ -77,19 +77,20 @@ def state_shardings(mesh: Mesh, shapes: object) -> object:
     return jax.tree.map(sharding, shapes)
 
 
-def device_bytes(shapes: object, shardings: object) -> int:
-    """The bytes that a tree of arrays takes on one device, the same on every one.
-
-    Args:
-      shapes: a tree of arrays or ShapeDtypeStructs.
-      shardings: the sharding of each, as `state_shardings` gives them.
-    """
-    sizes = jax.tree.map(
-        lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize,
+def place(shapes: object, shardings: object) -> object:
+    """A tree of arrays or ShapeDtypeStructs as ShapeDtypeStructs with `shardings`."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
         shardings,
     )
-    return sum(jax.tree.leaves(sizes))
+
+
+def device_bytes(tree: object) -> int:
+    """The bytes that a tree of arrays, or of shapes with shardings, takes on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def to_global(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -223,7 +223,7 @@ def _new_state(setup: Setup, variables: Variables) -> TrainState:
     return new_state(variables, setup.optimizer, ema=setup.config.train.ema_decay > 0)
 
 
-def _state_layout(setup: Setup) -> tuple[TrainState, TrainState]:
+def state_layout(setup: Setup) -> tuple[TrainState, TrainState]:
     """The shape of every array of the run's state, and its sharding on the mesh."""
     shapes = jax.eval_shape(lambda variables: _new_state(setup, variables), setup.abstract)
     return shapes, parallel.state_shardings(setup.mesh, shapes)
@@ -245,14 +245,11 @@ def initial_state(
         return _new_state(setup, variables)
 
     key = jax.random.key(setup.config.train.seed)
-    shapes, shardings = _state_layout(setup)
+    shapes, shardings = state_layout(setup)
     none_yet = {"top1": -1.0, "step": -1}
     latest = checkpoints.latest_step()
     if latest is not None:
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
-        state, best = checkpoints.restore(abstract)
+        state, best = checkpoints.restore(parallel.place(shapes, shardings))
         return state, shardings, best, f"resumed at step {latest}"
     # LLVM takes minutes to optimise the hundreds of small random kernels of a large model, which
     # run once: on CPU devices without optimisation they compile in a quarter of the time.
@@ -332,11 +329,12 @@ def recipe(setup: Setup, origin: str) -> str:
 
 def _state_line(setup: Setup) -> str:
     """How much of a device's memory the state takes, and how much there would be on one device."""
-    shapes, shardings = _state_layout(setup)
+    shapes, shardings = state_layout(setup)
+    state = parallel.place(shapes, shardings)
     sizes = {
-        "weights": parallel.device_bytes(shapes.model, shardings.model),
-        "optimiser": parallel.device_bytes(shapes.opt_state, shardings.opt_state),
-        "average": parallel.device_bytes(shapes.ema, shardings.ema),
+        "weights": parallel.device_bytes(state.model),
+        "optimiser": parallel.device_bytes(state.opt_state),
+        "average": parallel.device_bytes(state.ema),
     }
     parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items() if size)
     line = f"{sum(sizes.values()) / 2**20:,.1f} MiB on each device ({parts})"
