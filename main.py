@@ -1,14 +1,15 @@
 """Trains, evaluates or plans: python main.py --config=configs/NAME.py[:RUN] --workdir=DIR."""
 
-import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from deit_jax import command_line, forecast, loop
-from deit_jax.errors import InputError
+from deit_jax import command_line, forecast, loop, processes
+from deit_jax.errors import InputError, brief
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe: FILE.py or FILE.py:RUN.", lock_config=True
@@ -31,16 +32,33 @@ def main(argv: Sequence[str]) -> None:
         _MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
     except InputError as error:
         _fail(str(error))
+    except OSError as error:  # a full disk, a folder that has become read-only
+        _fail(brief(error))
     except loop.NonFiniteLoss as error:
         _fail(str(error), status=1)
     except loop.Interrupted as error:
-        print(f"deit-jax: {error}", flush=True)
+        print(f"deit-jax: {processes.label()}{error}", flush=True)
+    except Exception:
+        if not processes.connected():
+            raise
+        # Left to itself, Python would wait at its end for the others, which wait for this process.
+        time.sleep(4 * processes.POLL_SECONDS)  # if another one failed first, this one ends here
+        traceback.print_exc()
+        processes.fail("it crashed; see its traceback", status=1)
 
 
 def _fail(message: str, *, status: int = 2) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)  # at once: nothing is worth waiting for in the threads of the data readers
+    """Ends at once: nothing is worth waiting for in the threads of the data readers."""
+    prefix = processes.label(_distributed())
+    print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
+    processes.fail(message, status=status)
+
+
+def _distributed() -> ConfigDict | None:
+    try:
+        return _CONFIG.value.distributed
+    except Exception:  # what could not be parsed cannot be asked
+        return None
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ _AT_LEAST_ONE = (
     "input.image_size", "input.repeats", "mixing.group_size", "schedule.epochs",
     "train.batch_size", "train.accumulate_steps", "train.log_every_steps",
     "train.max_nonfinite_steps", "parallel.fsdp", "checkpoint.keep", "distributed.num_processes",
+    "distributed.start_timeout",
 )  # fmt: skip
 _PROBABILITIES = (
     "model.drop_path_rate", "input.hflip", "mixing.random_erasing", "mixing.prob",
@@ -156,9 +157,7 @@ def _is_curve(pairs: tuple) -> bool:
 def _check_distributed(config: ConfigDict) -> None:
     distributed = config.distributed
     address, several = distributed.coordinator_address, distributed.num_processes > 1
-    if distributed.auto and (several or address):
-        _refuse(config, "distributed.auto", "False where num_processes or an address are given")
-    if several and not address.rpartition(":")[2].isdigit():
+    if (several or address) and not address.rpartition(":")[2].isdigit():
         _refuse(config, "distributed.coordinator_address", "HOST:PORT of process 0")
     if distributed.process_id >= distributed.num_processes:
         _refuse(config, "distributed.process_id", "less than distributed.num_processes")
@@ -289,12 +288,14 @@ def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
     file = Path(workdir) / "config.json"
     if not file.is_file():
         return []
-    old, new = (
-        _flatten(json.loads(file.read_text(encoding="utf-8"))),
-        _flatten(json.loads(config.to_json())),
-    )
+    old, new = _flatten(json.loads(file.read_text(encoding="utf-8"))), flat_fields(config)
     names = sorted(old.keys() | new.keys())
     return [f"{n}: {old.get(n)} → {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def flat_fields(config: ConfigDict) -> dict[str, object]:
+    """The fields by name, GROUP.FIELD, with their values as JSON has them."""
+    return _flatten(json.loads(config.to_json()))
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

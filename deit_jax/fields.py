@@ -145,12 +145,14 @@ def default_config() -> ConfigDict:
     config.checkpoint.every_steps = 0  # additionally, every so many steps; 0: off
     config.checkpoint.keep = 2  # latest ones; the best one is kept besides
 
-    # Needed only where JAX cannot detect the cluster itself (it does on Cloud TPU, Slurm and GKE).
+    # Several processes. Cloud TPU slices, Slurm steps, Open MPI 4 and indexed Kubernetes jobs are
+    # detected; address, number and own number win over that, and are needed elsewhere.
     config.distributed = ConfigDict()
-    config.distributed.auto = False  # several hosts in a cluster that JAX detects
+    config.distributed.auto = True  # False: detect nothing
     config.distributed.coordinator_address = ""  # host:port of process 0
     config.distributed.num_processes = 1
     config.distributed.process_id = 0
+    config.distributed.start_timeout = 300  # seconds to wait for the others while starting
     return config
 
 

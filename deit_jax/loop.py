@@ -4,16 +4,14 @@ import collections
 import contextlib
 import dataclasses
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, parallel, pmapped, startup, steps
+from deit_jax import checkpoint, parallel, pmapped, startup, steps, stopping
 from deit_jax.config import changed_fields, write_config
 from deit_jax.errors import InputError
 from deit_jax.evaluate import evaluator, skipped, teacher_accuracy
@@ -42,14 +40,22 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       InputError: before any long work, if the config, the data or the workdir are wrong.
       Interrupted: after SIGTERM, with the state saved.
       NonFiniteLoss: see `train.max_nonfinite_steps`.
+
+    SIGTERM before the first step ends the process, and a second one does so at any time.
     """
+    with stopping.StopSignal() as stop:
+        return _run(config, workdir, stop)
+
+
+def _run(config: ConfigDict, workdir: str, stop: stopping.StopSignal) -> dict[str, float]:
     setup = startup.check(config, workdir)
     with contextlib.closing(_open_checkpoints(setup, training=True)) as checkpoints:
         if setup.teacher_folder is not None and checkpoint.find_model(setup.teacher_folder) is None:
             say(f"No teacher in {setup.teacher_folder}: training one first.", on=_first_process())
-            train(startup.teacher_config(config), setup.teacher_folder)
+            _run(startup.teacher_config(config), setup.teacher_folder, stop)
+            stop.between_runs()
             say("The teacher is ready; training the student.", on=_first_process())
-        return _train(setup, checkpoints)
+        return _train(setup, checkpoints, stop)
 
 
 def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -73,7 +79,9 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
             return _report(writer, step, final)
 
 
-def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, float]:
+def _train(
+    setup: Setup, checkpoints: checkpoint.TrainCheckpoints, stopped: stopping.StopSignal
+) -> dict[str, float]:
     config, plan, workdir, first = setup.config, setup.plan, setup.workdir, _first_process()
     state, shardings, best, origin = startup.initial_state(setup, checkpoints)
     step = int(state.step)
@@ -107,7 +115,7 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
         if int(state.nonfinite_steps) >= config.train.max_nonfinite_steps:
             raise NonFiniteLoss(_nonfinite_report(setup, step))
 
-    with contextlib.closing(writer), _stop_signal() as stopped:
+    with contextlib.closing(writer):
         batches = _batches(setup, step)
         while step < plan.total_steps:
             begin = time.perf_counter()
@@ -119,7 +127,7 @@ def _train(setup: Setup, checkpoints: checkpoint.TrainCheckpoints) -> dict[str, 
             window.add(step, metrics)
             progress.step_done()
             # Asked once a step: a signal between two answers must not skip the save.
-            last, stop, results = step == plan.total_steps, stopped(step), None
+            last, stop, results = step == plan.total_steps, stopped.asked(step), None
             if last or step % config.train.log_every_steps == 0:
                 values = window.means() | progress.report(step) | skipped(batches)
                 if probe is not None:
@@ -302,23 +310,6 @@ def _open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckp
         raise InputError(f"--workdir={setup.workdir} cannot be written ({error})") from error
     checkpoints.check(setup.network.info, ema=setup.config.train.ema_decay > 0)
     return checkpoints
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[object]:
-    """Turns SIGTERM into a question that the loop asks after every step.
-
-    With several processes JAX's own service has the signal, and lets all of them stop at one step.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    try:
-        yield lambda step: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _report(writer: MetricWriter, step: int, final: dict[str, float]) -> dict[str, float]:

@@ -1,38 +1,15 @@
-"""Processes, the device mesh, and where arrays live on it."""
+"""The device mesh, and where arrays live on it."""
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
 DATA, FSDP = "data", "fsdp"
 _MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than to keep
-
-
-def start_processes(distributed: "ConfigDict") -> None:
-    """Connects the processes of a multi-host run; does nothing for a single process.
-
-    Must run before anything touches a device. `distributed.auto` leaves the detection of the
-    cluster to JAX (Cloud TPU, Slurm, GKE, Open MPI). A run that trains its teacher first comes here
-    twice.
-    """
-    if jax.distributed.is_initialized():
-        return
-    if distributed.auto:
-        jax.distributed.initialize()
-    elif distributed.num_processes > 1:
-        jax.distributed.initialize(
-            distributed.coordinator_address,
-            num_processes=distributed.num_processes,
-            process_id=distributed.process_id,
-        )
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, host_memory, optim, parallel, trees
+from deit_jax import checkpoint, host_memory, optim, parallel, preflight, processes, trees
 from deit_jax.config import RunPlan, check_batch, load_config, plan_run, validate
 from deit_jax.convert import surgery
 from deit_jax.errors import InputError
@@ -43,8 +43,9 @@ def check(config: ConfigDict, workdir: str) -> Setup:
     validate(config)
     if config.train.tensorboard:
         import_tensorboard()
-    parallel.start_processes(config.distributed)
+    processes.start(config.distributed)
     host_memory.keep()
+    preflight.check_processes(config, workdir)
     check_batch(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     check_model(config)
 

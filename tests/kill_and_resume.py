@@ -71,10 +71,15 @@ def launch(
     return resumed, last
 
 
+def newest_step(workdir: Path) -> int:
+    """The step of the run's last checkpoint; 0 without one."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the run's last checkpoint: weights, EMA, optimiser state and counters."""
-    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
-    folder = workdir / "checkpoints" / str(max(steps)) / "state"
+    folder = workdir / "checkpoints" / str(newest_step(workdir)) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(folder.absolute())
     leaves = ocp.tree.to_flat_dict(tree, sep="/")

@@ -1,0 +1,291 @@
+"""Processes of one run: finding and connecting them, agreeing with them, ending with them."""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NoReturn
+
+import jax
+
+# JAX has no public name for its store of keys and values, nor for the number of a process that is
+# still connecting.
+from jax._src.distributed import global_state
+
+from deit_jax.errors import InputError, brief
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+POLL_SECONDS = 0.5  # how often a process looks for what the others have to say
+_GRACE_SECONDS = 5  # for the others to see why process 0, which holds all notices, goes away
+_PREFIX = "deit_jax/"
+_FAILED, _GONE = "failed/", "gone/"
+_SWITCH_OFF = "--config.distributed.auto=False runs this process alone"
+_OWN_FIELDS = "config.distributed.{coordinator_address,num_processes,process_id}"
+_numbers = itertools.count()  # of exchanges, which every process makes in the same order
+_patience = 300  # seconds
+_watcher: threading.Thread | None = None  # there once the processes are connected
+
+
+def cluster(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The kind of cluster that has, or may have, started several processes of this run, or None.
+
+    What JAX itself would detect, but for what also holds of a process that someone started alone:
+    a shell within a Slurm allocation, a notebook in a Kubernetes pod, a run on a TPU host's CPU.
+
+    Raises:
+      InputError: several processes, whose coordinator JAX cannot find.
+    """
+
+    def number(name: str) -> int:
+        return int(environment.get(name, "1"))
+
+    if number("OMPI_COMM_WORLD_SIZE") > 1:
+        if "OMPI_MCA_orte_hnp_uri" not in environment:
+            raise InputError(
+                f"Open MPI started {number('OMPI_COMM_WORLD_SIZE')} processes, but JAX finds their "
+                f"coordinator with Open MPI 4 only; set {_OWN_FIELDS}, or {_SWITCH_OFF}"
+            )
+        return "Open MPI"
+    # A step has tasks of its own number; without srun there is no step, whatever was allocated.
+    if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:
+        if number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else
+                  "SLURM_NTASKS") > 1:  # fmt: skip
+            return "Slurm"
+        return None
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if importlib.util.find_spec("libtpu") and (not platforms or "tpu" in platforms):
+        hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+        if hosts is not None:  # Google Kubernetes Engine
+            several = "," in hosts or number("MEGASCALE_NUM_SLICES") > 1
+            return "Cloud TPU" if several else None
+        if "TPU_SKIP_MDS_QUERY" not in environment:  # JAX sets it where there are no TPU chips
+            return "Cloud TPU"  # a slice of one host, too, has an address to connect to
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        if importlib.util.find_spec("kubernetes") is None:
+            raise InputError(
+                "this is one pod of an indexed Kubernetes job, but JAX finds the others by the "
+                f"kubernetes package only; pip install kubernetes, or set {_OWN_FIELDS}, or "
+                f"{_SWITCH_OFF}"
+            )
+        return "Kubernetes"
+    return None
+
+
+def start(distributed: "ConfigDict") -> None:
+    """Connects the processes of a run; does nothing for a process that is alone.
+
+    Must run before anything touches a device. The fields of the config win over what a cluster
+    says. A run that trains its teacher first comes here twice.
+
+    Raises:
+      InputError: the processes cannot be connected. One that waits in vain for the others ends by
+        itself, since JAX does not give up without a crash.
+    """
+    global _patience
+    _patience = distributed.start_timeout
+    if jax.distributed.is_initialized():
+        _start_watching()
+        return
+    explicit = distributed.num_processes > 1 or distributed.coordinator_address
+    kind = cluster() if distributed.auto and not explicit else None
+    if not explicit and kind is None:
+        return
+    arguments = {}
+    if explicit:
+        arguments = {
+            "coordinator_address": distributed.coordinator_address,
+            "num_processes": distributed.num_processes,
+            "process_id": distributed.process_id,
+            "cluster_detection_method": "deactivate",
+        }
+    elif _alone_on_its_host():
+        arguments = {"local_device_ids": ()}  # all of them: JAX would give it the first GPU only
+    jax.config.update("jax_enable_preemption_service", False)  # `stopping` has SIGTERM
+    alarm = threading.Timer(_patience, _nobody_came)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(**arguments, initialization_timeout=_patience + 60)
+    except Exception as error:  # whatever a cluster's own detection may raise
+        if kind is not None and global_state.coordinator_address is None:
+            if "coordinator_address should be defined" in str(error):
+                return  # JAX does not see a cluster, so there is none
+            raise InputError(
+                f"the processes of {kind} cannot be found ({brief(error)}); set {_OWN_FIELDS}, or "
+                f"{_SWITCH_OFF}"
+            ) from error
+        raise InputError(
+            f"cannot connect the processes at {global_state.coordinator_address} ({brief(error)}); "
+            "is the port free on process 0? see config.distributed"
+        ) from error
+    finally:
+        alarm.cancel()
+    _start_watching()
+
+
+def _start_watching() -> None:
+    global _watcher
+    if several() and _watcher is None:
+        _watcher = threading.Thread(target=_watch, daemon=True)
+        _watcher.start()
+
+
+def _alone_on_its_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether Slurm or Open MPI started one process on each host, which then has all devices."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return (
+        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+        or re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
+    )
+
+
+def _nobody_came() -> None:
+    where = global_state.coordinator_address
+    print(
+        f"{label()}error: not all processes connected to {where} within {_patience} s "
+        "(config.distributed.start_timeout); start the same command once for each process, and "
+        "check config.distributed and what the others printed",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+def index() -> int:
+    """The number of this process; unlike `jax.process_index` it starts no backend."""
+    return global_state.process_id
+
+
+def count() -> int:
+    """How many processes the run has."""
+    return global_state.num_processes
+
+
+def several() -> bool:
+    """Whether the run has several processes; they may be connecting yet."""
+    return count() > 1
+
+
+def connected() -> bool:
+    """Whether there are other processes that can be told something."""
+    return _watcher is not None
+
+
+def label(distributed: "ConfigDict | None" = None) -> str:
+    """ "process I of N: " for the lines of one process of several, else "".
+
+    Before the processes are connected only the config's fields can tell.
+    """
+    mine, among = index(), count()
+    if among == 1 and distributed is not None:
+        mine, among = distributed.process_id, distributed.num_processes
+    return f"process {mine} of {among}: " if among > 1 else ""
+
+
+def name(number: int) -> str:
+    """ "process I of N"."""
+    return f"process {number} of {count()}"
+
+
+def agree(what: str, mine: str, judge: Callable[[list[str]], str | None]) -> None:
+    """Lets process 0 judge what all processes say; every process must come here, in one order.
+
+    Args:
+      what: names the place where a process that does not come is missed.
+      mine: what this process says.
+      judge: from what they say, by number, to what is wrong with it, or None.
+
+    Raises:
+      InputError: on every process, what `judge` found, or that a process did not come.
+    """
+    if not several():
+        return
+    key = f"exchange/{next(_numbers)}/"
+    post(f"{key}{index()}", mine)
+    if index() == 0:
+        told = [_wait(f"{key}{i}", i, what) for i in range(count())]
+        post(key + "verdict", judge(told) or "")
+    verdict = _wait(key + "verdict", 0, what)
+    if verdict:
+        raise InputError(verdict)
+
+
+def from_first(what: str, make: Callable[[], str]) -> str:
+    """What `make` returns on process 0, on every process; the others do not call it."""
+    if not several():
+        return make()
+    key = f"exchange/{next(_numbers)}"
+    if index() == 0:
+        post(key, make())
+    return _wait(key, 0, what, seconds=24 * 3600)  # process 0 may read a large checkpoint
+
+
+def _wait(key: str, source: int, what: str, seconds: float | None = None) -> str:
+    seconds = seconds or _patience
+    try:
+        return global_state.client.blocking_key_value_get(_PREFIX + key, round(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"{name(source)} did not come to {what} within {seconds} s; see what it printed"
+        ) from error
+
+
+def post(key: str, text: str) -> None:
+    """Puts a notice where every process can read it; the first under a key stays."""
+    try:
+        global_state.client.key_value_set(_PREFIX + key, text)
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def posted(folder: str) -> dict[str, str]:
+    """The notices under `folder`, by what follows it in their keys; none before connecting."""
+    if not connected():
+        return {}
+    entries = global_state.client.key_value_dir_get(_PREFIX + folder)
+    return {key.rpartition("/")[2]: text for key, text in entries}
+
+
+def _watch() -> None:
+    """Ends this process where another one fails: it would wait for it in vain."""
+    while True:
+        time.sleep(POLL_SECONDS)
+        try:
+            failed = posted(_FAILED)
+        except jax.errors.JaxRuntimeError:  # process 0 is gone; JAX itself notices that
+            return
+        if failed:
+            number, text = min(failed.items())
+            print(
+                f"{label()}error: {name(int(number))} failed: {text}", file=sys.stderr, flush=True
+            )
+            leave(1)
+
+
+def fail(text: str, *, status: int) -> NoReturn:
+    """Ends this process, and every other one of the run with `text` as the reason."""
+    if connected():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone, nobody can read
+            post(f"{_FAILED}{index()}", text)
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once, without waiting for its threads; process 0 goes last."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if connected():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            post(f"{_GONE}{index()}", "")
+            deadline = time.monotonic() + _GRACE_SECONDS
+            while index() == 0 and len(posted(_GONE)) < count() and time.monotonic() < deadline:
+                time.sleep(0.05)
+    os._exit(status)

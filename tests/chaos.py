@@ -1,0 +1,210 @@
+"""Kills and stops a run of two processes at random, restarts it, and compares it with one in peace.
+
+python -m tests.chaos --rounds=50 --seed=0 --workdir=DIR
+
+Each round sends SIGKILL or SIGTERM to one process or to both, in set-up, in a step or in a save
+(which is every third step), and reads the checkpoint that is the newest then. A process whose
+fellow is killed should end by itself; after a grace this script kills it, as a scheduler would.
+Prints what every round did and what the next start recovered, and every array and figure that
+differs by a bit; exits non-zero if one does, or if a checkpoint was unreadable.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tests import kill_and_resume, several
+
+PROCESSES = 2
+STEPS_PER_EPOCH = 22  # of the recipe
+STEPS_A_ROUND = 6
+GRACE_SECONDS = 20
+STOP_SECONDS = 120  # for a stop by SIGTERM, with everything it may wait for
+
+
+@dataclasses.dataclass(frozen=True)
+class Blow:
+    """What a round does, and when."""
+
+    signal: signal.Signals
+    targets: tuple[int, ...]  # processes
+    steps: int | None  # new ones to wait for before; None: in set-up
+    delay: float  # seconds from then on, or from the start of the processes
+
+
+def draw(rng: random.Random) -> Blow:
+    """A random blow; three of four fall into training, where a save is nearly always under way."""
+    training = rng.random() < 0.75
+    return Blow(
+        signal=rng.choice([signal.SIGKILL, signal.SIGTERM]),
+        targets=rng.choice([(0,), (1,), (0, 1)]),
+        steps=rng.randint(1, STEPS_A_ROUND) if training else None,
+        delay=rng.uniform(0, 1) if training else rng.uniform(0, 25),
+    )
+
+
+def flags(rounds: int) -> list[str]:
+    """The recipe: long enough for so many rounds, with everything random in it."""
+    epochs = max(2, -(-rounds * (STEPS_A_ROUND + 1) // STEPS_PER_EPOCH))
+    return [
+        "--config=configs/digits.py",
+        f"--config.schedule.epochs={epochs}",
+        "--config.schedule.warmup_epochs=1",
+        "--config.mixing.random_erasing=0.25",
+        "--config.model.drop_path_rate=0.1",
+        "--config.train.log_every_steps=1",
+        "--config.train.eval_every_epochs=0",
+        "--config.checkpoint.every_epochs=0",
+        "--config.checkpoint.every_steps=3",
+    ]
+
+
+class Chaos:
+    """A run that is disturbed, and what was wrong with it."""
+
+    def __init__(self, workdir: Path, command: list[str]):
+        self.workdir, self.problems = workdir, []
+        self._command = [*command, f"--workdir={workdir}"]
+        self._resumed = 0  # of the last start that came so far as to say it
+
+    def round(self, number: int, blow: Blow) -> bool:
+        """Starts the processes, strikes, and looks at what is left; False if the run is done."""
+        before = kill_and_resume.newest_step(self.workdir)
+        with several.started(self._command, processes=PROCESSES) as processes:
+            struck = self._wait(processes, blow)
+            for target in blow.targets:
+                processes[target].send(blow.signal)
+            how = self._let_end(processes, blow, struck)
+            log = processes[0].stdout
+            if blow.signal == signal.SIGTERM and (
+                saved := re.search(r"stopped and saved at step (\d+)", log)
+            ):
+                self._expect(
+                    kill_and_resume.newest_step(self.workdir) == int(saved[1]),
+                    f"round {number}: said to have saved step {saved[1]}",
+                )
+        recovered = re.search(r"resumed at step (\d+)|from scratch", log)
+        if recovered:
+            self._resumed = int(recovered[1] or 0)
+            self._expect(
+                self._resumed == before, f"round {number}: resumed at {recovered[0]}, not {before}"
+            )
+        newest = self._read_newest(number)
+        steps = re.findall(r"^step (\d+)/", log, re.MULTILINE)
+        print(
+            f"round {number}: {recovered[0] if recovered else 'in set-up'}, "
+            f"{blow.signal.name} to {' and '.join(map(str, blow.targets))} after "
+            f"{'step ' + steps[-1] if steps else 'no step'}, {how}; newest checkpoint: {newest}",
+            flush=True,
+        )
+        return struck
+
+    def finish(self) -> None:
+        """Lets the run come to its end."""
+        for process in several.run(self._command, processes=PROCESSES, seconds=1200):
+            self._expect(process.returncode == 0, f"the last start failed:\n{process.stderr}")
+            log = process.stdout
+        recovered = re.search(r"resumed at step \d+|from scratch", log)
+        print(f"last start: {recovered[0] if recovered else ''} to the end", flush=True)
+
+    def _expect(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.problems.append(problem)
+            print(problem, flush=True)
+
+    def _wait(self, processes: list[several.Process], blow: Blow) -> bool:
+        """Until the moment of the blow; False if the run comes to its end before."""
+        begin = time.monotonic()
+        if blow.steps is not None:
+            while processes[0].stdout.count("\nstep ") < blow.steps:
+                if "Final report" in processes[0].stdout or not processes[0].running:
+                    return False
+                time.sleep(0.02)
+            begin = time.monotonic()
+        while time.monotonic() < begin + blow.delay:
+            if "Final report" in processes[0].stdout:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _let_end(self, processes: list[several.Process], blow: Blow, struck: bool) -> str:
+        killed = blow.signal == signal.SIGKILL
+        begin = time.monotonic()
+        deadline = begin + (GRACE_SECONDS if killed else STOP_SECONDS)
+        while any(process.running for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        seconds = f"{time.monotonic() - begin:.1f} s"
+        left = [process for process in processes if process.running]
+        for process in left:
+            process.kill()
+        codes = [process.returncode for process in processes]
+        if not killed:
+            # A process that has not got as far as to listen dies of the signal.
+            allowed = {0} if struck and blow.steps is not None else {0, -signal.SIGTERM, 1, 2}
+            self._expect(
+                not left and allowed.issuperset(codes),
+                f"SIGTERM ended in {codes}:\n" + "\n".join(p.stderr[-2000:] for p in processes),
+            )
+            return f"both ended after {seconds} with {codes}"
+        if len(blow.targets) == PROCESSES:
+            return "both dead"
+        if left:
+            return f"the other one was killed after a grace of {GRACE_SECONDS} s"
+        return f"the other one ended by itself after {seconds} with {codes[1 - blow.targets[0]]}"
+
+    def _read_newest(self, number: int) -> str:
+        """Reads every array and file of the newest checkpoint."""
+        step = kill_and_resume.newest_step(self.workdir)
+        if not step:
+            return "none yet"
+        folder = self.workdir / "checkpoints" / str(step)
+        try:
+            arrays = kill_and_resume.final_arrays(self.workdir)
+            json.loads((folder / "meta" / "metadata").read_text())
+        except Exception as error:  # whatever the libraries raise
+            self._expect(False, f"round {number}: checkpoint {step} is unreadable: {error!r}")
+            return f"{step}, unreadable"
+        self._expect(int(arrays["step"]) == step, f"round {number}: {step} holds another step")
+        return f"{step}, readable"
+
+
+def run(rounds: int, seed: int, workdir: Path) -> tuple[list[str], int]:
+    """One run in peace, and one with so many rounds of chaos.
+
+    Returns:
+      What was wrong at the end or on the way, and the number of rounds before the run was done.
+    """
+    command = flags(rounds)
+    peace, rng = workdir / "undisturbed", random.Random(seed)
+    for process in several.run([*command, f"--workdir={peace}"], processes=PROCESSES, seconds=1200):
+        if process.returncode != 0:
+            raise RuntimeError(f"the undisturbed run failed:\n{process.stdout}\n{process.stderr}")
+    chaos = Chaos(workdir / "disturbed", command)
+    done = 0
+    while done < rounds and chaos.round(done + 1, draw(rng)):
+        done += 1
+    chaos.finish()
+    return chaos.problems + kill_and_resume.compare(peace, chaos.workdir), done
+
+
+def main() -> None:
+    """Parses the flags and reports."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=Path, required=True)
+    arguments = parser.parse_args()
+    problems, done = run(arguments.rounds, arguments.seed, arguments.workdir.absolute())
+    if problems:
+        sys.exit("\n".join(problems))
+    print(f"bit-identical after {done} rounds; every checkpoint was readable after each of them")
+
+
+if __name__ == "__main__":
+    main()

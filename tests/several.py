@@ -1,0 +1,128 @@
+"""Runs of main.py in several processes on this machine, for tests and for tests/chaos.py."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """One process of a run: main.py with its output in files, so that no pipe ever fills up."""
+
+    def __init__(self, flags: list[str], env: dict[str, str]):
+        self._out = tempfile.TemporaryFile()  # noqa: SIM115
+        self._err = tempfile.TemporaryFile()  # noqa: SIM115
+        self._popen = subprocess.Popen(
+            [sys.executable, "main.py", *map(str, flags)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+            stdout=self._out,
+            stderr=self._err,
+        )
+
+    @property
+    def stdout(self) -> str:
+        return _text(self._out)
+
+    @property
+    def stderr(self) -> str:
+        return _text(self._err)
+
+    @property
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+    @property
+    def returncode(self) -> int | None:
+        return self._popen.poll()
+
+    def send(self, signal_number: int) -> None:
+        self._popen.send_signal(signal_number)
+
+    def wait(self, seconds: float) -> int:
+        """The exit status; a process that is still running then is killed, and the test fails."""
+        try:
+            return self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running:\n{self.stdout}\n{self.stderr}") from None
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Until the process has printed it."""
+        deadline = time.monotonic() + seconds
+        while text not in self.stdout:
+            assert self.running, f"ended without {text!r}:\n{self.stdout}\n{self.stderr}"
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self.stdout}\n{self.stderr}"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        if self.running:
+            self._popen.kill()
+        self._popen.wait()
+
+
+def _text(file: object) -> str:
+    # By its own position: the file's is the one at which the process writes.
+    return os.pread(file.fileno(), 2**24, 0).decode(errors="replace")
+
+
+@contextlib.contextmanager
+def started(
+    flags: list[str],
+    *,
+    processes: int,
+    devices: int | Sequence[int] = 1,
+    own_flags: dict[int, list[str]] | None = None,
+    own_env: dict[int, dict[str, str]] | None = None,
+    detected: bool = False,
+) -> Iterator[list[Process]]:
+    """The processes of one run, `devices` CPU devices each; those left at the end are killed.
+
+    Args:
+      flags: of every process.
+      processes: how many; of one alone nothing is said about it.
+      devices: of each.
+      own_flags: more flags, for the process of that number.
+      env: more environment variables for all of them.
+    """
+    address = f"127.0.0.1:{free_port()}"
+    running: list[Process] = []
+    try:
+        for index in range(processes):
+            mine = [*flags, *(own_flags or {}).get(index, ())]
+            if processes > 1 and not detected:
+                mine += [
+                    f"--config.distributed.coordinator_address={address}",
+                    f"--config.distributed.num_processes={processes}",
+                    f"--config.distributed.process_id={index}",
+                ]
+            count = devices if isinstance(devices, int) else devices[index]
+            env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+            running.append(Process(mine, env | (own_env or {}).get(index, {})))
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+
+
+def run(flags: list[str], *, seconds: float = 300, **options: object) -> list[Process]:
+    """`started`, to the end of every process."""
+    with started(flags, **options) as processes:
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            process.wait(max(1.0, deadline - time.monotonic()))
+    return processes

@@ -1,0 +1,155 @@
+"""How the processes of a run are found, connected, checked and ended together."""
+
+import pytest
+
+from deit_jax import processes
+from deit_jax.errors import InputError
+from tests import several
+
+DIGITS = ["--config=configs/digits.py"]
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "packages", "kind"),
+    [
+        ({}, (), None),
+        (SLURM, (), "Slurm"),
+        # sbatch without srun, a shell by srun --pty or salloc in an allocation of more tasks
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (), None),
+        (SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, (), None),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, (), None),
+        (OPEN_MPI, (), "Open MPI"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (), None),
+        (POD, ("kubernetes",), None),  # a notebook
+        (POD | {"JOB_COMPLETION_INDEX": "3"}, ("kubernetes",), "Kubernetes"),
+        ({}, ("libtpu",), "Cloud TPU"),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, ("libtpu",), None),  # no chips here
+        ({"JAX_PLATFORMS": "cpu"}, ("libtpu",), None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ("libtpu",), None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, ("libtpu",), "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, ("libtpu",), "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, (), None),
+    ],
+)
+def test_a_cluster_is_one_that_started_several_processes(monkeypatch, environment, packages, kind):
+    monkeypatch.setattr(
+        processes.importlib.util, "find_spec", lambda name: name in packages or None
+    )
+    assert processes.cluster(environment) == kind
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI started 2 processes"),
+        (POD | {"JOB_COMPLETION_INDEX": "0"}, "pip install kubernetes"),
+    ],
+)
+def test_a_cluster_whose_coordinator_cannot_be_found(monkeypatch, environment, words):
+    """Each process alone on one workdir would be worse than an error."""
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=words) as caught:
+        processes.cluster(environment)
+    assert "--config.distributed.auto=False" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+    ],
+)
+def test_one_process_a_host_has_all_its_devices(environment, alone):
+    assert processes._alone_on_its_host(environment) == alone
+
+
+def _error(process):
+    """The one error line of a process that refused to run."""
+    assert process.returncode not in (0, None), process.stdout
+    lines = [line for line in process.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    return lines[0]
+
+
+def _error(process):
+    """The one error line of a process that refused to run."""
+    assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
+    (line,) = [line for line in process.stderr.splitlines() if "error: " in line]
+    assert "Traceback" not in process.stderr
+    return line
+
+
+def test_a_config_that_differs_in_processes_that_slurm_started(tmp_path):
+    """No field says what the processes are; both of them end with one line, before long work."""
+    port = {"JAX_COORDINATOR_PORT": str(several.free_port())}
+    env = {i: SLURM | port | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in (0, 1)}
+    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
+    own = {1: ["--config.train.seed=1"]}
+    for number, process in enumerate(
+        several.run(flags, processes=2, own_flags=own, own_env=env, detected=True)
+    ):
+        assert _error(process) == (
+            f"process {number} of 2: error: process 1 of 2 has config.train.seed 1, but process 0 "
+            "has 0; they must be the same on every process"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_not_shared(tmp_path):
+    own = {1: [f"--workdir={tmp_path / 'other'}"]}
+    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
+    for process in several.run(flags, processes=2, own_flags=own):
+        assert "error: process 1 of 2 does not find in --workdir=" in _error(process)
+        assert "No such file or directory" in _error(process)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_different_numbers_of_devices(tmp_path):
+    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
+    for process in several.run(flags, processes=2, devices=[1, 3]):
+        assert "error: process 1 of 2 has local devices 3, but process 0 has 1" in _error(process)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_does_not_come(tmp_path):
+    """A mistake of one process alone, before it connects, does not leave the other one waiting."""
+    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}", "--config.distributed.start_timeout=4"]
+    first, second = several.run(
+        flags, processes=2, own_flags={1: ["--config.train.batch_size=0"]}, seconds=60
+    )
+    assert _error(second).startswith("process 1 of 2: error: config.train.batch_size is 0")
+    line = _error(first)
+    assert line.startswith("process 0 of 2: error: not all processes connected to 127.0.0.1:")
+    assert "within 4 s (config.distributed.start_timeout)" in line
+
+
+def test_a_process_that_crashes_ends_the_other(tmp_path):
+    """Process 1 has a broken scikit-learn; process 0 ends too, and says which one failed."""
+    broken = tmp_path / "modules" / "sklearn" / "__init__.py"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("raise RuntimeError('broken scikit-learn')")
+    path = {"PYTHONPATH": f"{tmp_path / 'modules'}:{several.ROOT}"}
+    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
+    first, second = several.run(flags, processes=2, own_env={1: path}, seconds=100)
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "RuntimeError: broken scikit-learn" in second.stderr
+    expected = "process 0 of 2: error: process 1 of 2 failed: it crashed; see its traceback"
+    assert expected in first.stderr.splitlines()
+    assert "Traceback" not in first.stderr
