@@ -23,7 +23,7 @@ from tests import kill_and_resume, several
 
 PROCESSES = 2
 STEPS_PER_EPOCH = 22  # of the recipe
-STEPS_A_ROUND = 6
+STEPS_A_ROUND = 5
 GRACE_SECONDS = 20
 STOP_SECONDS = 120  # for a stop by SIGTERM, with everything it may wait for
 
@@ -45,7 +45,7 @@ def draw(rng: random.Random) -> Blow:
         signal=rng.choice([signal.SIGKILL, signal.SIGTERM]),
         targets=rng.choice([(0,), (1,), (0, 1)]),
         steps=rng.randint(1, STEPS_A_ROUND) if training else None,
-        delay=rng.uniform(0, 1) if training else rng.uniform(0, 25),
+        delay=rng.uniform(0, 1) if training else rng.uniform(0, 20),
     )
 
 
@@ -107,9 +107,10 @@ class Chaos:
 
     def finish(self) -> None:
         """Lets the run come to its end."""
-        for process in several.run(self._command, processes=PROCESSES, seconds=1200):
+        processes = several.run(self._command, processes=PROCESSES, seconds=1200)
+        for process in processes:
             self._expect(process.returncode == 0, f"the last start failed:\n{process.stderr}")
-            log = process.stdout
+        log = processes[0].stdout
         recovered = re.search(r"resumed at step \d+|from scratch", log)
         print(f"last start: {recovered[0] if recovered else ''} to the end", flush=True)
 

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -81,7 +82,11 @@ def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the run's last checkpoint: weights, EMA, optimiser state and counters."""
     folder = workdir / "checkpoints" / str(newest_step(workdir)) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(folder.absolute())
+        # As NumPy arrays: those of a run with more devices or processes fit nowhere else.
+        names = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        arguments = ocp.args.PyTreeRestore(restore_args=arguments)
+        tree = checkpointer.restore(folder.absolute(), args=arguments)
     leaves = ocp.tree.to_flat_dict(tree, sep="/")
     return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
