@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from deit_jax import command_line, forecast, loop, processes
-from deit_jax.errors import InputError, brief
+from deit_jax import checkpoint, command_line, forecast, loop, processes
+from deit_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe: FILE.py or FILE.py:RUN.", lock_config=True
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     except InputError as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a folder that has become read-only
-        _fail(brief(error))
+        _fail(" ".join(str(error).split()))
     except loop.NonFiniteLoss as error:
         _fail(str(error), status=1)
     except loop.Interrupted as error:
@@ -76,4 +76,5 @@ def _parse(argv: Sequence[str]) -> list[str]:
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.WARNING)
+    checkpoint.quiet_orbax()
     app.run(main, flags_parser=_parse)

@@ -1,9 +1,12 @@
 """All reading and writing of weights: training checkpoints, and self-describing model folders."""
 
+import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,8 +15,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from deit_jax import parallel, trees
-from deit_jax.errors import InputError, brief
+from deit_jax import damage, parallel, trees
+from deit_jax.errors import InputError, brief, system_reason
 from deit_jax.models import registry
 from deit_jax.steps import Network, TrainState, Variables, join_model, split_model
 
@@ -27,12 +30,24 @@ class TrainCheckpoints:
     """The training checkpoints of one workdir: the latest few, and the best by eval top-1.
 
     Saves are asynchronous and atomic: a process killed while saving leaves the previous
-    checkpoint as the latest.
+    checkpoint as the latest. Where the latest cannot be read, the one before it counts.
     """
 
-    def __init__(self, workdir: str, *, keep: int):
-        """Opens WORKDIR/checkpoints, creating it where needed."""
+    def __init__(self, workdir: str, *, keep: int, set_aside: bool = True):
+        """Opens WORKDIR/checkpoints, creating it where needed; every process of a run does.
+
+        Args:
+          workdir: of the run.
+          keep: how many of the latest checkpoints.
+          set_aside: renames what cannot be read to STEP.unreadable, so that its step can be saved
+            anew and nothing is lost; for a run that will save.
+
+        Raises:
+          InputError: there are checkpoints, but none that can be read.
+        """
         self._directory = Path(workdir).absolute() / "checkpoints"
+        self._latest = damage.newest_readable(self._directory, set_aside=set_aside)
+        self._saved = self._latest  # the last one for which a save was begun
         latest, best = (
             policy.LatestN(keep),
             policy.BestN(
@@ -48,10 +63,11 @@ class TrainCheckpoints:
             best_mode="max",
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        damage.check_same_steps(self._directory, list(self._manager.all_steps()))
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        """The step of the newest readable checkpoint when this was opened, or None."""
+        return self._latest
 
     def save(
         self,
@@ -70,16 +86,22 @@ class TrainCheckpoints:
           step: updates done.
           best: the best evaluation so far (`top1` and `step`), for the run that resumes.
           top1: of this very step, where it was evaluated.
+
+        Raises:
+          InputError: this one, or the one before, cannot be written: a full disk, for example.
         """
         meta = {"model": info.to_json(), "ema": state.ema is not None, "best": best}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            metrics=None if top1 is None else {"top1": top1},
-        )
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._saved = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics=None if top1 is None else {"top1": top1},
+            )
 
     def check(self, info: registry.ModelInfo, *, ema: bool) -> None:
         """Raises InputError unless the latest checkpoint, if any, is of this model.
@@ -136,8 +158,44 @@ class TrainCheckpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def close(self) -> None:
-        """Waits for saves in progress."""
-        self._manager.close()
+        """Waits for saves in progress; raises InputError as `save`."""
+        with self._saving():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """One line for a disk that is full or has failed, which is noticed in a later call."""
+        try:
+            yield
+        except Exception as error:
+            reason = system_reason(error)
+            if reason is None:
+                raise
+            kept = [int(path.name) for path in self._directory.glob("*") if path.name.isdigit()]
+            last = f"the last good state is that of step {max(kept)}" if kept else "none was saved"
+            raise InputError(
+                f"{self._directory / str(self._saved)} cannot be saved ({reason}); {last}; mend "
+                "that and run the same command to go on"
+            ) from error
+
+
+def quiet_orbax() -> None:
+    """Keeps a save that fails from printing pages about each of its arrays; it raises, too.
+
+    For a program, at its start: it changes what the whole process logs.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+    def unraisable(failed: object) -> None:
+        # What tensorstore has to say to Orbax's event loop, which has ended with the first error.
+        if str(failed.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(failed)
+
+    logging.getLogger("absl").addFilter(wanted)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = unraisable
 
 
 def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
@@ -150,7 +208,7 @@ def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
       model: any model of the registry; `model.info` goes to `model.json`.
 
     Raises:
-      InputError: `path` exists and is something else than a model folder.
+      InputError: `path` exists and is something else than a model folder, or cannot be written.
     """
     network, variables = split_model(model)
     write_model(path, variables, network.info)
@@ -163,10 +221,10 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
         raise InputError(f"{path} exists and is no model folder; remove it or choose another path")
     fresh, old = _beside(path, "new"), _beside(path, "old")
     weights = parallel.to_host({"params": variables.params, "batch_stats": variables.batch_stats})
-    if jax.process_index() == 0:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
     try:
+        if jax.process_index() == 0:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(fresh / _WEIGHTS, weights)
         if jax.process_index() == 0:
@@ -177,8 +235,10 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
                 path.rename(old)
             fresh.rename(path)
             shutil.rmtree(old, ignore_errors=True)
-    except BaseException:  # a full disk or Ctrl-C: leave nothing half-written
+    except BaseException as error:  # a full disk or Ctrl-C: leave nothing half-written
         shutil.rmtree(fresh, ignore_errors=True)
+        if reason := system_reason(error):
+            raise InputError(f"{path} cannot be written ({reason})") from error
         raise
     parallel.wait_for_all(f"write {path.name}")  # before any process looks for the folder
 

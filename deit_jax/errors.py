@@ -1,6 +1,7 @@
 """The one exception type for mistakes a person can fix, and how programs end with it."""
 
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -17,6 +18,17 @@ class InputError(ValueError):
 def brief(error: BaseException, width: int = 200) -> str:
     """One line of bearable length about an error of a library, which may write pages."""
     return textwrap.shorten(str(error), width) or type(error).__name__
+
+
+def system_reason(error: BaseException) -> str | None:
+    """What the system said where it refused to read or write, or None for any other error.
+
+    tensorstore raises a ValueError then, of many lines, with the system's number in it.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1])) if found else None
 
 
 def exit_status(tool: Callable[[], int | None]) -> int:

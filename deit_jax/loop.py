@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -305,7 +306,11 @@ def _open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckp
         startup.check_start(setup, training=training)
     try:
         Path(setup.workdir).mkdir(parents=True, exist_ok=True)
-        checkpoints = checkpoint.TrainCheckpoints(setup.workdir, keep=setup.config.checkpoint.keep)
+        if training and not os.access(setup.workdir, os.W_OK):
+            raise OSError("it is read-only")
+        checkpoints = checkpoint.TrainCheckpoints(
+            setup.workdir, keep=setup.config.checkpoint.keep, set_aside=training
+        )
     except OSError as error:
         raise InputError(f"--workdir={setup.workdir} cannot be written ({error})") from error
     checkpoints.check(setup.network.info, ema=setup.config.train.ema_decay > 0)

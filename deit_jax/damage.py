@@ -1,0 +1,119 @@
+"""Training checkpoints that cannot be read, and the newest one that can."""
+
+import itertools
+import json
+from pathlib import Path
+
+import tensorstore as ts
+
+from deit_jax import processes
+from deit_jax.errors import InputError, brief
+from deit_jax.metrics import say
+
+_AT_ONCE = 16  # arrays
+
+
+def newest_readable(directory: Path, *, set_aside: bool) -> int | None:
+    """The step of the newest checkpoint that can be read, the same on every process.
+
+    Newer ones that cannot be are named in a warning, and renamed where `set_aside` is true.
+
+    Raises:
+      InputError: there are checkpoints, but none that can be read.
+    """
+    what = "the search for a readable checkpoint"
+    step = processes.from_first(what, lambda: _newest_readable(directory, set_aside))
+    return int(step) if step else None
+
+
+def _newest_readable(directory: Path, set_aside: bool) -> str:
+    names = [path.name for path in directory.glob("*")]
+    unreadable = []
+    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+        problem = find(directory / str(step))
+        if problem is None:
+            break
+        unreadable.append((directory / str(step), problem))
+    else:
+        if unreadable:
+            path, problem = unreadable[0]
+            raise InputError(
+                f"{path} cannot be read ({problem}), and there is no older checkpoint that can; "
+                "put a copy in its place, or choose another --workdir to start anew"
+            )
+        return ""
+    for path, problem in unreadable:
+        kept = f"; it stays as {_rename(path).name}" if set_aside else ""
+        say(f"warning: {path} cannot be read ({problem}); using step {step} instead{kept}")
+    return str(step)
+
+
+def _rename(path: Path) -> Path:
+    """To a name that Orbax takes for no checkpoint: nothing is lost, and the step is free."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.unreadable" + (f".{number}" if number > 1 else ""))
+        if not aside.exists():
+            return path.rename(aside)
+
+
+def check_same_steps(directory: Path, steps: list[int]) -> None:
+    """Raises InputError unless every process has found the same checkpoints."""
+
+    def differing(told: list[str]) -> str | None:
+        for number, theirs in enumerate(told):
+            if theirs != told[0]:
+                return (
+                    f"{processes.name(number)} finds the steps {theirs} in {directory}, but process"
+                    f" 0 finds {told[0]}; all processes need the same, shared folder"
+                )
+        return None
+
+    processes.agree("the list of checkpoints", str(steps), differing)
+
+
+def find(folder: Path) -> str | None:
+    """What is wrong with a training checkpoint, in a few words, or None if all of it can be read.
+
+    Reads every array once, a few at a time, and keeps nothing: seconds for gigabytes that are to
+    be read again, against an error in the middle of a restore that all processes take part in.
+    """
+    try:
+        _json(folder / "_CHECKPOINT_METADATA")
+        _json(folder / "meta" / "metadata")
+        if (folder / "metrics").exists():
+            _json(folder / "metrics" / "metrics")
+        state = folder / "state"
+        for file in (state / "_sharding", *(state / "array_metadatas").glob("process_*")):
+            _json(file)
+        arrays = _arrays(state)
+        for first in range(0, len(arrays), _AT_ONCE):
+            names = arrays[first : first + _AT_ONCE]
+            reads = [_open(state, name).result().read() for name in names]
+            for read in reads:
+                read.result()
+    except (OSError, ValueError) as error:  # also what tensorstore raises
+        return brief(error)
+    return None if arrays else "it holds no arrays"
+
+
+def _arrays(state: Path) -> list[str]:
+    try:
+        return [
+            ".".join(str(part["key"]) for part in entry["key_metadata"])
+            for entry in _json(state / "_METADATA")["tree_metadata"].values()
+            if entry["value_metadata"]["value_type"] == "jax.Array"
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"_METADATA is damaged: {error!r}") from error
+
+
+def _json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} is damaged: {error}") from error
+
+
+def _open(state: Path, name: str) -> ts.Future:
+    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"}
+    return ts.open({"driver": "zarr", "kvstore": base}, open=True, read=True)
