@@ -24,7 +24,7 @@ from tests import kill_and_resume, several
 PROCESSES = 2
 STEPS_PER_EPOCH = 22  # of the recipe
 STEPS_A_ROUND = 5
-GRACE_SECONDS = 20
+GRACE_SECONDS = 10
 STOP_SECONDS = 120  # for a stop by SIGTERM, with everything it may wait for
 
 
