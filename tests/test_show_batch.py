@@ -56,7 +56,7 @@ class _Camera:
 
     info = None
 
-    def __call__(self, variables, images, key=None):
+    def __call__(self, variables, images, key=None, *, axis_name=None):
         return (variables.params["logits"],), {"images": images}
 
 
