@@ -30,7 +30,6 @@ import tempfile
 import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ from ml_collections import ConfigDict
 from deit_jax.config import validate
 from deit_jax.errors import InputError
 from tools import benchmark_pipelines as pipelines
+from tools import machine
 from tools.benchmark_turns import WARM_UP, Cost, measure
 
 USAGE = "%(prog)s input --config=FILE [--config.GROUP.FIELD=VALUE ...] --data ROOT [options]"
@@ -115,9 +115,9 @@ def run(arguments: Namespace) -> Report:
     sizes = [file.stat().st_size for found in files.values() for file in found]
     return {
         "date": str(datetime.date.today()),
-        "cpu": _cpu_model(),
+        "cpu": machine.processor(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": machine.versions(PACKAGES),
         "cores": arguments.cores,
         "rounds": arguments.rounds,
         "images": arguments.images,
@@ -301,20 +301,3 @@ def _link(files: list[Path], folder: Path, count: int) -> None:
         place = folder / file.parent.name
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{number:07d}{file.suffix}").symlink_to(file.resolve())
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -31,7 +31,6 @@ import platform
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ import jax
 from deit_jax import host_memory
 from deit_jax.errors import InputError
 from tools import benchmark_programs as programs
+from tools import machine
 from tools.benchmark_programs import Program, Turn, Work
 
 PARTS = ("train", "infer", "teacher")
@@ -164,7 +164,7 @@ def _report(work: Work, ours: Program, turns: list[Turn], on_cpu: bool) -> Repor
         **work._asdict(),
         "date": str(datetime.date.today()),
         "device": f"{jax.device_count()} × {_device()}",
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **machine.versions(PACKAGES)},
         **figures,
         "mfu": achieved / peak if peak else None,
         "tflops_per_second": achieved / 1e12,
@@ -191,19 +191,8 @@ def _device() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next((line.partition(":")[2].strip() for line in file if "model name" in line), name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return f"{machine.processor()}, {cores} cores"
 
 
 def markdown(report: Report, command: str) -> Iterator[str]:

@@ -14,7 +14,6 @@ after the other, each as one ring over its devices on the links of one axis of t
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -22,7 +21,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +35,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 from deit_jax import command_line  # noqa: E402
 from deit_jax.errors import InputError, brief, exit_status  # noqa: E402
+from tools import machine  # noqa: E402
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 IMAGENET = {"train_images": 1_281_167, "classes": 1000}
@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> None:
         "config": arguments.config_file,
         "topology": arguments.topology,
         "date": str(datetime.date.today()),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **machine.versions(PACKAGES)},
     }
     section = list(markdown(report, f"python tools/compile_for.py {shlex.join(argv)}"))
     if arguments.json:
@@ -155,14 +155,6 @@ def markdown(report: dict, command: str) -> Iterator[str]:
     yield f"{report['date']}; {versions}."
     yield ""
     yield from forecast.lines(report)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 if __name__ == "__main__":
