@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, parallel, pmapped, startup, steps, stopping
+from deit_jax import checkpoint, parallel, pmapped, startup, steps, stopping, summary
 from deit_jax.config import changed_fields, write_config
 from deit_jax.errors import InputError
 from deit_jax.evaluate import evaluator, skipped, teacher_accuracy
@@ -61,7 +61,7 @@ def _run(config: ConfigDict, workdir: str, stop: stopping.StopSignal) -> dict[st
 
 def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Evaluates the latest checkpoint of `workdir` (or `init_from`); reports as `train` does."""
-    setup = startup.check(config, workdir)
+    setup = startup.check(config, workdir, mode="eval")
     if not holds_checkpoint(workdir) and not config.init_from:
         raise InputError(
             f"--workdir={workdir} holds no checkpoint to evaluate; train first, or name a model "
@@ -69,7 +69,7 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
         )
     with contextlib.closing(_open_checkpoints(setup, training=False)) as checkpoints:
         state, _, _, origin = startup.initial_state(setup, checkpoints)
-        say(startup.recipe(setup, origin), on=_first_process())
+        say(summary.recipe(setup, origin), on=_first_process())
         teacher = None
         if setup.teacher_folder is not None and checkpoint.find_model(setup.teacher_folder):
             teacher = startup.load_teacher(setup)
@@ -86,7 +86,7 @@ def _train(
     config, plan, workdir, first = setup.config, setup.plan, setup.workdir, _first_process()
     state, shardings, best, origin = startup.initial_state(setup, checkpoints)
     step = int(state.step)
-    say(f"Run {workdir}\n{startup.recipe(setup, origin)}", on=first)
+    say(f"Run {workdir}\n{summary.recipe(setup, origin)}", on=first)
     for change in changed_fields(config, workdir) if origin.startswith("resumed") else ():
         say(f"  changed   {change}", on=first)
     if first:

@@ -19,25 +19,31 @@ _TOKEN = ".deit_jax.token."
 _LAG_SECONDS = 5  # that a network file system may take to show one host another's file
 
 
-def check_processes(config: ConfigDict, workdir: str) -> None:
+def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
     """Checks that all processes run the same, add up, and share the workdir.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      mode: what this process is about to do, as --mode names it.
 
     Raises:
       InputError: on every process; it names one that differs, and in what.
     """
     if not processes.several():
         return
-    processes.agree("the comparison of configs", _facts(config), _differing_fact)
+    processes.agree("the comparison of configs", _facts(config, mode), _differing_fact)
     devices = {"devices": jax.device_count(), "local devices": jax.local_device_count()}
     processes.agree("the count of devices", json.dumps(devices), _differing_fact)
     _check_sum()
     _check_workdir(workdir)
 
 
-def _facts(config: ConfigDict) -> str:
+def _facts(config: ConfigDict, mode: str) -> str:
     fields = {f"config.{name}": value for name, value in flat_fields(config).items()}
     fields = {k: v for k, v in fields.items() if not k.startswith("config.distributed.")}
-    return json.dumps({"jax": jax.__version__, "jaxlib": jaxlib.__version__} | fields)
+    own = {"--mode": mode, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return json.dumps(own | fields)
 
 
 def _differing_fact(told: list[str]) -> str | None:

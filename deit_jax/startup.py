@@ -1,4 +1,4 @@
-"""Everything before the first step: checks, data, model, teacher, initial state, printed recipe."""
+"""Everything before the first step: checks, data, model, teacher, initial state."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, host_memory, optim, parallel, preflight, processes, trees
+from deit_jax import checkpoint, host_memory, optim, parallel, preflight, processes
 from deit_jax.config import RunPlan, check_batch, load_config, plan_run, validate
 from deit_jax.convert import surgery
 from deit_jax.errors import InputError
@@ -34,8 +34,13 @@ class Setup:
     teacher_folder: str | None  # where the recipe's teacher is or will be; None without one
 
 
-def check(config: ConfigDict, workdir: str) -> Setup:
+def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Setup:
     """Connects the processes and checks everything that can be checked before long work.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      mode: what the run is checked for, as --mode names it; the same on every process.
 
     Raises:
       InputError: a field, a file or the data are wrong; one line that says what and how to fix it.
@@ -45,7 +50,7 @@ def check(config: ConfigDict, workdir: str) -> Setup:
         import_tensorboard()
     processes.start(config.distributed)
     host_memory.keep()
-    preflight.check_processes(config, workdir)
+    preflight.check_processes(config, workdir, mode=mode)
     check_batch(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     check_model(config)
 
@@ -287,58 +292,3 @@ def _fit(
     setup: Setup, variables: Variables, info: registry.ModelInfo, *, fresh: Variables | None
 ) -> tuple[Variables, list[str]]:
     return surgery.fit(variables, info, setup.abstract, setup.network.info, fresh=fresh)
-
-
-def recipe(setup: Setup, origin: str) -> str:
-    """The effective recipe that every run prints first."""
-    config, plan, info = setup.config, setup.plan, setup.network.info
-    group = f"groups of {plan.group_size}"
-    if plan.group_size != config.mixing.group_size:
-        group += f" (recipe: {config.mixing.group_size}; must divide the batch of one device)"
-    params = setup.abstract.params
-    mask = optim.trainable_mask(params, config.optimizer.trainable)
-    count, trained = trees.param_count(params), trees.param_count(trees.select(params, mask))
-    some = f" ({trained:,} of them train)" if trained < count else ""
-    parts = config.train.accumulate_steps
-    pmap = "; step under pmap" if config.parallel.backend == "pmap" else ""
-    micro = f" in {parts} micro-batches" if parts > 1 else ""
-    lines = {
-        "model": f"{info.name}, {count:,} parameters{some}, "
-        f"{info.image_size}×{info.image_size}, {info.num_classes} classes, {origin}",
-        "data": f"{setup.train_source.description}: {plan.num_train:,} train, "
-        f"{plan.num_eval:,} eval; "
-        f"{plan.images_per_epoch:,} images an epoch, {plan.distinct_images_per_epoch:,} distinct",
-        "schedule": f"{config.schedule.epochs} epochs × {plan.steps_per_epoch} steps = "
-        f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up; "
-        f"peak rate {config.optimizer.lr:g}",
-        "batch": f"{config.train.batch_size} images over all devices{micro}; mixing in {group}",
-        "devices": f"{parallel.describe(setup.mesh)}{pmap}; {config.train.dtype} products",
-        "state": _state_line(setup),
-    }
-    if setup.teacher_folder is not None:
-        distill = config.distill
-        soft = f", temperature {distill.temperature:g}" if distill.kind == "soft" else ""
-        lines["teacher"] = (
-            f"{setup.teacher_folder}: {distill.kind} distillation, weight {distill.alpha:g}{soft}"
-        )
-        if checkpoint.find_model(setup.teacher_folder):
-            size = registry.fixed_size(checkpoint.read_info(setup.teacher_folder))
-            if size not in (None, info.image_size):
-                lines["teacher"] += f"; it sees the images resized to {size}×{size}"
-    return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())
-
-
-def _state_line(setup: Setup) -> str:
-    """How much of a device's memory the state takes, and how much there would be on one device."""
-    shapes, shardings = state_layout(setup)
-    state = parallel.place(shapes, shardings)
-    sizes = {
-        "weights": parallel.device_bytes(state.model),
-        "optimiser": parallel.device_bytes(state.opt_state),
-        "average": parallel.device_bytes(state.ema),
-    }
-    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items() if size)
-    line = f"{sum(sizes.values()) / 2**20:,.1f} MiB on each device ({parts})"
-    kept = (shapes.model, shapes.opt_state, shapes.ema)
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
-    return line if whole == sum(sizes.values()) else f"{line}, of {whole / 2**20:,.1f} in all"

@@ -21,7 +21,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import digits_distill
-from deit_jax import checkpoint, loop, parallel, startup, trees
+from deit_jax import checkpoint, loop, parallel, startup, summary, trees
 from deit_jax.models import layers, registry
 
 _NO_BEST = {"top1": -1.0, "step": -1}
@@ -59,7 +59,7 @@ class Run:
         self.setup = startup.check(config, str(workdir))
         self.checkpoints = checkpoint.TrainCheckpoints(str(workdir), keep=9)
         self.state, shardings, _, origin = startup.initial_state(self.setup, self.checkpoints)
-        self.summary = startup.recipe(self.setup, origin)
+        self.summary = summary.recipe(self.setup, origin)
         self._batches = loop._batches(self.setup, int(self.state.step))
         teacher, self._teacher = startup.load_teacher(self.setup)
         self._step = loop.jit_train_step(self.setup, shardings, teacher)

@@ -227,5 +227,8 @@ def test_signals_that_the_loop_cannot_answer(phase, signals, status, words):
             assert process.poll() is None, "ended by the first signal"
             process.send_signal(signal.SIGTERM)
             time.sleep(1.5 if number + 1 < signals else 0)
-        assert process.wait(10) == status
+        try:
+            assert process.wait(10) == status
+        finally:
+            process.kill()
         assert words in process.stdout.read()

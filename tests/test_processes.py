@@ -81,15 +81,6 @@ def test_one_process_a_host_has_all_its_devices(environment, alone):
 
 def _error(process):
     """The one error line of a process that refused to run."""
-    assert process.returncode not in (0, None), process.stdout
-    lines = [line for line in process.stderr.splitlines() if "error: " in line]
-    assert len(lines) == 1, process.stderr
-    assert "Traceback" not in process.stderr
-    return lines[0]
-
-
-def _error(process):
-    """The one error line of a process that refused to run."""
     assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
     (line,) = [line for line in process.stderr.splitlines() if "error: " in line]
     assert "Traceback" not in process.stderr
@@ -108,6 +99,16 @@ def test_a_config_that_differs_in_processes_that_slurm_started(tmp_path):
         assert _error(process) == (
             f"process {number} of 2: error: process 1 of 2 has config.train.seed 1, but process 0 "
             "has 0; they must be the same on every process"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_do_the_same(tmp_path):
+    """One that trains would wait in vain for one that evaluates."""
+    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
+    for process in several.run(flags, processes=2, own_flags={1: ["--mode=eval"]}):
+        assert "error: process 1 of 2 has --mode 'eval', but process 0 has 'train'" in _error(
+            process
         )
     assert not (tmp_path / "run").exists()
 

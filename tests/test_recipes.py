@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from configs import common
-from deit_jax import checkpoint, data, optim, startup, steps, trees
+from deit_jax import checkpoint, data, optim, startup, steps, summary, trees
 from deit_jax.config import load_config, plan_run
 from deit_jax.errors import InputError
 from deit_jax.models import registry
@@ -267,15 +267,22 @@ def test_a_run_starts_and_says_what_it_will_do(run, teacher, no_data, tmp_path):
             startup.check(config, str(tmp_path))
         config.distill.teacher = teacher
     setup = startup.check(config, str(tmp_path))
-    summary = startup.recipe(setup, "from scratch")
     info, size = setup.network.info, config.input.image_size
     assert (info.name, info.image_size) == (config.model.name, size)
-    assert f"{config.model.name}, " in summary
-    assert f" {size}×{size}, " in summary
-    assert f"{config.schedule.epochs} epochs" in summary
-    assert f"peak rate {config.optimizer.lr:g}" in summary
-    assert f"batch     {config.train.batch_size} images" in summary
-    assert f"groups of {config.mixing.group_size}" in summary
+    said = dict(x.split(maxsplit=1) for x in summary.recipe(setup, "from scratch").splitlines())
+    assert said["model"].startswith(f"{config.model.name}, ")
+    assert f" {size}×{size}, " in said["model"]
+    assert ("drop path" in said["model"]) == (config.model.drop_path_rate > 0)
+    assert said["schedule"].startswith(f"{config.schedule.epochs} epochs")
+    assert f"peak rate {config.optimizer.lr:g}, " in said["schedule"]
+    assert said["optimiser"].startswith(config.optimizer.name)
+    assert ("gradient clipped at 1" in said["optimiser"]) == (config.optimizer.clip_norm == 1)
+    assert said["loss"].startswith({"bce": "bce"}.get(config.train.loss, "cross-entropy"))
+    assert said["batch"].startswith(f"{config.train.batch_size} images")
+    assert ("views of each" in said["images"]) == (config.input.repeats > 1)
+    assert config.input.auto_augment in said["images"]
+    mixed = config.mixing.mixup_alpha > 0 or config.mixing.cutmix_alpha > 0
+    assert (f"groups of {config.mixing.group_size}" in said["mixing"]) == mixed
     if run.startswith("finetune"):  # and without weights to start from it stops here
         missing = f"--config.init_from={common.PRETRAINED}: .*no model folder"
         with pytest.raises(InputError, match=missing):
