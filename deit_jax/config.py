@@ -288,14 +288,23 @@ def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
     file = Path(workdir) / "config.json"
     if not file.is_file():
         return []
-    old, new = _flatten(json.loads(file.read_text(encoding="utf-8"))), flat_fields(config)
+    old, new = _recipe(file.read_text(encoding="utf-8")), recipe_fields(config)
     names = sorted(old.keys() | new.keys())
     return [f"{n}: {old.get(n)} → {new.get(n)}" for n in names if old.get(n) != new.get(n)]
 
 
-def flat_fields(config: ConfigDict) -> dict[str, object]:
-    """The fields by name, GROUP.FIELD, with their values as JSON has them."""
-    return _flatten(json.loads(config.to_json()))
+def recipe_fields(config: ConfigDict) -> dict[str, object]:
+    """The fields by name, GROUP.FIELD, with their values as JSON has them.
+
+    Without `distributed`, which says what the processes are and not what they do.
+    """
+    return _recipe(config.to_json())
+
+
+def _recipe(text: str) -> dict[str, object]:
+    tree = json.loads(text)
+    tree.pop("distributed", None)
+    return _flatten(tree)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from deit_jax import parallel, processes
-from deit_jax.config import flat_fields
+from deit_jax.config import recipe_fields
 from deit_jax.errors import InputError, brief
 
 _TOKEN = ".deit_jax.token."
@@ -40,8 +40,7 @@ def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
 
 
 def _facts(config: ConfigDict, mode: str) -> str:
-    fields = {f"config.{name}": value for name, value in flat_fields(config).items()}
-    fields = {k: v for k, v in fields.items() if not k.startswith("config.distributed.")}
+    fields = {f"config.{name}": value for name, value in recipe_fields(config).items()}
     own = {"--mode": mode, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
     return json.dumps(own | fields)
 

@@ -301,6 +301,7 @@ def test_changed_fields_lists_what_differs_from_the_first_run(tmp_path):
     assert changed_fields(default_config(), tmp_path) == []
     config.schedule.epochs = 400
     config.input.scale = (0.1, 1.0)
+    config.distributed.process_id = 3
     assert changed_fields(config, tmp_path) == [
         "input.scale: [0.08, 1.0] → [0.1, 1.0]",
         "schedule.epochs: 300 → 400",

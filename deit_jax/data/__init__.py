@@ -7,7 +7,8 @@ accelerator by the caller cannot be hidden any more and says so.
 
 import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # to which importing JAX sets it
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # oneDNN brings nothing to integer image work and logs a paragraph at every start.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # Images are processed side by side. Splitting one among threads as well makes none of them faster
