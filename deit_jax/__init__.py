@@ -6,8 +6,8 @@ _HOME = {
     "InputError": "deit_jax.errors",
     "create_model": "deit_jax.models.registry",
     "list_models": "deit_jax.models.registry",
-    "load_model": "deit_jax.checkpoint",
-    "save_model": "deit_jax.checkpoint",
+    "load_model": "deit_jax.model_folder",
+    "save_model": "deit_jax.model_folder",
     # Not "preprocess.py": importing a module binds its name in the package, over the function.
     "preprocess": "deit_jax.preprocessing",
 }

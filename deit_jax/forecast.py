@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from deit_jax import checkpoint, chips, collectives, loop, parallel, startup, summary
+from deit_jax import chips, collectives, loop, model_folder, parallel, startup, summary
 from deit_jax.errors import InputError, brief
 from deit_jax.metrics import say
 from deit_jax.startup import Setup
@@ -31,7 +31,7 @@ def plan(config: object, workdir: str) -> Report:
     if config.init_from and not loop.holds_checkpoint(workdir):
         startup.check_start(setup, training=True)
     say(f"Plan of {workdir}\n{summary.recipe(setup, 'not started')}\n", on=_first())
-    if setup.teacher_folder is not None and not checkpoint.find_model(setup.teacher_folder):
+    if setup.teacher_folder is not None and not model_folder.find_model(setup.teacher_folder):
         recipe = config.distill.teacher_config
         say(f"Its teacher is trained first; plan that with --config={recipe}.\n", on=_first())
     report = forecast(setup, limit=device_memory())

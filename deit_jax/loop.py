@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, parallel, pmapped, startup, steps, stopping, summary
+from deit_jax import checkpoint, model_folder, parallel, pmapped, startup, steps, stopping, summary
 from deit_jax.config import changed_fields, write_config
 from deit_jax.errors import InputError
 from deit_jax.evaluate import evaluator, skipped, teacher_accuracy
@@ -51,9 +51,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 def _run(config: ConfigDict, workdir: str, stop: stopping.StopSignal) -> dict[str, float]:
     setup = startup.check(config, workdir)
     with contextlib.closing(_open_checkpoints(setup, training=True)) as checkpoints:
-        if setup.teacher_folder is not None and checkpoint.find_model(setup.teacher_folder) is None:
-            say(f"No teacher in {setup.teacher_folder}: training one first.", on=_first_process())
-            _run(startup.teacher_config(config), setup.teacher_folder, stop)
+        folder = setup.teacher_folder
+        if folder is not None and model_folder.find_model(folder) is None:
+            say(f"No teacher in {folder}: training one first.", on=_first_process())
+            _run(startup.teacher_config(config), folder, stop)
             stop.between_runs()
             say("The teacher is ready; training the student.", on=_first_process())
         return _train(setup, checkpoints, stop)
@@ -71,7 +72,7 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
         state, _, _, origin = startup.initial_state(setup, checkpoints)
         say(summary.recipe(setup, origin), on=_first_process())
         teacher = None
-        if setup.teacher_folder is not None and checkpoint.find_model(setup.teacher_folder):
+        if setup.teacher_folder is not None and model_folder.find_model(setup.teacher_folder):
             teacher = startup.load_teacher(setup)
         step = int(state.step)
         writer = MetricWriter(workdir, on=_first_process())
@@ -150,7 +151,7 @@ def _train(
                     say(warning, on=first)
                 if results["top1"] > best["top1"]:
                     best = {"top1": results["top1"], "step": step}
-                    checkpoint.write_model(Path(workdir, "best"), state.model, setup.network.info)
+                    model_folder.write_model(Path(workdir, "best"), state.model, setup.network.info)
             due = any(_due(step, every) for every in plan.save_every)
             if last or stop or due or best["step"] == step:
                 window.finish()
@@ -290,10 +291,10 @@ def _batches(setup: Setup, start_step: int) -> Iterator[dict]:
 def _write_final_models(setup: Setup, state: steps.TrainState) -> None:
     """WORKDIR/model (the raw weights, as the reference releases them) and model_ema."""
     info = setup.network.info
-    checkpoint.write_model(Path(setup.workdir, "model"), state.model, info)
+    model_folder.write_model(Path(setup.workdir, "model"), state.model, info)
     if state.ema is not None:
         folder = Path(setup.workdir, "model_ema")
-        checkpoint.write_model(folder, state.ema, dataclasses.replace(info, weights="ema"))
+        model_folder.write_model(folder, state.ema, dataclasses.replace(info, weights="ema"))
 
 
 def holds_checkpoint(workdir: str) -> bool:

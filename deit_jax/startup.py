@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, host_memory, optim, parallel, preflight, processes
+from deit_jax import checkpoint, host_memory, model_folder, optim, parallel, preflight, processes
 from deit_jax.config import RunPlan, check_batch, load_config, plan_run, validate
 from deit_jax.convert import surgery
 from deit_jax.errors import InputError
@@ -166,7 +166,7 @@ def _check_teacher(setup: Setup) -> None:
     folder, distill = setup.teacher_folder, setup.config.distill
     if folder is None:
         return
-    if checkpoint.find_model(folder) is None:
+    if model_folder.find_model(folder) is None:
         if not distill.teacher_config:
             raise InputError(
                 f"config.distill.teacher: no model folder at {folder}; name one that exists, or "
@@ -179,7 +179,7 @@ def _check_teacher(setup: Setup) -> None:
                 f"{distill.teacher_config} (config.distill.teacher_config): {error}"
             ) from error
         return
-    info = checkpoint.read_info(folder)
+    info = model_folder.read_info(folder)
     ours = setup.plan
     if info.num_classes != ours.num_classes:
         raise InputError(
@@ -193,8 +193,8 @@ def _check_teacher(setup: Setup) -> None:
             f"config.distill.teacher: {folder} calls class {place} {theirs!r}, but the data set "
             f"calls it {expected!r}; its labels mean something else"
         )
-    _, like = checkpoint.read_network(folder)
-    checkpoint.check_weights(folder, like)
+    _, like = model_folder.read_network(folder)
+    model_folder.check_weights(folder, like)
 
 
 def abstract_teacher(
@@ -207,8 +207,8 @@ def abstract_teacher(
     folder, config = setup.teacher_folder, setup.config
     if folder is None:
         return None, None
-    if checkpoint.find_model(folder) is not None:
-        return checkpoint.read_network(folder, dtype=config.train.dtype)
+    if model_folder.find_model(folder) is not None:
+        return model_folder.read_network(folder, dtype=config.train.dtype)
     if config.distill.teacher_config:
         return split_model(_build(teacher_config(config), setup.plan))
     options = {"num_classes": setup.plan.num_classes, "dtype": config.train.dtype}
@@ -220,8 +220,8 @@ def load_teacher(setup: Setup) -> tuple[Network, Variables] | tuple[None, None]:
     if setup.teacher_folder is None:
         return None, None
     _check_teacher(setup)  # again: it may have been trained since
-    network, like = checkpoint.read_network(setup.teacher_folder, dtype=setup.config.train.dtype)
-    variables = checkpoint.read_variables(setup.teacher_folder, like)
+    network, like = model_folder.read_network(setup.teacher_folder, dtype=setup.config.train.dtype)
+    variables = model_folder.read_variables(setup.teacher_folder, like)
     return network, parallel.replicate(variables, setup.mesh)
 
 
@@ -264,8 +264,8 @@ def initial_state(
     if not setup.config.init_from:
         return start(key), shardings, none_yet, "from scratch"
     folder = setup.config.init_from
-    source, like = checkpoint.read_network(folder)
-    variables = checkpoint.read_variables(folder, like)
+    source, like = model_folder.read_network(folder)
+    variables = model_folder.read_variables(folder, like)
     _, notices = _fit(setup, like, source.info, fresh=setup.abstract)
     fresh = parallel.to_host(start(key).model) if notices else None  # what is new comes from it
     variables, notices = _fit(setup, variables, source.info, fresh=fresh)
@@ -281,8 +281,8 @@ def check_start(setup: Setup, *, training: bool) -> None:
     """
     folder = setup.config.init_from
     try:
-        network, like = checkpoint.read_network(folder)
-        checkpoint.check_weights(folder, like)
+        network, like = model_folder.read_network(folder)
+        model_folder.check_weights(folder, like)
         _fit(setup, like, network.info, fresh=setup.abstract if training else None)
     except InputError as error:
         raise InputError(f"--config.init_from={folder}: {error}") from error

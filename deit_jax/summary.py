@@ -3,7 +3,7 @@
 import jax
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, optim, parallel, trees
+from deit_jax import model_folder, optim, parallel, trees
 from deit_jax.models import registry
 from deit_jax.startup import Setup, state_layout
 
@@ -129,8 +129,8 @@ def _teacher(setup: Setup) -> str:
     distill, folder = setup.config.distill, setup.teacher_folder
     soft = f", temperature {distill.temperature:g}" if distill.kind == "soft" else ""
     line = f"{folder}: {distill.kind} distillation, weight {distill.alpha:g}{soft}"
-    if checkpoint.find_model(folder):
-        size = registry.fixed_size(checkpoint.read_info(folder))
+    if model_folder.find_model(folder):
+        size = registry.fixed_size(model_folder.read_info(folder))
         if size not in (None, setup.network.info.image_size):
             line += f"; it sees the images resized to {size}×{size}"
     return line

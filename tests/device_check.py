@@ -21,7 +21,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import digits_distill
-from deit_jax import checkpoint, loop, parallel, startup, summary, trees
+from deit_jax import checkpoint, loop, model_folder, parallel, startup, summary, trees
 from deit_jax.models import layers, registry
 
 _NO_BEST = {"top1": -1.0, "step": -1}
@@ -49,7 +49,7 @@ def make_small(root: Path) -> None:
     if not (root / "teacher").exists():
         options = {"num_classes": 10, "patch_size": 16, "depth": 1}
         model = registry.create_model("deit_testing", **options, rngs=nnx.Rngs(1))
-        checkpoint.save_model(root / "teacher", model)
+        model_folder.save_model(root / "teacher", model)
 
 
 class Run:

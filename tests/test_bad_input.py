@@ -10,7 +10,7 @@ import optax
 import pytest
 from PIL import Image
 
-from deit_jax import checkpoint, loop
+from deit_jax import checkpoint, loop, model_folder
 from deit_jax.config import load_config
 from deit_jax.errors import InputError
 from deit_jax.models import registry
@@ -79,7 +79,7 @@ def _untrained(name, **options):
 
 def _save_teacher(folder, *, num_classes=10, **changes):
     weights, info = _untrained("regnety_testing", num_classes=num_classes)
-    checkpoint.write_model(folder, weights, dataclasses.replace(info, **changes))
+    model_folder.write_model(folder, weights, dataclasses.replace(info, **changes))
 
 
 # The list of the project's issue
@@ -258,7 +258,7 @@ def test_weights_to_start_from_that_do_not_fit(digits, tmp_path, name, run, word
     if name:
         options = {"num_classes": 4, "patch_size": digits.model.patch_size}
         weights, info = _untrained(name, **options)
-        checkpoint.write_model(folder, weights, info)
+        model_folder.write_model(folder, weights, info)
     digits.init_from = str(folder)
     message = _refusal(digits, tmp_path / "run", run)
     assert f"--config.init_from={folder}: " in message

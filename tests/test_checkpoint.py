@@ -11,9 +11,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from deit_jax import checkpoint, trees
-from deit_jax.checkpoint import TrainCheckpoints, find_model, load_model, read_info, save_model
+from deit_jax import model_folder, trees
+from deit_jax.checkpoint import TrainCheckpoints
 from deit_jax.errors import InputError
+from deit_jax.model_folder import find_model, load_model, read_info, save_model
 from deit_jax.models import registry
 from deit_jax.steps import join_model, new_state, split_model
 
@@ -180,7 +181,7 @@ def test_paths_relative_to_the_present_folder(tmp_path, monkeypatch):
 
 
 def test_no_model_folder(tmp_path):
-    for action in (read_info, load_model, lambda path: checkpoint.read_variables(path, None)):
+    for action in (read_info, load_model, lambda path: model_folder.read_variables(path, None)):
         assert f"{tmp_path / 'none'} is no model folder" in _message(action, tmp_path / "none")
     assert find_model(tmp_path) is None
 

@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-from deit_jax import checkpoint, damage
+from deit_jax import checkpoint, damage, model_folder
 from deit_jax.errors import InputError
 from tests import kill_and_resume, several
 from tests.test_checkpoint import _abstract, _assert_equal, _save, _state
@@ -198,17 +198,17 @@ def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch)
     """A disk that fills up in between, as the system reports it."""
     from tests.test_checkpoint import _tiny
 
-    checkpoint.save_model(tmp_path / "model", _tiny(seed=1))
+    model_folder.save_model(tmp_path / "model", _tiny(seed=1))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.json, "dumps", full)
+        patch.setattr(model_folder.json, "dumps", full)
         with pytest.raises(InputError) as caught:
-            checkpoint.save_model(tmp_path / "model", _tiny(seed=2))
+            model_folder.save_model(tmp_path / "model", _tiny(seed=2))
     assert str(caught.value) == f"{tmp_path / 'model'} cannot be written (No space left on device)"
-    _assert_equal(checkpoint.load_model(tmp_path / "model"), _tiny(seed=1))
+    _assert_equal(model_folder.load_model(tmp_path / "model"), _tiny(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -216,7 +216,7 @@ def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch)
 
 STANDING_STILL = """
 import sys, time
-from deit_jax import stopping
+from deit_jax import model_folder, stopping
 with stopping.StopSignal() as stop:
     if sys.argv[1] == "training":
         stop.asked(1)

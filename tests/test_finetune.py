@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import digits
-from deit_jax import checkpoint, loop, trees
+from deit_jax import loop, model_folder, trees
 
 CLASSES = (5, 6, 7, 8, 9)
 
@@ -60,8 +60,8 @@ def assert_learns(workdir):
 
 
 def weights(workdir):
-    _, like = checkpoint.read_network(workdir)
-    return trees.flat(checkpoint.read_variables(workdir, like).params)
+    _, like = model_folder.read_network(workdir)
+    return trees.flat(model_folder.read_variables(workdir, like).params)
 
 
 def test_twice_the_resolution_with_a_token_and_a_teacher(base, tmp_path, capsys):
@@ -118,4 +118,4 @@ def test_other_classes_by_attention_alone(base, five_classes, tmp_path, capsys):
     assert "head newly" in printed
     assert_learns(tmp_path / "run")
     assert final["top1"] > 75  # chance is 20
-    assert checkpoint.read_info(tmp_path / "run").class_names == tuple(map(str, CLASSES))
+    assert model_folder.read_info(tmp_path / "run").class_names == tuple(map(str, CLASSES))

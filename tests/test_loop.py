@@ -14,7 +14,7 @@ import pytest
 
 import deit_jax
 from configs import digits, folder
-from deit_jax import checkpoint, loop, startup
+from deit_jax import checkpoint, loop, model_folder, startup
 from deit_jax.config import load_config
 from deit_jax.convert import surgery
 from deit_jax.models import registry
@@ -190,7 +190,7 @@ def test_fine_tuning_makes_weights_fit(tmp_path):
     )
     rng = np.random.default_rng(0)
     start = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), like)
-    checkpoint.write_model(tmp_path / "start", start, network.info)
+    model_folder.write_model(tmp_path / "start", start, network.info)
     config.init_from = str(tmp_path / "start")
     setup = startup.check(config, str(tmp_path / "run"))
     with contextlib.closing(checkpoint.TrainCheckpoints(setup.workdir, keep=1)) as checkpoints:

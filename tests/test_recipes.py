@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from configs import common
-from deit_jax import checkpoint, data, optim, startup, steps, summary, trees
+from deit_jax import data, model_folder, optim, startup, steps, summary, trees
 from deit_jax.config import load_config, plan_run
 from deit_jax.errors import InputError
 from deit_jax.models import registry
@@ -239,7 +239,7 @@ def teacher(tmp_path_factory):
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     folder = tmp_path_factory.mktemp("teacher")
     folder.rmdir()
-    checkpoint.write_model(folder, zeros, network.info)
+    model_folder.write_model(folder, zeros, network.info)
     return str(folder)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from deit_jax import checkpoint, trees
+from deit_jax import model_folder, trees
 from tests import kill_and_resume
 
 SHORT = [
@@ -75,9 +75,9 @@ def test_model_folders_hold_the_last_weights(runs):
     killed = runs[0] / "killed"
     arrays = kill_and_resume.final_arrays(killed)
     for folder, part, weights in (("model", "model", "raw"), ("model_ema", "ema", "ema")):
-        _, like = checkpoint.read_network(killed / folder)
-        params = trees.flat(checkpoint.read_variables(killed / folder, like).params)
-        assert checkpoint.read_info(killed / folder).weights == weights
+        _, like = model_folder.read_network(killed / folder)
+        params = trees.flat(model_folder.read_variables(killed / folder, like).params)
+        assert model_folder.read_info(killed / folder).weights == weights
         for name, value in params.items():
             np.testing.assert_array_equal(value, arrays[f"{part}/params/{name}"])
 

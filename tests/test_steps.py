@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import digits_distill
-from deit_jax import checkpoint, optim, steps, trees
+from deit_jax import model_folder, optim, steps, trees
 from deit_jax.config import plan_run
 from deit_jax.models import registry
 
@@ -180,5 +180,5 @@ def test_ema_model_folder_says_so(tmp_path, engine):
     """The weights' origin travels with them."""
     info = registry.model_info("deit_testing_distilled", num_classes=10, weights="ema")
     info = dataclasses.replace(info, overrides=(("depth", 2),))
-    checkpoint.write_model(tmp_path / "model_ema", engine[1].ema, info)
-    assert checkpoint.load_model(tmp_path / "model_ema").info.weights == "ema"
+    model_folder.write_model(tmp_path / "model_ema", engine[1].ema, info)
+    assert model_folder.load_model(tmp_path / "model_ema").info.weights == "ema"

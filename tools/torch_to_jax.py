@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deit_jax import checkpoint, trees  # noqa: E402
+from deit_jax import model_folder, trees  # noqa: E402
 from deit_jax.convert import download, from_torch, surgery  # noqa: E402
 from deit_jax.errors import InputError, brief, exit_status  # noqa: E402
 from deit_jax.models import registry  # noqa: E402
@@ -69,7 +69,7 @@ def convert(arguments: argparse.Namespace) -> None:
         print(f"note: {notice}", flush=True)
     info, variables = converted.info, converted.variables
     try:
-        checkpoint.write_model(arguments.dst, variables, info)
+        model_folder.write_model(arguments.dst, variables, info)
     except (OSError, ValueError) as error:
         raise InputError(f"{arguments.dst} cannot be written ({brief(error)})") from error
     print(

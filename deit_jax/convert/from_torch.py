@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from deit_jax import checkpoint, imagenet
+from deit_jax import imagenet, model_folder
 from deit_jax.convert import detect, huggingface, mapping, surgery, torch_files
 from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
@@ -36,7 +36,7 @@ class Converted:
 
     def model(self, **more: Any) -> nnx.Module:
         """The Flax model; `more` as for `registry.create_model`, for instance dtype."""
-        network, like = split_model(checkpoint.build(self.info, registry.abstract_model, **more))
+        network, like = split_model(model_folder.build(self.info, registry.abstract_model, **more))
         del like
         return join_model(network, jax.tree.map(jax.numpy.asarray, self.variables))
 
@@ -94,7 +94,7 @@ def from_tensors(
     layout = detect.layout_of(tensors, what)
     if known is not None:
         try:
-            abstract = checkpoint.build(known, registry.abstract_model)
+            abstract = model_folder.build(known, registry.abstract_model)
         except (ValueError, TypeError, ArithmeticError) as error:
             raise InputError(f"{what}: its description fits no model ({brief(error)})") from error
     else:
@@ -168,12 +168,13 @@ def adapt(
         target = dataclasses.replace(target, class_names=())
     # The names of the classes alone change no weights here: the user knows what they are.
     renamed = dataclasses.replace(old, class_names=target.class_names)
-    _, like = split_model(checkpoint.build(target, registry.abstract_model))
-    _, old_like = split_model(checkpoint.build(old, registry.abstract_model))
+    _, like = split_model(model_folder.build(target, registry.abstract_model))
+    _, old_like = split_model(model_folder.build(old, registry.abstract_model))
     _, notices = surgery.fit(old_like, renamed, like, target, fresh=like, kernel=kernel)
     fresh = None
     if notices:
-        _, fresh = split_model(checkpoint.build(target, registry.create_model, rngs=nnx.Rngs(seed)))
+        model = model_folder.build(target, registry.create_model, rngs=nnx.Rngs(seed))
+        _, fresh = split_model(model)
     variables, notices = surgery.fit(
         converted.variables, renamed, like, target, fresh=fresh, kernel=kernel
     )

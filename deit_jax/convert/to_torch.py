@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_jax import checkpoint
+from deit_jax import model_folder
 from deit_jax.convert import huggingface, mapping, regnet_keys, torch_files, vit_keys
 from deit_jax.convert.mapping import Layout
 from deit_jax.errors import InputError
@@ -59,14 +59,14 @@ def write(source: str | os.PathLike, path: str | os.PathLike, form: str) -> Mode
     Raises:
       InputError: no model folder, a format that does not know the model, or a full disk.
     """
-    network, like = checkpoint.read_network(source)
+    network, like = model_folder.read_network(source)
     info = network.info
     if form == "hf":
         huggingface.check(info)
     else:
         layout(info, form)
         torch_files.check_suffix(Path(path))
-    variables = checkpoint.read_variables(source, like)
+    variables = model_folder.read_variables(source, like)
     if form == "hf":
         huggingface.write_folder(Path(path), variables, info)
     else:

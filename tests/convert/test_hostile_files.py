@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from deit_jax import checkpoint
+from deit_jax import model_folder
 from deit_jax.convert import to_torch
 from tests.convert.conftest import random_variables, timm_twin
 from tests.convert.fuzz import fuzz
@@ -168,7 +168,7 @@ def test_wrong_names_and_places(tmp_path, state, refused, one_error_line):
 @pytest.mark.parametrize("damage", [b"{", b"[]", b'{"id2label": 5}', b"\xff\xfe"])
 def test_damaged_config_json(tmp_path, refused, damage):
     folder = tmp_path / "hf"
-    checkpoint.write_model(tmp_path / "sound", *random_variables("deit_testing"))
+    model_folder.write_model(tmp_path / "sound", *random_variables("deit_testing"))
     to_torch.write(tmp_path / "sound", folder, "hf")
     (folder / "config.json").write_bytes(damage)
     line = refused(folder)
@@ -180,7 +180,7 @@ def test_jax_to_torch_refuses_in_one_line(tmp_path, one_error_line):
         return one_error_line(jax_to_torch.main([*map(str, arguments)]))
 
     model = tmp_path / "model"
-    checkpoint.write_model(model, *random_variables("deit3_testing"))
+    model_folder.write_model(model, *random_variables("deit3_testing"))
     out = tmp_path / "out.safetensors"
     line = run("--src", tmp_path / "nowhere", "--dst", out, "--format", "timm")
     assert "no model folder" in line
@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, state, monkeypatch, one_error_line
             (path / "half").write_bytes(b"x")
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.ocp, "PyTreeCheckpointer", Full)
+    monkeypatch.setattr(model_folder.ocp, "PyTreeCheckpointer", Full)
     status = torch_to_jax.main(["--src", str(source), "--dst", str(tmp_path / "model")])
     assert "No space left on device" in one_error_line(status)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -263,7 +263,7 @@ def test_a_lying_description(tmp_path, state, refused, changes):
 def test_a_true_description(tmp_path, state):
     source = described(state, tmp_path, source="a test")
     assert torch_to_jax.main(["--src", str(source), "--dst", str(tmp_path / "model")]) == 0
-    assert checkpoint.read_info(tmp_path / "model").source == "a test"
+    assert model_folder.read_info(tmp_path / "model").source == "a test"
 
 
 @pytest.mark.parametrize("counter", [np.float32(np.nan), np.ones(2, np.int64), np.int32(1)])
@@ -297,7 +297,7 @@ def test_impossible_sizes_and_places(tmp_path, state, refused):
 def test_nothing_of_other_people_is_replaced(tmp_path, one_error_line):
     """A run folder has a config.json too; names like ours may be somebody's."""
     run = tmp_path / "run"
-    checkpoint.write_model(run / "model", *random_variables("deit_testing"))
+    model_folder.write_model(run / "model", *random_variables("deit_testing"))
     (run / "config.json").write_text("{}")
     for name in ("out.new", "out.old", "hf.new"):
         (tmp_path / name).mkdir()
@@ -332,7 +332,7 @@ def test_nothing_of_other_people_is_replaced(tmp_path, one_error_line):
 )
 def test_odd_folders_of_transformers(tmp_path, refused, file, changes, words):
     folder = tmp_path / "hf"
-    checkpoint.write_model(tmp_path / "sound", *random_variables("deit_testing"))
+    model_folder.write_model(tmp_path / "sound", *random_variables("deit_testing"))
     to_torch.write(tmp_path / "sound", folder, "hf")
     content = json.loads((folder / file).read_text())
     content.pop("deit_jax", None)

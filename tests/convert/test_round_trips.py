@@ -9,7 +9,7 @@ import safetensors.numpy
 import torch
 
 import deit_jax
-from deit_jax import checkpoint, imagenet, trees
+from deit_jax import imagenet, model_folder, trees
 from deit_jax.convert import detect, from_torch, mapping, to_torch, torch_files
 from deit_jax.models import registry
 from deit_jax.steps import split_model
@@ -73,7 +73,7 @@ def test_from_timm_through_the_tools_and_back(tmp_path, name, suffix):
 @pytest.mark.parametrize("name", SMALL)
 def test_from_jax_and_back_in_every_format(tmp_path, name):
     variables, info = random_variables(name)
-    checkpoint.write_model(tmp_path / "model", variables, info)
+    model_folder.write_model(tmp_path / "model", variables, info)
     forms = {
         "deit3_testing": ("timm", "fb"),
         "regnety_testing": ("timm", "fb", "torchvision"),
@@ -101,7 +101,7 @@ def test_from_jax_and_back_in_every_format(tmp_path, name):
     [("deit3_testing", "hf"), ("regnety_testing", "hf"), ("deit_testing", "torchvision")],
 )
 def test_formats_that_do_not_know_the_model(tmp_path, name, form):
-    checkpoint.write_model(tmp_path / "model", *random_variables(name))
+    model_folder.write_model(tmp_path / "model", *random_variables(name))
     with pytest.raises(deit_jax.InputError, match=f"{name}.*timm"):
         to_torch.write(tmp_path / "model", tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
@@ -119,7 +119,7 @@ def test_reference_layout(tmp_path, name, images):
     assert read.layout == ("reference" if name == "deit3_testing" else "timm")
     assert_close(logits(read.model(), images), torch_logits(want, images).numpy())
 
-    checkpoint.write_model(tmp_path / "model", read.variables, read.info)
+    model_folder.write_model(tmp_path / "model", read.variables, read.info)
     to_torch.write(tmp_path / "model", tmp_path / "b.pth", "fb")
     state = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
     assert_same_bits({k: v.numpy() for k, v in state.items()}, numpy_state(want))
@@ -132,7 +132,7 @@ def test_transformers_loads_our_folder(tmp_path, name, images):
 
     variables, info = random_variables(name)
     jaxmodel = from_torch.Converted(variables, info, "").model()
-    checkpoint.write_model(tmp_path / "model", variables, info)
+    model_folder.write_model(tmp_path / "model", variables, info)
     to_torch.write(tmp_path / "model", tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["layer_norm_eps"] == 1e-6
@@ -179,7 +179,7 @@ def test_from_transformers_and_back(tmp_path, name, form, images):
     assert read.info.class_names == ()
     assert_close(logits(read.model(), images), torch_logits(module, images).logits.numpy())
 
-    checkpoint.write_model(tmp_path / "model", read.variables, read.info)
+    model_folder.write_model(tmp_path / "model", read.variables, read.info)
     to_torch.write(tmp_path / "model", tmp_path / "back", "hf")
     assert_same_bits(safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors"), on_disk)
 
@@ -285,7 +285,7 @@ def test_a_model_fine_tuned_in_transformers_is_described_anew(tmp_path):
     """transformers keeps our entry of config.json, which then describes another model."""
     import transformers
 
-    checkpoint.write_model(tmp_path / "model", *random_variables("deit_testing"))
+    model_folder.write_model(tmp_path / "model", *random_variables("deit_testing"))
     to_torch.write(tmp_path / "model", tmp_path / "hf", "hf")
     assert from_torch.read(tmp_path / "hf").layout == "Hugging Face ViT"
     labels = {0: "cat", 1: "dog", 2: "owl"}
@@ -310,7 +310,7 @@ def test_a_model_fine_tuned_in_transformers_is_described_anew(tmp_path):
 def test_unusual_models_come_back_from_files_that_say_what_they_are(tmp_path, name, overrides):
     network, like = split_model(registry.abstract_model(name, num_classes=3, **overrides))
     start = jax.tree.map(lambda x: np.ones(x.shape, np.float32), like)
-    checkpoint.write_model(tmp_path / "model", start, network.info)
+    model_folder.write_model(tmp_path / "model", start, network.info)
     to_torch.write(tmp_path / "model", tmp_path / "a.safetensors", "timm")
     assert from_torch.read(tmp_path / "a.safetensors").info == network.info
 
