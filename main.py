@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> None:
         _fail(str(error), status=1)
     except loop.Interrupted as error:
         print(f"deit-jax: {processes.label()}{error}", flush=True)
+    except KeyboardInterrupt:
+        _fail("interrupted; the last checkpoint stays, run the same command to go on", status=130)
     except Exception:
         if not processes.connected():
             raise

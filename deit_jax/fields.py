@@ -18,7 +18,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
 
     # Model or run folder to start from ("": from scratch). A checkpoint in the workdir wins.
-    # Another image size, other classes, and a distillation token more or less are made to fit.
+    # Another image size, other classes, and a distillation token more or less are made to fit; in
+    # evaluation, the image size alone.
     config.init_from = ""
 
     config.model = ConfigDict()
@@ -78,9 +79,10 @@ def default_config() -> ConfigDict:
     config.distill.alpha = 0.5  # weight of the teacher's term
     config.distill.temperature = 1.0  # soft only
     config.distill.reduction = "numel"  # soft only: numel (reference: mean over B·K) | batchmean
-    config.distill.teacher = ""  # model folder or run folder; "": WORKDIR/teacher
-    # Recipe that trains the teacher where its folder is missing, on the student's data, batch size,
-    # precision, devices and seed.
+    config.distill.teacher = ""  # model folder or run folder that exists; "": WORKDIR/teacher
+    # Recipe that trains the teacher in WORKDIR/teacher where there is none. It takes over the
+    # student's dataset, parallel, checkpoint and distributed; image size, interpolation, mean, std
+    # and on_bad_image of input; batch size, dtype, seed and tensorboard of train.
     config.distill.teacher_config = ""
     config.distill.teacher_epochs = 0  # 0: as that recipe says; warm-up takes at most half
 

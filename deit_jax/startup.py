@@ -147,12 +147,14 @@ def _teacher_folder(config: ConfigDict, workdir: str) -> str | None:
 
 
 def teacher_config(config: ConfigDict) -> ConfigDict:
-    """The recipe of the teacher on the student's data, batch size, precision, devices and seed."""
+    """The recipe of the teacher on the student's data, in its shape, and run as the student is."""
     teacher = load_config(config.distill.teacher_config)
-    for group in ("dataset", "parallel", "distributed"):
+    for group in ("dataset", "parallel", "checkpoint", "distributed"):
         teacher[group] = config[group]
-    teacher.input.on_bad_image = config.input.on_bad_image  # they are the same images
-    for field in ("batch_size", "dtype", "seed"):
+    # It will see the student's images.
+    for field in ("image_size", "interpolation", "mean", "std", "on_bad_image"):
+        teacher.input[field] = config.input[field]
+    for field in ("batch_size", "dtype", "seed", "tensorboard"):
         teacher.train[field] = config.train[field]
     epochs = config.distill.teacher_epochs
     if epochs:
@@ -167,10 +169,16 @@ def _check_teacher(setup: Setup) -> None:
     if folder is None:
         return
     if model_folder.find_model(folder) is None:
-        if not distill.teacher_config:
+        # Never trained into a folder that was named: a misspelt one would fill with a run.
+        if distill.teacher or not distill.teacher_config:
+            train_one = (
+                "--config.distill.teacher= trains one in WORKDIR/teacher"
+                if distill.teacher_config
+                else "the recipe to train it with (--config.distill.teacher_config=configs/...)"
+            )
             raise InputError(
                 f"config.distill.teacher: no model folder at {folder}; name one that exists, or "
-                "the recipe to train it with (--config.distill.teacher_config=configs/...)"
+                f"{train_one}"
             )
         try:
             validate(teacher_config(setup.config))
@@ -256,7 +264,10 @@ def initial_state(
     latest = checkpoints.latest_step()
     if latest is not None:
         state, best = checkpoints.restore(parallel.place(shapes, shardings))
-        return state, shardings, best, f"resumed at step {latest}"
+        origin = f"resumed at step {latest}"
+        if setup.config.init_from:
+            origin += f" of {setup.workdir} (so init_from {setup.config.init_from} is not read)"
+        return state, shardings, best, origin
     # LLVM takes minutes to optimise the hundreds of small random kernels of a large model, which
     # run once: on CPU devices without optimisation they compile in a quarter of the time.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}

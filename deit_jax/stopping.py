@@ -6,6 +6,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from typing import Self
 
 import jax
@@ -14,6 +15,7 @@ from deit_jax import processes
 
 _STOP = "stop/"
 _BEFORE = -1  # the step of a process that has not finished one
+_AT_ONCE_SECONDS = 1  # in which two are one: `timeout` signals the process, then its group
 _SECOND_STATUS = 128 + signal.SIGTERM  # of a process that SIGTERM has killed
 
 
@@ -33,7 +35,7 @@ class StopSignal:
         self._step = _BEFORE  # the last step after which `asked` was called
         self._posted = False  # this process's step, for the others to read
         self._last: int | None = None  # the step to stop after, once all agree
-        self._signals = 0
+        self._signals, self._first = 0, 0.0  # how many, and when the first one was read
         self._closed = threading.Event()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
@@ -96,7 +98,11 @@ class StopSignal:
     def _count_signals(self) -> None:
         if not select.select([self._read], [], [], 0)[0]:
             return
-        self._signals += os.read(self._read, 64).count(signal.SIGTERM)
+        new, now = os.read(self._read, 64).count(signal.SIGTERM), time.monotonic()
+        if new and not self._signals:
+            self._signals, self._first = 1, now
+        elif new and now > self._first + _AT_ONCE_SECONDS:
+            self._signals += new
         if self._signals >= 2:
             print(
                 f"{processes.label()}stopped at once by a second SIGTERM; what was being saved is "

@@ -163,6 +163,15 @@ def test_teacher_that_is_not_there(distilling, tmp_path):
     assert "teacher_config" in message
 
 
+def test_a_teacher_is_never_trained_into_a_folder_that_was_named(distilling, tmp_path):
+    """It may be misspelt, or hold something else."""
+    distilling.distill.teacher_config = "configs/digits_teacher.py"
+    message = _refusal(distilling, tmp_path / "run")
+    assert f"config.distill.teacher: no model folder at {tmp_path / 'teacher'}" in message
+    assert "--config.distill.teacher= trains one in WORKDIR/teacher" in message
+    assert not (tmp_path / "teacher").exists()
+
+
 def test_distillation_with_a_model_that_has_no_distillation_token(distilling, tmp_path):
     _save_teacher(tmp_path / "teacher")
     distilling.model.name = "deit_testing"

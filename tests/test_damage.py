@@ -218,7 +218,7 @@ STANDING_STILL = """
 import sys, time
 from deit_jax import model_folder, stopping
 with stopping.StopSignal() as stop:
-    if sys.argv[1] == "training":
+    if sys.argv[1].startswith("training"):
         stop.asked(1)
     print("ready", flush=True)
     time.sleep(60)
@@ -230,6 +230,7 @@ with stopping.StopSignal() as stop:
     [
         ("set-up", 1, 0, "stopped before the first step; run the same command to start again"),
         ("training", 2, 143, "stopped at once by a second SIGTERM"),
+        ("training, both at once", 2, None, ""),
     ],
 )
 def test_signals_that_the_loop_cannot_answer(phase, signals, status, words):
@@ -245,9 +246,27 @@ def test_signals_that_the_loop_cannot_answer(phase, signals, status, words):
         for number in range(signals):
             assert process.poll() is None, "ended by the first signal"
             process.send_signal(signal.SIGTERM)
-            time.sleep(1.5 if number + 1 < signals else 0)
+            time.sleep(0.1 if "at once" in phase else 1.5 if number + 1 < signals else 0)
         try:
-            assert process.wait(10) == status
+            if status is None:  # the loop answers, after its step
+                time.sleep(2)
+                assert process.poll() is None
+            else:
+                assert process.wait(10) == status
         finally:
             process.kill()
         assert words in process.stdout.read()
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    """Not a traceback, and what was saved stays."""
+    flags = [*SHORT, "--config.schedule.epochs=100", f"--workdir={tmp_path / 'run'}"]
+    with several.started(flags, processes=1) as (process,):
+        process.wait_for("step 5/")
+        process.send(signal.SIGINT)
+        assert process.wait(60) == 130
+    (line,) = process.stderr.splitlines()
+    assert line == ("error: interrupted; the last checkpoint stays, run the same command to go on")
+    step = kill_and_resume.newest_step(tmp_path / "run")
+    assert step >= 2
+    assert damage.find(tmp_path / "run" / "checkpoints" / str(step)) is None

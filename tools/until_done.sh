@@ -10,8 +10,11 @@
 set -u
 once="" stopped="" child="" workdir="" pause=10
 if [ "${1:-}" = --once ]; then once=1; shift; fi
+before=""
 for flag in "$@"; do
     case $flag in --workdir=*) workdir=${flag#--workdir=} ;; esac
+    if [ "$before" = --workdir ]; then workdir=$flag; fi
+    before=$flag
 done
 if [ -z "$workdir" ]; then
     echo "error: --workdir=DIR is missing; expected the flags of main.py" >&2
