@@ -92,4 +92,6 @@ def _one_line(error: flags.Error) -> str:
     cause = error
     while cause.__context__ is not None:
         cause = cause.__context__
+    if isinstance(cause, TypeError) and str(cause).startswith("get_config() takes 0 "):
+        return f"{where}: the file has one run only; leave out its last colon and what follows"
     return str(cause) if isinstance(cause, InputError) else f"{where}: {cause}"

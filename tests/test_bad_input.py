@@ -316,7 +316,7 @@ _DIGITS = "--config=configs/digits.py"
         ([_DIGITS, "--config.model={'name': 'deit_testing'}"], ["config.model.", "is missing"]),
         (["--config=configs/nowhere.py"], ["--config", "configs/nowhere.py"]),
         (["--config=configs/deit3.py:xl"], ["configs/deit3.py has no run 'xl', only ti, s, m"]),
-        (["--config=configs/digits.py:b"], ["--config=configs/digits.py:b", "0 positional"]),
+        (["--config=configs/digits.py:b"], ["--config=configs/digits.py:b", "has one run only"]),
         ([_DIGITS, "stray"], ["'stray'", "--config.GROUP.FIELD=VALUE"]),
         ([_DIGITS, "--config.train.batch_size=60"], ["config.train.batch_size is 60", "8 devices"]),
         (

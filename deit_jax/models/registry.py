@@ -169,7 +169,9 @@ def create_model(
     Raises InputError for an unknown name or override and for values that do not fit.
     """
     entry = _entry(name)
-    _check_known(overrides, entry.option_names(), f"model {name}")
+    # Those of this function itself cannot be among them, but are what may be misspelt.
+    own = {"num_classes", "image_size", "drop_path_rate", "dtype"}
+    _check_known(overrides, entry.option_names() | own, f"model {name}")
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}, expected at least 1")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
@@ -235,4 +237,6 @@ def _check_known(given: dict[str, Any], known: set[str], owner: str) -> None:
 
 def _suggest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, sorted(known), n=3)
-    return f": did you mean {', '.join(close or sorted(known))}?"
+    if close:
+        return f": did you mean {', '.join(close)}?"
+    return f"; expected one of {', '.join(sorted(known))}"

@@ -224,6 +224,8 @@ def test_deit3_and_deit_drop_paths_differ():
     [
         ("deit_tiny_patch16", {}, 'unknown model "deit_tiny_patch16": did you mean deit_tiny_'),
         ("deit_testing", {"depht": 2}, 'no option "depht": did you mean depth'),
+        ("deit_testing", {"img_size": 64}, 'no option "img_size": did you mean image_size'),
+        ("nothing_like_it", {}, 'unknown model "nothing_like_it"; expected one of deit'),
         ("deit_testing", {"w0": 2}, 'model deit_testing has no option "w0"'),
         ("regnety_testing", {"remat": True}, 'model regnety_testing has no option "remat"'),
         ("regnety_testing", {"drop_path_rate": 0.1}, "has no stochastic depth"),
