@@ -15,13 +15,15 @@ _MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than to keep
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (devices / fsdp) × fsdp mesh over all devices of all processes, or over `devices`.
 
-    The axes are Auto: with Explicit axes, the default of `jax.make_mesh`, plain model code does
-    not type-check.
+    In the order of processes, so that row k of a batch is row k of the global array whatever the
+    hosts are. `jax.make_mesh` may interleave hosts, and refuses devices of several slices, which
+    the GPUs of several hosts are to it.
     """
     devices = jax.devices() if devices is None else devices
-    shape = (len(devices) // fsdp, fsdp)
-    axis_types = (AxisType.Auto,) * 2
-    return jax.make_mesh(shape, (DATA, FSDP), axis_types=axis_types, devices=devices)
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.asarray(ordered).reshape(-1, fsdp)
+    # With Explicit axes plain model code does not type-check.
+    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,11 +1,14 @@
 """State sharded over fsdp, and checkpoints that go on over other devices and processes."""
 
 import concurrent.futures
+import dataclasses
 import json
 import re
 import socket
 
 import pytest
+
+from deit_jax import parallel
 
 SCRIPT = "tests/device_check.py"
 
@@ -80,3 +83,22 @@ def test_a_checkpoint_moves_between_processes(trained, root, run_python):
         assert ", in groups of 8; " in found["summary"]
         assert found["state"] == trained["state"]
         assert found["batch"] == trained["batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "made up"
+
+
+def test_a_mesh_of_several_hosts_is_in_the_order_of_processes():
+    """Also where every host is a slice of its own, as GPUs are, and JAX lists them otherwise."""
+    devices = [_Device(number, number // 2, number // 2) for number in (2, 0, 3, 1)]
+    mesh = parallel.make_mesh(2, devices)
+    assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3]
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2}
