@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from deit_jax import chips, collectives, loop, model_folder, parallel, startup, summary
+from deit_jax import chips, collectives, loop, model_folder, parallel, processes, startup, summary
 from deit_jax.errors import InputError, brief
 from deit_jax.metrics import say
 from deit_jax.startup import Setup
@@ -30,17 +30,16 @@ def plan(config: object, workdir: str) -> Report:
     setup = startup.check(config, workdir, mode="plan")
     if config.init_from and not loop.holds_checkpoint(workdir):
         startup.check_start(setup, training=True)
-    say(f"Plan of {workdir}\n{summary.recipe(setup, 'not started')}\n", on=_first())
+    say(f"Plan of {workdir}\n{summary.recipe(setup, 'not started')}\n", on=processes.is_first())
     if setup.teacher_folder is not None and not model_folder.find_model(setup.teacher_folder):
         recipe = config.distill.teacher_config
-        say(f"Its teacher is trained first; plan that with --config={recipe}.\n", on=_first())
+        say(
+            f"Its teacher is trained first; plan that with --config={recipe}.\n",
+            on=processes.is_first(),
+        )
     report = forecast(setup, limit=device_memory())
-    say("\n".join(lines(report)), on=_first())
+    say("\n".join(lines(report)), on=processes.is_first())
     return report
-
-
-def _first() -> bool:
-    return jax.process_index() == 0
 
 
 def device_memory() -> int | None:

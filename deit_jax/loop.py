@@ -12,7 +12,17 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from deit_jax import checkpoint, model_folder, parallel, pmapped, startup, steps, stopping, summary
+from deit_jax import (
+    checkpoint,
+    model_folder,
+    parallel,
+    pmapped,
+    processes,
+    startup,
+    steps,
+    stopping,
+    summary,
+)
 from deit_jax.config import changed_fields, write_config
 from deit_jax.errors import InputError
 from deit_jax.evaluate import evaluator, skipped, teacher_accuracy
@@ -42,7 +52,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       Interrupted: after SIGTERM, with the state saved.
       NonFiniteLoss: see `train.max_nonfinite_steps`.
 
-    SIGTERM before the first step ends the process, and a second one does so at any time.
+    SIGTERM before the first step ends the process, and a second one, more than a second later, does
+    so at any time.
     """
     with stopping.StopSignal() as stop:
         return _run(config, workdir, stop)
@@ -53,10 +64,10 @@ def _run(config: ConfigDict, workdir: str, stop: stopping.StopSignal) -> dict[st
     with contextlib.closing(_open_checkpoints(setup, training=True)) as checkpoints:
         folder = setup.teacher_folder
         if folder is not None and model_folder.find_model(folder) is None:
-            say(f"No teacher in {folder}: training one first.", on=_first_process())
+            say(f"No teacher in {folder}: training one first.", on=processes.is_first())
             _run(startup.teacher_config(config), folder, stop)
             stop.between_runs()
-            say("The teacher is ready; training the student.", on=_first_process())
+            say("The teacher is ready; training the student.", on=processes.is_first())
         return _train(setup, checkpoints, stop)
 
 
@@ -70,12 +81,12 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
         )
     with contextlib.closing(_open_checkpoints(setup, training=False)) as checkpoints:
         state, _, _, origin = startup.initial_state(setup, checkpoints)
-        say(summary.recipe(setup, origin), on=_first_process())
+        say(summary.recipe(setup, origin), on=processes.is_first())
         teacher = None
         if setup.teacher_folder is not None and model_folder.find_model(setup.teacher_folder):
             teacher = startup.load_teacher(setup)
         step = int(state.step)
-        writer = MetricWriter(workdir, on=_first_process())
+        writer = MetricWriter(workdir, on=processes.is_first())
         with contextlib.closing(writer):
             final = evaluator(setup)(state) | teacher_accuracy(setup, *(teacher or (None, None)))
             return _report(writer, step, final)
@@ -84,7 +95,7 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
 def _train(
     setup: Setup, checkpoints: checkpoint.TrainCheckpoints, stopped: stopping.StopSignal
 ) -> dict[str, float]:
-    config, plan, workdir, first = setup.config, setup.plan, setup.workdir, _first_process()
+    config, plan, workdir, first = setup.config, setup.plan, setup.workdir, processes.is_first()
     state, shardings, best, origin = startup.initial_state(setup, checkpoints)
     step = int(state.step)
     say(f"Run {workdir}\n{summary.recipe(setup, origin)}", on=first)
@@ -320,10 +331,6 @@ def _open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckp
 
 def _report(writer: MetricWriter, step: int, final: dict[str, float]) -> dict[str, float]:
     writer.write(step, "final", final)
-    say(f"Final report at step {step}:", on=_first_process())
-    say(json.dumps(final, indent=2), on=_first_process())
+    say(f"Final report at step {step}:", on=processes.is_first())
+    say(json.dumps(final, indent=2), on=processes.is_first())
     return final
-
-
-def _first_process() -> bool:
-    return jax.process_index() == 0

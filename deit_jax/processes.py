@@ -163,6 +163,11 @@ def index() -> int:
     return global_state.process_id
 
 
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes for all."""
+    return index() == 0
+
+
 def count() -> int:
     """How many processes the run has."""
     return global_state.num_processes

@@ -147,7 +147,10 @@ def _teacher_folder(config: ConfigDict, workdir: str) -> str | None:
 
 
 def teacher_config(config: ConfigDict) -> ConfigDict:
-    """The recipe of the teacher on the student's data, in its shape, and run as the student is."""
+    """The recipe that trains the teacher, with all that it takes over from the student's.
+
+    See `distill.teacher_config` in `fields`.
+    """
     teacher = load_config(config.distill.teacher_config)
     for group in ("dataset", "parallel", "checkpoint", "distributed"):
         teacher[group] = config[group]

@@ -24,7 +24,8 @@ class StopSignal:
 
     The first one is a question that the training loop asks after every step (`asked`). Before the
     first step, when data are opened and programs compiled, nobody asks: the process ends by itself
-    then, with status 0, and so does every other one. A second signal ends it at once in any case.
+    then, with status 0, and so does every other one. A second signal, more than
+    a second later, ends it at once in any case.
 
     Needs the main thread; in any other, signals do what they did before.
     """

@@ -97,7 +97,8 @@ def started(
       processes: how many; of one alone nothing is said about it.
       devices: of each.
       own_flags: more flags, for the process of that number.
-      env: more environment variables for all of them.
+      own_env: more environment variables, likewise.
+      detected: the environment says which processes there are, not flags.
     """
     address = f"127.0.0.1:{free_port()}"
     running: list[Process] = []

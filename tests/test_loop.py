@@ -166,7 +166,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
     assert 3 <= stopped < 3 * 22
 
 
-def test_fine_tuning_starts_from_the_given_weights(tmp_path):
+def test_fine_tuning_starts_from_the_given_weights(tmp_path, capsys):
     """init_from: the first evaluation is that of the folder; the workdir's own checkpoint wins."""
     config = quick_digits()
     loop.train(config, str(tmp_path / "first"))
@@ -175,8 +175,10 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path):
     first = lines(tmp_path / "first", "final")[-1]
     assert started["loss"] == first["loss"]
     config.init_from = str(tmp_path / "gone")
+    capsys.readouterr()
     resumed = loop.train(config, str(tmp_path / "first"))
     assert resumed["loss"] == first["loss"]
+    assert f"(so init_from {tmp_path / 'gone'} is not read)" in capsys.readouterr().out
 
 
 def test_fine_tuning_makes_weights_fit(tmp_path):

@@ -289,6 +289,19 @@ def test_a_run_starts_and_says_what_it_will_do(run, teacher, no_data, tmp_path):
             startup.check_start(setup, training=True)
 
 
+def test_a_teacher_is_trained_as_its_student(tmp_path):
+    """On the images that it will see; saved as often, for the same spot machines."""
+    config = load("digits_distill")
+    config.input.image_size, config.input.mean = 64, (0.1, 0.2, 0.3)
+    config.checkpoint.every_steps, config.train.seed = 7, 5
+    own = load("digits_teacher")
+    teacher = startup.teacher_config(config)
+    assert (teacher.input.image_size, teacher.input.mean) == (64, (0.1, 0.2, 0.3))
+    assert (teacher.checkpoint.every_steps, teacher.train.seed) == (7, 5)
+    assert teacher.model.name == own.model.name
+    assert teacher.schedule.epochs == own.schedule.epochs
+
+
 def smallest_relative(name: str) -> str:
     """The testing model of the same family."""
     if registry.is_distilled(name):
