@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from deit_jax.models import registry
 from deit_jax.steps import TrainState
 
 _SAME_RUN = ("name", "num_classes", "image_size", "overrides")
+_SAVE_SECONDS = 3600  # for a large state on a slow disk; processes that fail are noticed at once
 
 
 class TrainCheckpoints:
@@ -53,6 +55,9 @@ class TrainCheckpoints:
             preservation_policy=policy.AnyPreservationPolicy([latest, best]),
             best_fn=lambda metrics: metrics["top1"],
             best_mode="max",
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=_SAVE_SECONDS, barrier_sync_fn=_barrier
+            ),
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         damage.check_same_steps(self._directory, list(self._manager.all_steps()))
@@ -169,6 +174,17 @@ class TrainCheckpoints:
                 f"{self._directory / str(self._saved)} cannot be saved ({reason}); {last}; mend "
                 "that and run the same command to go on"
             ) from error
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's own barrier between processes, but in a background save that has failed here.
+
+    There Orbax would wait for the others before it reports the failure, and they for its share.
+    """
+    failure = sys.exception()
+    if failure is not None and threading.current_thread() is not threading.main_thread():
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def quiet_orbax() -> None:
