@@ -279,16 +279,23 @@ def write_config(config: ConfigDict, workdir: str) -> None:
     """Writes WORKDIR/config.json in one atomic step."""
     file = Path(workdir) / "config.json"
     partial = file.with_suffix(".json.tmp")
-    partial.write_text(config.to_json(indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as opened:
+        opened.write(config.to_json(indent=2, sort_keys=True) + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())  # else a crash of the machine may leave the name without content
     os.replace(partial, file)
 
 
 def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
-    """Lines "field: old → new" for what differs from the config of WORKDIR's last start."""
-    file = Path(workdir) / "config.json"
-    if not file.is_file():
+    """Lines "field: old → new" for what differs from the config of WORKDIR's last start.
+
+    None without that config, or if it is damaged: it is a record, which nothing depends on.
+    """
+    try:
+        old = _recipe((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, AttributeError):
         return []
-    old, new = _recipe(file.read_text(encoding="utf-8")), recipe_fields(config)
+    new = recipe_fields(config)
     names = sorted(old.keys() | new.keys())
     return [f"{n}: {old.get(n)} → {new.get(n)}" for n in names if old.get(n) != new.get(n)]
 

@@ -1,16 +1,21 @@
 """Training checkpoints that cannot be read, and the newest one that can."""
 
+import errno
 import itertools
 import json
+import os
+import time
 from pathlib import Path
 
 import tensorstore as ts
 
 from deit_jax import processes
-from deit_jax.errors import InputError, brief
-from deit_jax.metrics import say
+from deit_jax.console import say
+from deit_jax.errors import InputError, TryAgain, brief, system_errno
 
 _AT_ONCE = 16  # arrays
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # by which the system reports a lost file
+_TRIES, _PAUSE_SECONDS = 3, 5
 
 
 def newest_readable(directory: Path, *, set_aside: bool) -> int | None:
@@ -20,6 +25,7 @@ def newest_readable(directory: Path, *, set_aside: bool) -> int | None:
 
     Raises:
       InputError: there are checkpoints, but none that can be read.
+      TryAgain: the disk does not answer, or permits no reading.
     """
     what = "the search for a readable checkpoint"
     step = processes.from_first(what, lambda: _newest_readable(directory, set_aside))
@@ -27,7 +33,10 @@ def newest_readable(directory: Path, *, set_aside: bool) -> int | None:
 
 
 def _newest_readable(directory: Path, set_aside: bool) -> str:
-    names = [path.name for path in directory.glob("*")]
+    try:
+        names = os.listdir(directory)  # unlike glob, it does not pass over what is not permitted
+    except FileNotFoundError:
+        names = []
     unreadable = []
     for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
         problem = find(directory / str(step))
@@ -76,7 +85,25 @@ def find(folder: Path) -> str | None:
 
     Reads every array once, a few at a time, and keeps nothing: seconds for gigabytes that are to
     be read again, against an error in the middle of a restore that all processes take part in.
+
+    Raises:
+      TryAgain: the system refuses to read, which is no fault of the checkpoint: a network file
+        system that is away for a while, a missing permission.
     """
+    for left in reversed(range(_TRIES)):
+        try:
+            return _find(folder)
+        except OSError as error:
+            if not left:
+                raise TryAgain(
+                    f"{folder} cannot be read now ({error.strerror}); mend that, or move it away "
+                    "to go on from the checkpoint before it"
+                ) from error
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _find(folder: Path) -> str | None:
+    """`find`, where an OSError is the system's refusal."""
     try:
         _json(folder / "_CHECKPOINT_METADATA")
         _json(folder / "meta" / "metadata")
@@ -92,6 +119,9 @@ def find(folder: Path) -> str | None:
             for read in reads:
                 read.result()
     except (OSError, ValueError) as error:  # also what tensorstore raises
+        number = system_errno(error)
+        if number is not None and number not in _DAMAGE:
+            raise OSError(number, os.strerror(number)) from error
         return brief(error)
     return None if arrays else "it holds no arrays"
 

@@ -14,6 +14,14 @@ class InputError(ValueError):
     the likely fix. `main.py` and the tools print it without a traceback and exit non-zero.
     """
 
+    exit_status = 2  # of main.py: what no repetition of the run mends
+
+
+class TryAgain(InputError):
+    """What may mend itself: a process that is not there yet, a disk that does not answer."""
+
+    exit_status = 1
+
 
 def brief(error: BaseException, width: int = 200) -> str:
     """One line of bearable length about an error of a library, which may write pages."""
@@ -21,14 +29,20 @@ def brief(error: BaseException, width: int = 200) -> str:
 
 
 def system_reason(error: BaseException) -> str | None:
-    """What the system said where it refused to read or write, or None for any other error.
+    """What the system said where it refused to read or write, or None for any other error."""
+    number = system_errno(error)
+    return None if number is None else os.strerror(number)
+
+
+def system_errno(error: BaseException) -> int | None:
+    """The number of what the system said, or None.
 
     tensorstore raises a ValueError then, of many lines, with the system's number in it.
     """
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno)
+    if isinstance(error, OSError):
+        return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(found[1])) if found else None
+    return int(found[1]) if found else None
 
 
 def exit_status(tool: Callable[[], int | None]) -> int:

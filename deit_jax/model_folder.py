@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from deit_jax.steps import Network, Variables, join_model, split_model
 _MODEL_FILE = "model.json"
 _WEIGHTS = "weights"
 _FORMAT = 1
+_LAG_SECONDS = 90  # that a host may believe a network file system's older answer
 
 
 def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
@@ -40,17 +42,18 @@ def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
 def write_model(path: str | os.PathLike, variables: Variables, info: registry.ModelInfo) -> None:
     """`save_model` for weights that are not in a module; every process of a run calls it."""
     path = Path(path).absolute()
-    if path.exists() and not (path / _MODEL_FILE).is_file():  # never delete what we did not write
+    first = jax.process_index() == 0
+    if first and path.exists() and not (path / _MODEL_FILE).is_file():  # it is not ours to delete
         raise InputError(f"{path} exists and is no model folder; remove it or choose another path")
     fresh, old = _beside(path, "new"), _beside(path, "old")
     weights = parallel.to_host({"params": variables.params, "batch_stats": variables.batch_stats})
     try:
-        if jax.process_index() == 0:
+        if first:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(fresh / _WEIGHTS, weights)
-        if jax.process_index() == 0:
+        if first:
             text = json.dumps({"format": _FORMAT, **info.to_json()}, indent=2, ensure_ascii=False)
             (fresh / _MODEL_FILE).write_text(text + "\n", encoding="utf-8")
             if path.exists():
@@ -64,6 +67,9 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
             raise InputError(f"{path} cannot be written ({reason})") from error
         raise
     parallel.wait_for_all(f"write {path.name}")  # before any process looks for the folder
+    deadline = time.monotonic() + _LAG_SECONDS
+    while not (path / _MODEL_FILE).is_file() and time.monotonic() < deadline:
+        time.sleep(1)
 
 
 def _beside(path: Path, what: str) -> Path:
@@ -74,15 +80,13 @@ def _beside(path: Path, what: str) -> Path:
 def find_model(path: str | os.PathLike) -> Path | None:
     """The model folder that `path` is, or that the run folder `path` holds; None without one.
 
-    A folder that a crash left half-way through its replacement is put back first.
+    Where a crash came between the two renames of a replacement, that is the complete old one.
     """
     path = Path(path).absolute()
     for folder in (path, path / "model"):
-        old = _beside(folder, "old")
-        if not folder.exists() and (old / _MODEL_FILE).is_file():
-            old.rename(folder)
-        if (folder / _MODEL_FILE).is_file():
-            return folder
+        for complete in (folder, _beside(folder, "old")):
+            if (complete / _MODEL_FILE).is_file():
+                return complete
     return None
 
 

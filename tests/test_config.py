@@ -306,3 +306,6 @@ def test_changed_fields_lists_what_differs_from_the_first_run(tmp_path):
         "input.scale: [0.08, 1.0] → [0.1, 1.0]",
         "schedule.epochs: 300 → 400",
     ]
+    for damaged in ("", '{"train": ', "[]"):  # a record of the run, which resumes all the same
+        (tmp_path / "config.json").write_text(damaged)
+        assert changed_fields(config, tmp_path) == []

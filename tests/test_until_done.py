@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-# Each stands for a start of the run: told to stop, crashed, finished.
+# Each stands for a start of the run: told to stop, crashed, finished; LATE is a run that another
+# host has finished, whose model takes a while to be seen here.
+LATE = "echo 'mkdir -p run/model; touch run/model/model.json' > on_sleep; exit 0"
 STOPPED, CRASHED, MISTAKE = "exit 0", "exit 1", "exit 2"
 FINISHED = "mkdir -p run/model; touch run/model/model.json; exit 0"
 WAITS = "trap 'echo told >> starts; exit 0' TERM; for i in $(seq 100); do /bin/sleep 0.1; done"
@@ -22,7 +24,10 @@ def script(tmp_path, repo_root):
         commands.mkdir()
         cases = "".join(f"{number}) {text} ;;\n" for number, text in enumerate(courses, 1))
         python = f'#!/bin/bash\necho "$@" >> starts\ncase $(wc -l < starts) in\n{cases}esac\n'
-        for name, text in (("python", python), ("sleep", "#!/bin/bash\n")):
+        for name, text in (
+            ("python", python),
+            ("sleep", "#!/bin/bash\n[ -e on_sleep ] && . ./on_sleep"),
+        ):
             (commands / name).write_text(text)
             (commands / name).chmod(0o755)
         return subprocess.Popen(
@@ -42,6 +47,7 @@ def script(tmp_path, repo_root):
         ((CRASHED, STOPPED, FINISHED), ("--workdir=run", "--x"), 0, 3),
         ((STOPPED, FINISHED), ("--once", "--workdir=run"), 75, 1),
         ((FINISHED,), ("--once", "--workdir=run"), 0, 1),
+        ((LATE, FINISHED), ("--workdir=run",), 0, 1),
         ((MISTAKE, FINISHED), ("--workdir=run",), 2, 1),
     ],
 )

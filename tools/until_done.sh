@@ -20,6 +20,14 @@ if [ -z "$workdir" ]; then
     echo "error: --workdir=DIR is missing; expected the flags of main.py" >&2
     exit 2
 fi
+written() {
+    # On a network file system it may take a minute to see what another host has written.
+    local tries=0
+    until [ -e "$workdir/model/model.json" ]; do
+        if [ -n "$stopped" ] || [ $((tries += 1)) -gt 45 ]; then return 1; fi
+        sleep 2
+    done
+}
 trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
 while true; do
     began=$SECONDS
@@ -32,7 +40,7 @@ while true; do
         status=$?
     done
     child=""
-    if [ $status -eq 0 ] && [ -e "$workdir/model/model.json" ]; then exit 0; fi
+    if [ $status -eq 0 ] && written; then exit 0; fi
     if [ $status -eq 2 ] && [ $((SECONDS - began)) -le 120 ]; then exit 2; fi
     if [ -n "$once$stopped" ]; then exit 75; fi
     # What fails at once, again and again, waits longer and longer.
