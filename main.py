@@ -1,6 +1,5 @@
 """Trains, evaluates or plans: python main.py --config=configs/NAME.py[:RUN] --workdir=DIR."""
 
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -9,7 +8,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from deit_jax import checkpoint, command_line, forecast, loop, processes
-from deit_jax.errors import InputError
+from deit_jax.console import complain, say
+from deit_jax.errors import InputError, TryAgain
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe: FILE.py or FILE.py:RUN.", lock_config=True
@@ -31,13 +31,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         _MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
     except InputError as error:
-        _fail(str(error))
-    except OSError as error:  # a full disk, a folder that has become read-only
-        _fail(" ".join(str(error).split()))
+        _fail(str(error), status=error.exit_status)
+    except OSError as error:  # a disk that does not answer, a folder that has become read-only
+        _fail(" ".join(str(error).split()), status=TryAgain.exit_status)
     except loop.NonFiniteLoss as error:
         _fail(str(error), status=1)
     except loop.Interrupted as error:
-        print(f"deit-jax: {processes.label()}{error}", flush=True)
+        say(f"deit-jax: {processes.label()}{error}")
     except KeyboardInterrupt:
         _fail("interrupted; the last checkpoint stays, run the same command to go on", status=130)
     except Exception:
@@ -45,14 +45,14 @@ def main(argv: Sequence[str]) -> None:
             raise
         # Left to itself, Python would wait at its end for the others, which wait for this process.
         time.sleep(4 * processes.POLL_SECONDS)  # if another one failed first, this one ends here
-        traceback.print_exc()
+        complain(traceback.format_exc())
         processes.fail("it crashed; see its traceback", status=1)
 
 
 def _fail(message: str, *, status: int = 2) -> None:
     """Ends at once: nothing is worth waiting for in the threads of the data readers."""
     prefix = processes.label(_distributed())
-    print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
+    complain(f"{prefix}error: {message}")
     processes.fail(message, status=status)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
 
 from deit_jax import parallel, steps
 from deit_jax.models import registry
@@ -77,9 +78,15 @@ def teacher_accuracy(
     return {"teacher_top1": _pass(setup, teacher, size)({"": variables})["top1"]}
 
 
-def skipped(batches: Iterator[dict]) -> dict[str, int]:
-    """How many images could not be read by this process, if any; else nothing."""
-    return {"skipped_images": len(batches.skipped)} if batches.skipped else {}
+def skipped(batches: Iterator[dict], config: ConfigDict) -> dict[str, int]:
+    """How many images could not be read so far, if any; else nothing. Every process asks.
+
+    One that several processes have met, in different epochs, counts for each of them.
+    """
+    if config.input.on_bad_image != "skip":  # never any: the first is an error
+        return {}
+    count = parallel.total(len(batches.skipped))
+    return {"skipped_images": count} if count else {}
 
 
 def _pass(
@@ -101,6 +108,6 @@ def _pass(
             process_count=jax.process_count(),
         )
         results = evaluate(eval_step, weights, batches, parallel.batch_sharding(setup.mesh))
-        return results | skipped(batches)
+        return results | skipped(batches, setup.config)
 
     return run

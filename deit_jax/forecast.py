@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from deit_jax import chips, collectives, loop, model_folder, parallel, processes, startup, summary
+from deit_jax.console import say
 from deit_jax.errors import InputError, brief
-from deit_jax.metrics import say
 from deit_jax.startup import Setup
 
 GIB = 2**30

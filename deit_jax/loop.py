@@ -17,6 +17,7 @@ from deit_jax import (
     model_folder,
     parallel,
     pmapped,
+    preflight,
     processes,
     startup,
     steps,
@@ -24,9 +25,10 @@ from deit_jax import (
     summary,
 )
 from deit_jax.config import changed_fields, write_config
+from deit_jax.console import say
 from deit_jax.errors import InputError
 from deit_jax.evaluate import evaluator, skipped, teacher_accuracy
-from deit_jax.metrics import MetricWriter, Progress, eval_line, off_track, say, train_line
+from deit_jax.metrics import MetricWriter, Progress, eval_line, off_track, train_line
 from deit_jax.startup import Setup
 
 _STEPS_IN_FLIGHT = 2  # more gain nothing, and collectives on CPU devices can deadlock
@@ -99,9 +101,9 @@ def _train(
     state, shardings, best, origin = startup.initial_state(setup, checkpoints)
     step = int(state.step)
     say(f"Run {workdir}\n{summary.recipe(setup, origin)}", on=first)
-    for change in changed_fields(config, workdir) if origin.startswith("resumed") else ():
-        say(f"  changed   {change}", on=first)
     if first:
+        for change in changed_fields(config, workdir) if origin.startswith("resumed") else ():
+            say(f"  changed   {change}")
         write_config(config, workdir)
     teacher, teacher_variables = startup.load_teacher(setup)
     teacher_report = teacher_accuracy(setup, teacher, teacher_variables)
@@ -142,7 +144,7 @@ def _train(
             # Asked once a step: a signal between two answers must not skip the save.
             last, stop, results = step == plan.total_steps, stopped.asked(step), None
             if last or step % config.train.log_every_steps == 0:
-                values = window.means() | progress.report(step) | skipped(batches)
+                values = window.means() | progress.report(step) | skipped(batches, config)
                 if probe is not None:
                     begin = time.perf_counter()
                     values["attention_max"] = float(probe(state.model, batch["image"]))
@@ -320,6 +322,8 @@ def _open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckp
         Path(setup.workdir).mkdir(parents=True, exist_ok=True)
         if training and not os.access(setup.workdir, os.W_OK):
             raise OSError("it is read-only")
+        if training and processes.is_first():
+            preflight.check_renaming(setup.workdir)
         checkpoints = checkpoint.TrainCheckpoints(
             setup.workdir, keep=setup.config.checkpoint.keep, set_aside=training
         )

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -100,12 +99,6 @@ class Progress:
         }
         self._since, self._steps, self._wait = now, 0, 0.0
         return values
-
-
-def say(text: str, *, on: bool = True) -> None:
-    """Prints a line at once, so that it is seen when the output is piped."""
-    if on:
-        print(text, file=sys.stdout, flush=True)
 
 
 def train_line(step: int, total_steps: int, steps_per_epoch: int, values: dict[str, float]) -> str:

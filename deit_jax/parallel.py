@@ -91,6 +91,13 @@ def replicate(tree: object, mesh: Mesh) -> object:
     return jax.device_put(tree, replicated(mesh))
 
 
+def total(mine: int) -> int:
+    """The sum over all processes of what each of them says; every process must come here."""
+    if jax.process_count() == 1:
+        return mine
+    return int(multihost_utils.process_allgather(np.int32(mine)).sum())
+
+
 def wait_for_all(what: str) -> None:
     """Blocks until every process has come here; `what` names the place in time-out messages."""
     if jax.process_count() > 1:

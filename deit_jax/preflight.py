@@ -1,9 +1,13 @@
 """What the processes of a run make sure of together before any long work."""
 
+import hashlib
 import json
 import secrets
+import shutil
+import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jaxlib
@@ -14,6 +18,9 @@ from ml_collections import ConfigDict
 from deit_jax import parallel, processes
 from deit_jax.config import recipe_fields
 from deit_jax.errors import InputError, brief
+
+if TYPE_CHECKING:
+    from deit_jax.data import Source
 
 _TOKEN = ".deit_jax.token."
 _LAG_SECONDS = 5  # that a network file system may take to show one host another's file
@@ -37,6 +44,61 @@ def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
     processes.agree("the count of devices", json.dumps(devices), _differing_fact)
     _check_sum()
     _check_workdir(workdir)
+
+
+def check_data(train_source: "Source", eval_source: "Source", teacher: bool | None) -> None:
+    """Checks that all processes have the same data, of which each host may have a copy.
+
+    Args:
+      train_source: the opened split.
+      eval_source: likewise.
+      teacher: whether the run's teacher is there already; None for a run without one.
+
+    Raises:
+      InputError: on every process, as `check_processes`.
+    """
+    if not processes.several():
+        return
+    facts = {
+        "training examples": train_source.num_examples,
+        "evaluation examples": eval_source.num_examples,
+        "classes": train_source.num_classes,
+        "class names with digest": _digest(repr(train_source.class_names).encode()),
+        "training data with digest": train_source.fingerprint(),
+        "evaluation data with digest": eval_source.fingerprint(),
+        "a trained teacher:": teacher,
+    }
+    # A host that sees its data for the first time reads them all for their index.
+    processes.agree(
+        "the comparison of data",
+        json.dumps(facts),
+        _differing_fact,
+        seconds=processes.LONG_SECONDS,
+    )
+
+
+def check_weights(folder: str, weights: object) -> None:
+    """Checks that all processes have read the same weights: each host may have its own `folder`.
+
+    Raises:
+      InputError: on every process, as `check_processes`.
+    """
+    if not processes.several():
+        return
+    digest = _digest(*(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights)))
+    processes.agree(
+        f"the comparison of the weights in {folder}",
+        json.dumps({f"weights in {folder} with digest": digest}),
+        _differing_fact,
+        seconds=processes.LONG_SECONDS,
+    )
+
+
+def _digest(*parts: bytes) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()[:16]
 
 
 def _facts(config: ConfigDict, mode: str) -> str:
@@ -85,6 +147,20 @@ def _check_sum() -> None:
     processes.agree("a sum over all devices", str(total), wrong)
 
 
+def check_renaming(workdir: str) -> None:
+    """Makes a folder in `workdir` and renames it, as every checkpoint is when it is complete.
+
+    Raises:
+      OSError: the file system does not; Cloud Storage FUSE may not, see docs/launch.md.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=_TOKEN, dir=workdir))
+    try:
+        (folder / "file").touch()
+        folder = folder.rename(folder.with_name(folder.name + ".renamed"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _check_workdir(workdir: str) -> None:
     """Every process must read there what process 0 has just written."""
 
@@ -94,7 +170,8 @@ def _check_workdir(workdir: str) -> None:
             folder = Path(workdir)
             folder.mkdir(parents=True, exist_ok=True)
             for left_behind in folder.glob(_TOKEN + "*"):
-                left_behind.unlink(missing_ok=True)
+                if left_behind.is_file():
+                    left_behind.unlink(missing_ok=True)
             (folder / (_TOKEN + token)).write_text(token, encoding="utf-8")
         except OSError as error:
             raise InputError(f"--workdir={workdir} cannot be written ({error})") from error

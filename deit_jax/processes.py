@@ -17,13 +17,16 @@ import jax
 # still connecting.
 from jax._src.distributed import global_state
 
-from deit_jax.errors import InputError, brief
+from deit_jax.console import complain
+from deit_jax.errors import InputError, TryAgain, brief
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 POLL_SECONDS = 0.5  # how often a process looks for what the others have to say
-_GRACE_SECONDS = 5  # for the others to see why process 0, which holds all notices, goes away
+LONG_SECONDS = 24 * 3600  # for what one process may have to do alone: read all of a checkpoint
+_GRACE_SECONDS = 15  # for the others to see why process 0, which holds all notices, goes away
+_LAST_SECONDS = 0.5  # for them to end after their last notice: JAX aborts who outlives process 0
 _PREFIX = "deit_jax/"
 _FAILED, _GONE = "failed/", "gone/"
 _SWITCH_OFF = "--config.distributed.auto=False runs this process alone"
@@ -31,6 +34,7 @@ _OWN_FIELDS = "config.distributed.{coordinator_address,num_processes,process_id}
 _numbers = itertools.count()  # of exchanges, which every process makes in the same order
 _patience = 300  # seconds
 _watcher: threading.Thread | None = None  # there once the processes are connected
+_leaving = threading.Event()  # this process ends, whatever the others have to say
 
 
 def cluster(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -85,7 +89,7 @@ def start(distributed: "ConfigDict") -> None:
     says. A run that trains its teacher first comes here twice.
 
     Raises:
-      InputError: the processes cannot be connected. One that waits in vain for the others ends by
+      TryAgain: the processes cannot be connected. One that waits in vain for the others ends by
         itself, since JAX does not give up without a crash.
     """
     global _patience
@@ -117,11 +121,11 @@ def start(distributed: "ConfigDict") -> None:
         if kind is not None and global_state.coordinator_address is None:
             if "coordinator_address should be defined" in str(error):
                 return  # JAX does not see a cluster, so there is none
-            raise InputError(
+            raise TryAgain(
                 f"the processes of {kind} cannot be found ({brief(error)}); set {_OWN_FIELDS}, or "
                 f"{_SWITCH_OFF}"
             ) from error
-        raise InputError(
+        raise TryAgain(
             f"cannot connect the processes at {global_state.coordinator_address} ({brief(error)}); "
             "is the port free on process 0? see config.distributed"
         ) from error
@@ -148,14 +152,12 @@ def _alone_on_its_host(environment: Mapping[str, str] = os.environ) -> bool:
 
 def _nobody_came() -> None:
     where = global_state.coordinator_address
-    print(
+    complain(
         f"{label()}error: not all processes connected to {where} within {_patience} s "
         "(config.distributed.start_timeout); start the same command once for each process, and "
-        "check config.distributed and what the others printed",
-        file=sys.stderr,
-        flush=True,
+        "check config.distributed and what the others printed"
     )
-    os._exit(2)
+    os._exit(TryAgain.exit_status)
 
 
 def index() -> int:
@@ -199,25 +201,36 @@ def name(number: int) -> str:
     return f"process {number} of {count()}"
 
 
-def agree(what: str, mine: str, judge: Callable[[list[str]], str | None]) -> None:
+def agree(
+    what: str,
+    mine: str,
+    judge: Callable[[list[str]], str | None],
+    *,
+    seconds: float | None = None,
+) -> None:
     """Lets process 0 judge what all processes say; every process must come here, in one order.
 
     Args:
       what: names the place where a process that does not come is missed.
       mine: what this process says.
       judge: from what they say, by number, to what is wrong with it, or None.
+      seconds: that process 0 waits for the others; `start_timeout` by default.
 
     Raises:
-      InputError: on every process, what `judge` found, or that a process did not come.
+      InputError: on every process, what `judge` found.
+      TryAgain: a process did not come.
     """
     if not several():
         return
+    seconds = seconds or _patience
     key = f"exchange/{next(_numbers)}/"
     post(f"{key}{index()}", mine)
     if index() == 0:
-        told = [_wait(f"{key}{i}", i, what) for i in range(count())]
+        deadline = time.monotonic() + seconds
+        told = [_wait(f"{key}{i}", i, what, deadline - time.monotonic()) for i in range(count())]
         post(key + "verdict", judge(told) or "")
-    verdict = _wait(key + "verdict", 0, what)
+    # Longer than process 0 waits, which alone knows who is missing.
+    verdict = _wait(key + "verdict", 0, what, seconds + 60)
     if verdict:
         raise InputError(verdict)
 
@@ -229,16 +242,16 @@ def from_first(what: str, make: Callable[[], str]) -> str:
     key = f"exchange/{next(_numbers)}"
     if index() == 0:
         post(key, make())
-    return _wait(key, 0, what, seconds=24 * 3600)  # process 0 may read a large checkpoint
+    return _wait(key, 0, what, LONG_SECONDS)
 
 
-def _wait(key: str, source: int, what: str, seconds: float | None = None) -> str:
-    seconds = seconds or _patience
+def _wait(key: str, source: int, what: str, seconds: float) -> str:
+    milliseconds = max(1, round(1000 * seconds))
     try:
-        return global_state.client.blocking_key_value_get(_PREFIX + key, round(1000 * seconds))
+        return global_state.client.blocking_key_value_get(_PREFIX + key, milliseconds)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"{name(source)} did not come to {what} within {seconds} s; see what it printed"
+        raise TryAgain(
+            f"{name(source)} did not come to {what} in time; see what it printed"
         ) from error
 
 
@@ -261,36 +274,39 @@ def posted(folder: str) -> dict[str, str]:
 
 def _watch() -> None:
     """Ends this process where another one fails: it would wait for it in vain."""
-    while True:
-        time.sleep(POLL_SECONDS)
+    while not _leaving.wait(POLL_SECONDS):
         try:
             failed = posted(_FAILED)
-        except jax.errors.JaxRuntimeError:  # process 0 is gone; JAX itself notices that
-            return
-        if failed:
-            number, text = min(failed.items())
-            print(
-                f"{label()}error: {name(int(number))} failed: {text}", file=sys.stderr, flush=True
-            )
-            leave(1)
+        except jax.errors.JaxRuntimeError:  # where process 0 is gone, JAX itself ends this one
+            continue
+        if failed and not _leaving.is_set():
+            number, notice = min(failed.items())
+            status, _, text = notice.partition(" ")
+            complain(f"{label()}error: {name(int(number))} failed: {text}")
+            leave(int(status))
 
 
 def fail(text: str, *, status: int) -> NoReturn:
-    """Ends this process, and every other one of the run with `text` as the reason."""
+    """Ends this process, and every other one of the run, with one status and `text` as reason."""
+    _leaving.set()
     if connected():
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone, nobody can read
-            post(f"{_FAILED}{index()}", text)
+            post(f"{_FAILED}{index()}", f"{status} {text}")
     leave(status)
 
 
 def leave(status: int) -> NoReturn:
     """Ends this process at once, without waiting for its threads; process 0 goes last."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _leaving.set()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     if connected():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             post(f"{_GONE}{index()}", "")
             deadline = time.monotonic() + _GRACE_SECONDS
             while index() == 0 and len(posted(_GONE)) < count() and time.monotonic() < deadline:
                 time.sleep(0.05)
+        if index() == 0:
+            time.sleep(_LAST_SECONDS)
     os._exit(status)

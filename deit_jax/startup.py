@@ -58,6 +58,9 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Setup:
 
     train_source = data.open_source(config.dataset, "train")
     eval_source = data.open_source(config.dataset, "eval")
+    teacher = _teacher_folder(config, workdir)
+    teacher_is_there = None if teacher is None else model_folder.find_model(teacher) is not None
+    preflight.check_data(train_source, eval_source, teacher_is_there)
     plan = plan_run(
         config,
         num_train=train_source.num_examples,
@@ -233,6 +236,7 @@ def load_teacher(setup: Setup) -> tuple[Network, Variables] | tuple[None, None]:
     _check_teacher(setup)  # again: it may have been trained since
     network, like = model_folder.read_network(setup.teacher_folder, dtype=setup.config.train.dtype)
     variables = model_folder.read_variables(setup.teacher_folder, like)
+    preflight.check_weights(setup.teacher_folder, variables)
     return network, parallel.replicate(variables, setup.mesh)
 
 
@@ -280,6 +284,7 @@ def initial_state(
     folder = setup.config.init_from
     source, like = model_folder.read_network(folder)
     variables = model_folder.read_variables(folder, like)
+    preflight.check_weights(folder, variables)
     _, notices = _fit(setup, like, source.info, fresh=setup.abstract)
     fresh = parallel.to_host(start(key).model) if notices else None  # what is new comes from it
     variables, notices = _fit(setup, variables, source.info, fresh=fresh)

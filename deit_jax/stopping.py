@@ -4,7 +4,6 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from typing import Self
@@ -12,6 +11,7 @@ from typing import Self
 import jax
 
 from deit_jax import processes
+from deit_jax.console import complain, say
 
 _STOP = "stop/"
 _BEFORE = -1  # the step of a process that has not finished one
@@ -105,11 +105,9 @@ class StopSignal:
         elif new and now > self._first + _AT_ONCE_SECONDS:
             self._signals += new
         if self._signals >= 2:
-            print(
+            complain(
                 f"{processes.label()}stopped at once by a second SIGTERM; what was being saved is "
-                "lost, and the checkpoint before it is not",
-                file=sys.stderr,
-                flush=True,
+                "lost, and the checkpoint before it is not"
             )
             processes.fail("it was stopped at once by a second SIGTERM", status=_SECOND_STATUS)
 
@@ -142,9 +140,8 @@ class StopSignal:
 
 
 def _end_before_a_step() -> None:
-    print(
+    say(
         f"deit-jax: {processes.label()}stopped before the first step; run the same command to "
-        "start again",
-        flush=True,
+        "start again"
     )
     processes.leave(0)

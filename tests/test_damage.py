@@ -1,7 +1,10 @@
 """Full disks, read-only folders, damaged checkpoints, SIGTERM at a bad time: nothing is lost."""
 
 import contextlib
+import errno
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,8 +14,9 @@ import time
 import jax
 import pytest
 
-from deit_jax import checkpoint, damage, model_folder
-from deit_jax.errors import InputError
+from configs import digits
+from deit_jax import checkpoint, damage, loop, model_folder, preflight
+from deit_jax.errors import InputError, TryAgain
 from tests import kill_and_resume, several
 from tests.test_checkpoint import _abstract, _assert_equal, _save, _state
 
@@ -114,6 +118,33 @@ def test_no_checkpoint_that_can_be_read_is_an_error(workdir):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_does_not_answer_is_no_damage(three, workdir, monkeypatch, capsys, number):
+    """Nothing is set aside: it is tried again, and then left to whoever starts the run."""
+    failures = []
+    opened = damage._open
+
+    def refuse(*arguments):
+        if failures:
+            failures.pop()
+            raise OSError(number, "as the system says")
+        return opened(*arguments)
+
+    monkeypatch.setattr(damage, "_open", refuse)
+    monkeypatch.setattr(damage, "_PAUSE_SECONDS", 0)
+    failures += [1, 2]
+    assert restored(workdir, three[2][1])[0] == 3
+    failures += [1, 2, 3]
+    with pytest.raises(TryAgain) as caught:
+        checkpoint.TrainCheckpoints(workdir, keep=3)
+    assert str(caught.value) == (
+        f"{workdir / 'checkpoints' / '3'} cannot be read now ({os.strerror(number)}); mend that, "
+        "or move it away to go on from the checkpoint before it"
+    )
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
+
+
 def test_a_mistake_in_the_check_is_not_taken_for_damage(three, monkeypatch):
     monkeypatch.setattr(damage, "_open", lambda *_: jax.no_such_name)
     with pytest.raises(AttributeError):
@@ -175,20 +206,29 @@ def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
     assert steps == list(range(1, 23))
 
 
-def test_a_full_disk_ends_every_process(small_disk):
-    """None waits for one that could not write its share; the same command goes on later."""
-    flags = [*SHORT, f"--workdir={small_disk / 'run'}"]
-    finished = several.run(flags, processes=2)
-    good = kill_and_resume.newest_step(small_disk / "run")
-    assert good >= 2
-    for number, process in enumerate(finished):
-        lines = [line for line in process.stderr.splitlines() if "error: " in line]
-        assert process.returncode == 2, process.stderr
-        assert lines[0].startswith(f"process {number} of 2: error: ")
-        assert "No space left on device" in lines[0]
-        assert f"the last good state is that of step {good};" in lines[0]
+def test_a_process_that_cannot_save_ends_every_one(tmp_path):
+    """None waits for the share that one could not write; the same command goes on later.
 
-    subprocess.run(["mount", "-o", "remount,rw,size=200m", str(small_disk)], check=True)
+    A limit on the size of its files stands for a full disk of that host alone.
+    """
+    workdir = tmp_path / "run"
+    flags = [*SHORT, f"--workdir={workdir}"]
+    good = 0
+    for failing in (0, 1):
+        with several.started(flags, processes=2) as both:
+            both[0].wait_for(f"step {good + 4}/")
+            limits = (50_000, resource.RLIM_INFINITY)
+            resource.prlimit(both[failing].pid, resource.RLIMIT_FSIZE, limits)
+            assert [process.wait(60) for process in both] == [2, 2]
+        before, good = good, kill_and_resume.newest_step(workdir)
+        assert good > before
+        reason = f"cannot be saved (File too large); the last good state is that of step {good};"
+        for number, process in enumerate(both):
+            (line,) = [line for line in process.stderr.splitlines() if "error: " in line]
+            assert line.startswith(f"process {number} of 2: error: ")
+            assert (f"error: process {failing} of 2 failed: " in line) == (number != failing)
+            assert reason in line
+
     finished = several.run(flags, processes=2)
     assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
     assert f"resumed at step {good}" in finished[0].stdout
@@ -210,6 +250,36 @@ def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch)
     assert str(caught.value) == f"{tmp_path / 'model'} cannot be written (No space left on device)"
     _assert_equal(model_folder.load_model(tmp_path / "model"), _tiny(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_renames_no_folders(tmp_path, monkeypatch):
+    """As a bucket may not: found before the first step."""
+
+    def refuse(path, _):
+        raise OSError(errno.EMFILE, "as the system says", str(path))
+
+    monkeypatch.setattr(preflight.Path, "rename", refuse)
+    with pytest.raises(InputError, match=r"^--workdir=.* cannot be written \(\[Errno 24\]"):
+        loop.train(digits.get_config(), str(tmp_path))
+
+
+# The terminal
+
+
+def test_nobody_reads_what_it_prints(tmp_path):
+    """A connection that broke off: the run goes on."""
+    with subprocess.Popen(
+        [sys.executable, "main.py", *SHORT, f"--workdir={tmp_path / 'run'}"],
+        cwd=several.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0
+        assert process.stderr.read() == ""
+    assert (tmp_path / "run" / "model" / "model.json").is_file()
 
 
 # SIGTERM

@@ -8,8 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deit_jax import metrics
+from deit_jax.console import say
 from deit_jax.errors import InputError
-from deit_jax.metrics import MetricWriter, Progress, duration, eval_line, off_track, say
+from deit_jax.metrics import MetricWriter, Progress, duration, eval_line, off_track
 
 
 def _lines(workdir):

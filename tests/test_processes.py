@@ -1,8 +1,13 @@
 """How the processes of a run are found, connected, checked and ended together."""
 
-import pytest
+import subprocess
+import sys
 
-from deit_jax import processes
+import numpy as np
+import pytest
+import sklearn.datasets
+
+from deit_jax import preflight, processes
 from deit_jax.errors import InputError
 from tests import several
 
@@ -79,9 +84,9 @@ def test_one_process_a_host_has_all_its_devices(environment, alone):
     assert processes._alone_on_its_host(environment) == alone
 
 
-def _error(process):
+def _error(process, status=2):
     """The one error line of a process that refused to run."""
-    assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
+    assert process.returncode == status, (process.returncode, process.stdout, process.stderr)
     (line,) = [line for line in process.stderr.splitlines() if "error: " in line]
     assert "Traceback" not in process.stderr
     return line
@@ -122,6 +127,88 @@ def test_a_workdir_that_is_not_shared(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_copies_of_the_data_that_differ(tmp_path):
+    """Two images of the digits have each other's labels on the host of process 1."""
+    changed = tmp_path / "modules" / "sklearn"
+    changed.mkdir(parents=True)
+    digits = sklearn.datasets.load_digits()
+    first, second = 3, int(np.flatnonzero(digits.target != digits.target[3])[0])
+    digits.target[[first, second]] = digits.target[[second, first]]
+    np.savez(tmp_path / "digits.npz", target=digits.target, images=digits.images)
+    (changed / "__init__.py").touch()
+    (changed / "datasets.py").write_text(
+        "import types, numpy\n"
+        f"load_digits = lambda: types.SimpleNamespace(**numpy.load('{tmp_path / 'digits.npz'}'))"
+    )
+    path = {"PYTHONPATH": f"{tmp_path / 'modules'}:{several.ROOT}"}
+    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
+    for process in several.run(flags, processes=2, own_env={1: path}):
+        line = _error(process)
+        assert "error: process 1 of 2 has training data with digest '" in line
+        assert line.endswith("; they must be the same on every process")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_weights_that_differ(monkeypatch):
+    """Each host may have a copy of a teacher of its own."""
+    told = []
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "agree", lambda what, mine, judge, **_: told.append(mine))
+    weights = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(3)}
+    for change in (0, 0, 1e-6):
+        weights["bias"][1] += change
+        preflight.check_weights("teacher", weights)
+    assert preflight._differing_fact(told[:2]) is None
+    problem = preflight._differing_fact(told[1:])
+    assert problem.startswith("process 1 of 2 has weights in teacher with digest '")
+
+
+# A process that is there, but is asked for something that it never says.
+MISSING = """
+import sys, time
+from deit_jax import processes
+from deit_jax.errors import InputError
+from deit_jax.fields import default_config
+
+distributed = default_config().distributed
+distributed.coordinator_address, index = sys.argv[1], int(sys.argv[2])
+distributed.num_processes, distributed.process_id = 3, index
+processes.start(distributed)
+processes._patience = 2
+if index == 2:
+    time.sleep(100)
+try:
+    processes.agree("the meeting", "here", lambda told: None)
+except InputError as error:
+    print(error, file=sys.stderr)
+    processes.fail(str(error), status=error.exit_status)
+"""
+
+
+def test_who_did_not_come_is_named_on_every_process():
+    address = f"127.0.0.1:{several.free_port()}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", MISSING, address, str(number)],
+            cwd=several.ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    try:
+        said = [process.communicate(timeout=60)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    reason = "process 2 of 3 did not come to the meeting in time; see what it printed"
+    for number, text in enumerate(said):
+        failed = f"process {number} of 3: error: process 0 of 3 failed: " if number else ""
+        assert failed + reason in text.splitlines()
+    assert [process.returncode for process in started] == [1, 1, 1]
+
+
 def test_different_numbers_of_devices(tmp_path):
     flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
     for process in several.run(flags, processes=2, devices=[1, 3]):
@@ -136,7 +223,7 @@ def test_a_process_that_does_not_come(tmp_path):
         flags, processes=2, own_flags={1: ["--config.train.batch_size=0"]}, seconds=60
     )
     assert _error(second).startswith("process 1 of 2: error: config.train.batch_size is 0")
-    line = _error(first)
+    line = _error(first, status=1)  # the other may come yet
     assert line.startswith("process 0 of 2: error: not all processes connected to 127.0.0.1:")
     assert "within 4 s (config.distributed.start_timeout)" in line
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -70,6 +71,45 @@ def test_processes_train_and_evaluate_as_one(recipe, alone, tmp_path, processes,
         assert final[name] == alone[1][name], name
     for name in ("loss", "ema_loss"):
         assert final[name] == pytest.approx(alone[1][name], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def broken(recipe, tmp_path_factory):
+    """The recipe on images of which one of each split is an empty file.
+
+    That of the eval split, number 40 of the first batch of 48, is read by process 1 of 2.
+    """
+    (root,) = [flag.partition("=")[2] for flag in recipe if "dataset.root" in flag]
+    copy = shutil.copytree(root, tmp_path_factory.mktemp("broken") / "images")
+    for split, number in (("train", 0), ("val", 40)):
+        sorted((copy / split).rglob("*.png"))[number].write_bytes(b"")
+    return [flag.replace(root, str(copy)) for flag in recipe]
+
+
+def test_pmap_in_two_processes_and_images_that_cannot_be_read(broken, tmp_path):
+    """As the mesh in one process; what process 1 could not read is counted."""
+    flags = [*broken, "--config.input.on_bad_image=skip"]
+    mesh = results(flags, tmp_path / "mesh", processes=1, devices=8)
+    flags += ["--config.parallel.backend=pmap"]
+    pmap = results(flags, tmp_path / "pmap", processes=2, devices=4)
+    assert len(pmap[0]) == 6
+    assert pmap[0] == pytest.approx(mesh[0], rel=1e-6)
+    for final in (mesh[1], pmap[1]):
+        assert (final["num_examples"], final["skipped_images"]) == (NUM_EVAL - 1, 1)
+    assert pmap[1]["top1"] == mesh[1]["top1"]
+
+
+def test_an_error_of_one_process_in_training_ends_the_others(broken, tmp_path):
+    """With its own status, which tells whether a repetition would mend it."""
+    ended = several.run([*broken, f"--workdir={tmp_path / 'run'}"], processes=2, seconds=100)
+    assert [process.returncode for process in ended] == [2, 2]
+    (first,), (second,) = (
+        [line for line in process.stderr.splitlines() if "error: " in line] for process in ended
+    )
+    one, other = (first, second) if " failed: " in second else (second, first)
+    assert re.match(r"process . of 2: error: folder .* cannot be used: ", one)
+    reason = one.partition("error: ")[2]
+    assert other.endswith(f" failed: {reason}")
 
 
 def test_chaos_changes_no_bit(tmp_path, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from deit_jax.data.sources import Source, fixed_fraction
+from deit_jax.data.sources import Source, digest, fixed_fraction
 from deit_jax.errors import InputError
 
 _READABLE = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
@@ -45,6 +45,10 @@ class FolderSource(Source):
         """See Source."""
         path = tf.strings.join([self._folder, tf.gather(self._files, index)], separator="/")
         return tf.io.read_file(path), tf.gather(self._labels, index)
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        return digest("\n".join(f.decode() for f in self._files.numpy()), self._labels)
 
     def example_id(self, index: int) -> str:
         """The path of the file."""

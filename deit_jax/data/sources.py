@@ -1,6 +1,7 @@
 """Sources: random access from a position in a split to (image, label)."""
 
 import abc
+import hashlib
 import importlib.util
 
 import numpy as np
@@ -44,6 +45,13 @@ class Source(abc.ABC):
         """(file bytes or uint8 [h, w, 3], int32 label) of a scalar int64 index; works in graphs."""
 
     @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """16 hex digits, other ones for other files, another order or other labels.
+
+        Of what opening has read: it reads no images, and tells no other pixels of the same size.
+        """
+
+    @abc.abstractmethod
     def example_id(self, index: int) -> str:
         """The name a person finds the example by: its file, or split and record number."""
 
@@ -81,6 +89,16 @@ def open_source(dataset: ConfigDict, split: str) -> Source:
     )
 
 
+def digest(*parts: tf.Tensor | np.ndarray | str) -> str:
+    """16 hex digits of the parts, in their order."""
+    whole = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, str) else np.asarray(part)
+        whole.update(content.encode() if isinstance(content, str) else content.tobytes())
+        whole.update(b"\0")
+    return whole.hexdigest()[:16]
+
+
 def frozen_random(seed: int) -> np.random.RandomState:
     """A generator for fixed splits and subsets: NumPy froze its numbers, unlike default_rng's."""
     return np.random.RandomState(seed)
@@ -116,6 +134,10 @@ class DigitsSource(Source):
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See Source."""
         return tf.gather(self._images, index), tf.gather(self._labels, index)
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        return digest(self._images, self._labels)
 
     def example_id(self, index: int) -> str:
         """The row in scikit-learn's own order."""

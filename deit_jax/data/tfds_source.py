@@ -12,7 +12,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from deit_jax.data.sources import Source, frozen_random
+from deit_jax.data.sources import Source, digest, frozen_random
 from deit_jax.errors import InputError
 
 _LENGTH = struct.Struct("<Q4x")  # a TFRecord starts with its length and the length's checksum
@@ -54,6 +54,11 @@ class TfdsSource(Source):
             self._records.read(index), decoders={"image": tfds.decode.SkipDecoding()}
         )
         return example["image"], tf.cast(example["label"], tf.int32)
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        chosen = "all" if self._chosen is None else self._chosen
+        return digest(self._records.fingerprint(), chosen)
 
     def example_id(self, index: int) -> str:
         """Split and number of the record in it."""
@@ -159,10 +164,21 @@ class _ArrayRecords:
     def __init__(self, instructions: Sequence[tfds.core.utils.shard_utils.FileInstruction]) -> None:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        self._instructions = instructions
         self._source = ArrayRecordDataSource(instructions)
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def fingerprint(self) -> str:
+        """Of the names, the sizes and the used parts of the files."""
+        return digest(
+            *(
+                f"{os.path.basename(part.filename)} {tf.io.gfile.stat(part.filename).length} "
+                f"{part.skip} {part.take}"
+                for part in self._instructions
+            )
+        )
 
     def read(self, index: tf.Tensor) -> tf.Tensor:
         """The serialised example, a scalar string."""
@@ -187,6 +203,11 @@ class _TfRecords:
 
     def __len__(self) -> int:
         return self._table.shape[0]
+
+    def fingerprint(self) -> str:
+        """Of the names of the files, and where in them the records are."""
+        names = [os.path.basename(file.decode()) for file in self._files.numpy()]
+        return digest("\n".join(names), self._table)
 
     def read(self, index: tf.Tensor) -> tf.Tensor:
         """The serialised example, a scalar string."""
