@@ -46,6 +46,7 @@ def script(tmp_path, repo_root):
     [
         ((CRASHED, STOPPED, FINISHED), ("--workdir=run", "--x"), 0, 3),
         ((STOPPED, FINISHED), ("--once", "--workdir=run"), 75, 1),
+        ((CRASHED, FINISHED), ("--once", "--workdir=run"), 1, 1),
         ((FINISHED,), ("--once", "--workdir=run"), 0, 1),
         ((LATE, FINISHED), ("--workdir=run",), 0, 1),
         ((MISTAKE, FINISHED), ("--workdir=run",), 2, 1),

@@ -6,7 +6,8 @@
 # SIGTERM and Ctrl-C go on to the run, and nothing is started after them. Status: 0 when finished; 2
 # for a mistake in flags, config or data, which shows within two minutes and which no repetition
 # mends; 75 when stopped before the end.
-# --once starts the run only once, for schedulers that repeat by themselves what ends with 75.
+# --once starts the run only once, for schedulers that repeat by themselves what ends with 75; a run
+# that failed keeps its status, for them to count.
 set -u
 once="" stopped="" child="" workdir="" pause=10
 if [ "${1:-}" = --once ]; then once=1; shift; fi
@@ -42,7 +43,8 @@ while true; do
     child=""
     if [ $status -eq 0 ] && written; then exit 0; fi
     if [ $status -eq 2 ] && [ $((SECONDS - began)) -le 120 ]; then exit 2; fi
-    if [ -n "$once$stopped" ]; then exit 75; fi
+    if [ -n "$stopped" ]; then exit 75; fi
+    if [ -n "$once" ]; then exit $((status == 0 ? 75 : status)); fi
     # What fails at once, again and again, waits longer and longer.
     if [ $((SECONDS - began)) -gt 120 ]; then pause=10; fi
     echo "The run ended with status $status before its end; again in $pause s." >&2
