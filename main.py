@@ -1,14 +1,12 @@
 """Trains, evaluates or plans: python main.py --config=configs/NAME.py[:RUN] --workdir=DIR."""
 
-import time
-import traceback
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from deit_jax import checkpoint, command_line, forecast, loop, processes
-from deit_jax.console import complain, say
+from deit_jax.console import say
 from deit_jax.errors import InputError, TryAgain
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,30 +28,29 @@ def main(argv: Sequence[str]) -> None:
         _fail(f"unexpected argument {argv[1]!r}; fields are set as --config.GROUP.FIELD=VALUE")
     try:
         _MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
-    except InputError as error:
+    except TryAgain as error:
+        processes.let_others_end_it()
         _fail(str(error), status=error.exit_status)
-    except OSError as error:  # a disk that does not answer, a folder that has become read-only
-        _fail(" ".join(str(error).split()), status=TryAgain.exit_status)
-    except loop.NonFiniteLoss as error:
-        _fail(str(error), status=1)
+    except (InputError, loop.NonFiniteLoss) as error:  # the same again would come of the same steps
+        _fail(str(error))
     except loop.Interrupted as error:
         say(f"deit-jax: {processes.label()}{error}")
     except KeyboardInterrupt:
         _fail("interrupted; the last checkpoint stays, run the same command to go on", status=130)
-    except Exception:
+    except Exception as error:
+        processes.let_others_end_it()
+        if isinstance(error, OSError) and error.errno:  # a disk that is full or does not answer
+            _fail(" ".join(str(error).split()), status=TryAgain.exit_status)
         if not processes.connected():
             raise
         # Left to itself, Python would wait at its end for the others, which wait for this process.
-        time.sleep(4 * processes.POLL_SECONDS)  # if another one failed first, this one ends here
-        complain(traceback.format_exc())
-        processes.fail("it crashed; see its traceback", status=1)
+        processes.crash(error)
 
 
 def _fail(message: str, *, status: int = 2) -> None:
     """Ends at once: nothing is worth waiting for in the threads of the data readers."""
-    prefix = processes.label(_distributed())
-    complain(f"{prefix}error: {message}")
-    processes.fail(message, status=status)
+    said = f"{processes.label(_distributed())}error: {message}"
+    processes.fail(message, status=status, said=said)
 
 
 def _distributed() -> ConfigDict | None:

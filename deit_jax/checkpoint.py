@@ -11,8 +11,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from deit_jax import damage
-from deit_jax.errors import InputError, brief, system_reason
+from deit_jax import damage, processes
+from deit_jax.errors import InputError, TryAgain, brief, system_reason
 from deit_jax.models import registry
 from deit_jax.steps import TrainState
 
@@ -56,7 +56,7 @@ class TrainCheckpoints:
             best_fn=lambda metrics: metrics["top1"],
             best_mode="max",
             async_options=ocp.options.AsyncOptions(
-                timeout_secs=_SAVE_SECONDS, barrier_sync_fn=_barrier
+                timeout_secs=_SAVE_SECONDS, barrier_sync_fn=self._barrier
             ),
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -85,7 +85,8 @@ class TrainCheckpoints:
           top1: of this very step, where it was evaluated.
 
         Raises:
-          InputError: this one, or the one before, cannot be written: a full disk, for example.
+          TryAgain: this one, or the one before, cannot be written: a full disk, for example. In a
+            run of several processes all of them end as soon as one finds that out.
         """
         meta = {"model": info.to_json(), "ema": state.ema is not None, "best": best}
         with self._saving():
@@ -155,7 +156,7 @@ class TrainCheckpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def close(self) -> None:
-        """Waits for saves in progress; raises InputError as `save`."""
+        """Waits for saves in progress; raises TryAgain as `save`."""
         with self._saving():
             self._manager.close()
 
@@ -165,26 +166,39 @@ class TrainCheckpoints:
         try:
             yield
         except Exception as error:
-            reason = system_reason(error)
-            if reason is None:
+            line = self._line(error)
+            if line is None:
                 raise
-            kept = [int(path.name) for path in self._directory.glob("*") if path.name.isdigit()]
-            last = f"the last good state is that of step {max(kept)}" if kept else "none was saved"
-            raise InputError(
-                f"{self._directory / str(self._saved)} cannot be saved ({reason}); {last}; mend "
-                "that and run the same command to go on"
-            ) from error
+            raise TryAgain(line) from error
 
+    def _line(self, error: BaseException) -> str | None:
+        reason = system_reason(error)
+        if reason is None:
+            return None
+        kept = [int(path.name) for path in self._directory.glob("*") if path.name.isdigit()]
+        last = f"the last good state is that of step {max(kept)}" if kept else "none was saved"
+        return (
+            f"{self._directory / str(self._saved)} cannot be saved ({reason}); {last}; mend that "
+            "and run the same command to go on"
+        )
 
-def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's own barrier between processes, but in a background save that has failed here.
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's own barrier between processes, but in a background save that has failed here.
 
-    There Orbax would wait for the others before it reports the failure, and they for its share.
-    """
-    failure = sys.exception()
-    if failure is not None and threading.current_thread() is not threading.main_thread():
+        There Orbax would wait for the others before it reports the failure, and they would wait for
+        its share: this one ends them all.
+        """
+        failure = sys.exception()
+        if failure is None or threading.current_thread() is threading.main_thread():
+            ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+            return
+        died = isinstance(failure, TimeoutError)  # another process, which JAX notices
+        if processes.connected() and not died:
+            line = self._line(failure)
+            if line is None:
+                processes.crash(failure)
+            processes.fail(line, status=TryAgain.exit_status)
         raise failure
-    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def quiet_orbax() -> None:

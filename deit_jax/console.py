@@ -1,6 +1,7 @@
 """Lines for whoever watches a run: a terminal that is gone, or a full disk, must not end it."""
 
-import contextlib
+import atexit
+import functools
 import os
 import sys
 from typing import TextIO
@@ -17,11 +18,25 @@ def complain(text: str) -> None:
     _print(text, sys.stderr)
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO | None) -> None:
+    if stream is None:  # closed before Python started
+        return
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:  # nobody will read this any more
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except OSError:  # no room, or no terminal
+    except ValueError:  # closed since
         pass
+    except OSError:  # nobody reads it, or there is no room: later there may be
+        _discard_at_the_end(stream)
+
+
+@functools.cache
+def _discard_at_the_end(stream: TextIO) -> None:
+    """Keeps Python from ending with an error for what it could not print."""
+
+    def discard() -> None:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    atexit.register(discard)

@@ -5,7 +5,9 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tensorstore as ts
 
@@ -21,24 +23,39 @@ _TRIES, _PAUSE_SECONDS = 3, 5
 def newest_readable(directory: Path, *, set_aside: bool) -> int | None:
     """The step of the newest checkpoint that can be read, the same on every process.
 
-    Newer ones that cannot be are named in a warning, and renamed where `set_aside` is true.
+    Newer ones that cannot be are named in a warning, and renamed where `set_aside` is true: then it
+    returns once this process, too, sees what process 0 has left there.
 
     Raises:
       InputError: there are checkpoints, but none that can be read.
       TryAgain: the disk does not answer, or permits no reading.
     """
-    what = "the search for a readable checkpoint"
-    step = processes.from_first(what, lambda: _newest_readable(directory, set_aside))
-    return int(step) if step else None
+
+    def search() -> str:
+        return json.dumps([_newest_readable(directory, set_aside), _steps(directory)])
+
+    step, steps = json.loads(processes.from_first("the search for a readable checkpoint", search))
+    deadline = time.monotonic() + processes.LAG_SECONDS
+    while set_aside and _steps(directory) != steps and time.monotonic() < deadline:
+        time.sleep(1)
+    return step
 
 
-def _newest_readable(directory: Path, set_aside: bool) -> str:
-    try:
-        names = os.listdir(directory)  # unlike glob, it does not pass over what is not permitted
-    except FileNotFoundError:
-        names = []
+def _steps(directory: Path) -> list[int]:
+    """The steps with a checkpoint; a directory that is not there has none."""
+
+    def names() -> list[str]:
+        try:
+            return os.listdir(directory)  # unlike glob, it does not pass over what is not permitted
+        except FileNotFoundError:
+            return []
+
+    return sorted(int(name) for name in _patiently(directory, names) if name.isdigit())
+
+
+def _newest_readable(directory: Path, set_aside: bool) -> int | None:
     unreadable = []
-    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+    for step in reversed(_steps(directory)):
         problem = find(directory / str(step))
         if problem is None:
             break
@@ -50,11 +67,11 @@ def _newest_readable(directory: Path, set_aside: bool) -> str:
                 f"{path} cannot be read ({problem}), and there is no older checkpoint that can; "
                 "put a copy in its place, or choose another --workdir to start anew"
             )
-        return ""
+        return None
     for path, problem in unreadable:
         kept = f"; it stays as {_rename(path).name}" if set_aside else ""
         say(f"warning: {path} cannot be read ({problem}); using step {step} instead{kept}")
-    return str(step)
+    return step
 
 
 def _rename(path: Path) -> Path:
@@ -90,14 +107,19 @@ def find(folder: Path) -> str | None:
       TryAgain: the system refuses to read, which is no fault of the checkpoint: a network file
         system that is away for a while, a missing permission.
     """
+    return _patiently(folder, lambda: _find(folder))
+
+
+def _patiently(folder: Path, action: Callable[[], Any]) -> Any:
+    """What `action` returns, which is tried again after an OSError."""
     for left in reversed(range(_TRIES)):
         try:
-            return _find(folder)
+            return action()
         except OSError as error:
             if not left:
                 raise TryAgain(
                     f"{folder} cannot be read now ({error.strerror}); mend that, or move it away "
-                    "to go on from the checkpoint before it"
+                    "to go on without it"
                 ) from error
             time.sleep(_PAUSE_SECONDS)
 

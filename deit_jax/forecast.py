@@ -3,6 +3,7 @@
 All of it is read from the compiled step; nothing runs.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -12,7 +13,17 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from deit_jax import chips, collectives, loop, model_folder, parallel, processes, startup, summary
+from deit_jax import (
+    chips,
+    collectives,
+    loop,
+    model_folder,
+    parallel,
+    preflight,
+    processes,
+    startup,
+    summary,
+)
 from deit_jax.console import say
 from deit_jax.errors import InputError, brief
 from deit_jax.startup import Setup
@@ -28,9 +39,15 @@ def plan(config: object, workdir: str) -> Report:
       InputError: what would stop the run at its start.
     """
     setup = startup.check(config, workdir, mode="plan")
-    if config.init_from and not loop.holds_checkpoint(workdir):
-        startup.check_start(setup, training=True)
-    say(f"Plan of {workdir}\n{summary.recipe(setup, 'not started')}\n", on=processes.is_first())
+    origin = "not started"
+    if loop.holds_checkpoint(workdir):
+        with contextlib.closing(loop.open_checkpoints(setup, training=False)) as checkpoints:
+            origin = f"goes on at step {checkpoints.latest_step()}"
+    else:
+        preflight.check_place(workdir)
+        if config.init_from:
+            startup.check_start(setup, training=True)
+    say(f"Plan of {workdir}\n{summary.recipe(setup, origin)}\n", on=processes.is_first())
     if setup.teacher_folder is not None and not model_folder.find_model(setup.teacher_folder):
         recipe = config.distill.teacher_config
         say(

@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 def _run(config: ConfigDict, workdir: str, stop: stopping.StopSignal) -> dict[str, float]:
     setup = startup.check(config, workdir)
-    with contextlib.closing(_open_checkpoints(setup, training=True)) as checkpoints:
+    with contextlib.closing(open_checkpoints(setup, training=True)) as checkpoints:
         folder = setup.teacher_folder
         if folder is not None and model_folder.find_model(folder) is None:
             say(f"No teacher in {folder}: training one first.", on=processes.is_first())
@@ -81,7 +81,7 @@ def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
             f"--workdir={workdir} holds no checkpoint to evaluate; train first, or name a model "
             "folder by --config.init_from"
         )
-    with contextlib.closing(_open_checkpoints(setup, training=False)) as checkpoints:
+    with contextlib.closing(open_checkpoints(setup, training=False)) as checkpoints:
         state, _, _, origin = startup.initial_state(setup, checkpoints)
         say(summary.recipe(setup, origin), on=processes.is_first())
         teacher = None
@@ -168,6 +168,7 @@ def _train(
             due = any(_due(step, every) for every in plan.save_every)
             if last or stop or due or best["step"] == step:
                 window.finish()
+                writer.sync()
                 top1 = results["top1"] if results else None
                 checkpoints.save(state, setup.network.info, step=step, best=best, top1=top1)
             progress.pause(time.perf_counter() - begin)
@@ -315,7 +316,12 @@ def holds_checkpoint(workdir: str) -> bool:
     return any(path.name.isdigit() for path in Path(workdir, "checkpoints").glob("*"))
 
 
-def _open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckpoints:
+def open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckpoints:
+    """The checkpoints of the run's workdir, checked to be of its model.
+
+    Raises:
+      InputError: they are not, or `init_from` does not fit, or the workdir cannot be written.
+    """
     if setup.config.init_from and not holds_checkpoint(setup.workdir):
         startup.check_start(setup, training=training)
     try:
@@ -324,11 +330,11 @@ def _open_checkpoints(setup: Setup, *, training: bool) -> checkpoint.TrainCheckp
             raise OSError("it is read-only")
         if training and processes.is_first():
             preflight.check_renaming(setup.workdir)
-        checkpoints = checkpoint.TrainCheckpoints(
-            setup.workdir, keep=setup.config.checkpoint.keep, set_aside=training
-        )
     except OSError as error:
         raise InputError(f"--workdir={setup.workdir} cannot be written ({error})") from error
+    checkpoints = checkpoint.TrainCheckpoints(
+        setup.workdir, keep=setup.config.checkpoint.keep, set_aside=training
+    )
     checkpoints.check(setup.network.info, ema=setup.config.train.ema_decay > 0)
     return checkpoints
 

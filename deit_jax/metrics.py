@@ -49,6 +49,11 @@ class MetricWriter:
         if self._events is not None:
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
+    def sync(self) -> None:
+        """Waits until the lines are on the disk: a run that resumes does not write them again."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the files."""
         for file in (self._file, self._events):

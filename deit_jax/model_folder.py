@@ -12,15 +12,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from deit_jax import parallel, trees
-from deit_jax.errors import InputError, brief, system_reason
+from deit_jax import parallel, processes, trees
+from deit_jax.errors import InputError, TryAgain, brief, system_reason
 from deit_jax.models import registry
 from deit_jax.steps import Network, Variables, join_model, split_model
 
 _MODEL_FILE = "model.json"
 _WEIGHTS = "weights"
 _FORMAT = 1
-_LAG_SECONDS = 90  # that a host may believe a network file system's older answer
 
 
 def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
@@ -33,7 +32,8 @@ def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
       model: any model of the registry; `model.info` goes to `model.json`.
 
     Raises:
-      InputError: `path` exists and is something else than a model folder, or cannot be written.
+      InputError: `path` exists and is something else than a model folder.
+      TryAgain: it cannot be written: a full disk, for example.
     """
     network, variables = split_model(model)
     write_model(path, variables, network.info)
@@ -64,10 +64,10 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
     except BaseException as error:  # a full disk or Ctrl-C: leave nothing half-written
         shutil.rmtree(fresh, ignore_errors=True)
         if reason := system_reason(error):
-            raise InputError(f"{path} cannot be written ({reason})") from error
+            raise TryAgain(f"{path} cannot be written ({reason})") from error
         raise
     parallel.wait_for_all(f"write {path.name}")  # before any process looks for the folder
-    deadline = time.monotonic() + _LAG_SECONDS
+    deadline = time.monotonic() + processes.LAG_SECONDS
     while not (path / _MODEL_FILE).is_file() and time.monotonic() < deadline:
         time.sleep(1)
 

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +17,13 @@ from ml_collections import ConfigDict
 
 from deit_jax import parallel, processes
 from deit_jax.config import recipe_fields
-from deit_jax.errors import InputError, brief
+from deit_jax.errors import InputError, TryAgain, brief
 
 if TYPE_CHECKING:
     from deit_jax.data import Source
 
 _TOKEN = ".deit_jax.token."
+_RENAMING = ".deit_jax.renaming."
 _LAG_SECONDS = 5  # that a network file system may take to show one host another's file
 
 
@@ -43,7 +44,8 @@ def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
     devices = {"devices": jax.device_count(), "local devices": jax.local_device_count()}
     processes.agree("the count of devices", json.dumps(devices), _differing_fact)
     _check_sum()
-    _check_workdir(workdir)
+    if mode != "plan":  # which writes nothing
+        _check_workdir(workdir)
 
 
 def check_data(train_source: "Source", eval_source: "Source", teacher: bool | None) -> None:
@@ -128,7 +130,7 @@ def _check_sum() -> None:
         rows = parallel.to_global({"rows": mine}, split)["rows"]
         total = float(jax.jit(lambda x: x.sum(), out_shardings=parallel.replicated(mesh))(rows))
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
+        raise TryAgain(  # a process that died in between, perhaps
             f"a sum over the devices of all processes fails ({brief(error)}); can the hosts reach "
             "each other on every port?"
         ) from error
@@ -147,18 +149,32 @@ def _check_sum() -> None:
     processes.agree("a sum over all devices", str(total), wrong)
 
 
+def check_place(workdir: str) -> None:
+    """Raises InputError where `workdir` cannot be made, or be written; writes nothing itself."""
+    folder = Path(workdir).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problem = "read-only" if folder.is_dir() else "no folder"
+        raise InputError(f"--workdir={workdir} cannot be written ({folder} is {problem})")
+
+
 def check_renaming(workdir: str) -> None:
     """Makes a folder in `workdir` and renames it, as every checkpoint is when it is complete.
 
     Raises:
       OSError: the file system does not; Cloud Storage FUSE may not, see docs/launch.md.
     """
-    folder = Path(tempfile.mkdtemp(prefix=_TOKEN, dir=workdir))
+    before, after = Path(workdir, _RENAMING + "before"), Path(workdir, _RENAMING + "after")
+    for left_behind in (before, after):
+        shutil.rmtree(left_behind, ignore_errors=True)
     try:
-        (folder / "file").touch()
-        folder = folder.rename(folder.with_name(folder.name + ".renamed"))
+        before.mkdir()
+        (before / "file").touch()
+        before.rename(after)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(after, ignore_errors=True)
 
 
 def _check_workdir(workdir: str) -> None:
@@ -170,8 +186,7 @@ def _check_workdir(workdir: str) -> None:
             folder = Path(workdir)
             folder.mkdir(parents=True, exist_ok=True)
             for left_behind in folder.glob(_TOKEN + "*"):
-                if left_behind.is_file():
-                    left_behind.unlink(missing_ok=True)
+                left_behind.unlink(missing_ok=True)
             (folder / (_TOKEN + token)).write_text(token, encoding="utf-8")
         except OSError as error:
             raise InputError(f"--workdir={workdir} cannot be written ({error})") from error

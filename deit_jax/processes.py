@@ -1,14 +1,13 @@
-"""Processes of one run: finding and connecting them, agreeing with them, ending with them."""
+"""Processes of one run: connecting them, agreeing with them, ending with them."""
 
 import contextlib
-import importlib.util
 import itertools
 import os
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 import jax
@@ -17,7 +16,8 @@ import jax
 # still connecting.
 from jax._src.distributed import global_state
 
-from deit_jax.console import complain
+from deit_jax import cluster
+from deit_jax.console import complain, say
 from deit_jax.errors import InputError, TryAgain, brief
 
 if TYPE_CHECKING:
@@ -25,61 +25,15 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5  # how often a process looks for what the others have to say
 LONG_SECONDS = 24 * 3600  # for what one process may have to do alone: read all of a checkpoint
+LAG_SECONDS = 90  # that a host may believe an older answer of a network file system
 _GRACE_SECONDS = 15  # for the others to see why process 0, which holds all notices, goes away
 _LAST_SECONDS = 0.5  # for them to end after their last notice: JAX aborts who outlives process 0
 _PREFIX = "deit_jax/"
 _FAILED, _GONE = "failed/", "gone/"
-_SWITCH_OFF = "--config.distributed.auto=False runs this process alone"
-_OWN_FIELDS = "config.distributed.{coordinator_address,num_processes,process_id}"
 _numbers = itertools.count()  # of exchanges, which every process makes in the same order
 _patience = 300  # seconds
 _watcher: threading.Thread | None = None  # there once the processes are connected
-_leaving = threading.Event()  # this process ends, whatever the others have to say
-
-
-def cluster(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The kind of cluster that has, or may have, started several processes of this run, or None.
-
-    What JAX itself would detect, but for what also holds of a process that someone started alone:
-    a shell within a Slurm allocation, a notebook in a Kubernetes pod, a run on a TPU host's CPU.
-
-    Raises:
-      InputError: several processes, whose coordinator JAX cannot find.
-    """
-
-    def number(name: str) -> int:
-        return int(environment.get(name, "1"))
-
-    if number("OMPI_COMM_WORLD_SIZE") > 1:
-        if "OMPI_MCA_orte_hnp_uri" not in environment:
-            raise InputError(
-                f"Open MPI started {number('OMPI_COMM_WORLD_SIZE')} processes, but JAX finds their "
-                f"coordinator with Open MPI 4 only; set {_OWN_FIELDS}, or {_SWITCH_OFF}"
-            )
-        return "Open MPI"
-    # A step has tasks of its own number; without srun there is no step, whatever was allocated.
-    if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:
-        if number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else
-                  "SLURM_NTASKS") > 1:  # fmt: skip
-            return "Slurm"
-        return None
-    platforms = environment.get("JAX_PLATFORMS", "")
-    if importlib.util.find_spec("libtpu") and (not platforms or "tpu" in platforms):
-        hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
-        if hosts is not None:  # Google Kubernetes Engine
-            several = "," in hosts or number("MEGASCALE_NUM_SLICES") > 1
-            return "Cloud TPU" if several else None
-        if "TPU_SKIP_MDS_QUERY" not in environment:  # JAX sets it where there are no TPU chips
-            return "Cloud TPU"  # a slice of one host, too, has an address to connect to
-    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        if importlib.util.find_spec("kubernetes") is None:
-            raise InputError(
-                "this is one pod of an indexed Kubernetes job, but JAX finds the others by the "
-                f"kubernetes package only; pip install kubernetes, or set {_OWN_FIELDS}, or "
-                f"{_SWITCH_OFF}"
-            )
-        return "Kubernetes"
-    return None
+_ending = threading.Lock()  # of the thread that ends this process, which never gives it back
 
 
 def start(distributed: "ConfigDict") -> None:
@@ -98,7 +52,7 @@ def start(distributed: "ConfigDict") -> None:
         _start_watching()
         return
     explicit = distributed.num_processes > 1 or distributed.coordinator_address
-    kind = cluster() if distributed.auto and not explicit else None
+    kind = cluster.detect() if distributed.auto and not explicit else None
     if not explicit and kind is None:
         return
     arguments = {}
@@ -109,7 +63,7 @@ def start(distributed: "ConfigDict") -> None:
             "process_id": distributed.process_id,
             "cluster_detection_method": "deactivate",
         }
-    elif _alone_on_its_host():
+    elif cluster.alone_on_its_host():
         arguments = {"local_device_ids": ()}  # all of them: JAX would give it the first GPU only
     jax.config.update("jax_enable_preemption_service", False)  # `stopping` has SIGTERM
     alarm = threading.Timer(_patience, _nobody_came)
@@ -122,8 +76,8 @@ def start(distributed: "ConfigDict") -> None:
             if "coordinator_address should be defined" in str(error):
                 return  # JAX does not see a cluster, so there is none
             raise TryAgain(
-                f"the processes of {kind} cannot be found ({brief(error)}); set {_OWN_FIELDS}, or "
-                f"{_SWITCH_OFF}"
+                f"the processes of {kind} cannot be found ({brief(error)}); set "
+                f"{cluster.OWN_FIELDS}, or {cluster.SWITCH_OFF}"
             ) from error
         raise TryAgain(
             f"cannot connect the processes at {global_state.coordinator_address} ({brief(error)}); "
@@ -139,15 +93,6 @@ def _start_watching() -> None:
     if several() and _watcher is None:
         _watcher = threading.Thread(target=_watch, daemon=True)
         _watcher.start()
-
-
-def _alone_on_its_host(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether Slurm or Open MPI started one process on each host, which then has all devices."""
-    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-    return (
-        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-        or re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
-    )
 
 
 def _nobody_came() -> None:
@@ -188,11 +133,13 @@ def connected() -> bool:
 def label(distributed: "ConfigDict | None" = None) -> str:
     """ "process I of N: " for the lines of one process of several, else "".
 
-    Before the processes are connected only the config's fields can tell.
+    Before the processes are connected only the config's fields can tell, and what started them.
     """
     mine, among = index(), count()
     if among == 1 and distributed is not None:
         mine, among = distributed.process_id, distributed.num_processes
+        if among == 1 and distributed.auto:
+            mine, among = cluster.number_and_count()
     return f"process {mine} of {among}: " if among > 1 else ""
 
 
@@ -274,32 +221,65 @@ def posted(folder: str) -> dict[str, str]:
 
 def _watch() -> None:
     """Ends this process where another one fails: it would wait for it in vain."""
-    while not _leaving.wait(POLL_SECONDS):
+    while True:
+        time.sleep(POLL_SECONDS)
         try:
             failed = posted(_FAILED)
         except jax.errors.JaxRuntimeError:  # where process 0 is gone, JAX itself ends this one
             continue
-        if failed and not _leaving.is_set():
+        if failed:
+            _claim_the_end()
             number, notice = min(failed.items())
             status, _, text = notice.partition(" ")
             complain(f"{label()}error: {name(int(number))} failed: {text}")
-            leave(int(status))
+            _leave(int(status))
 
 
-def fail(text: str, *, status: int) -> NoReturn:
-    """Ends this process, and every other one of the run, with one status and `text` as reason."""
-    _leaving.set()
+def let_others_end_it() -> None:
+    """Waits long enough for this process to be ended where what it met is another one's failure."""
+    if connected():
+        time.sleep(4 * POLL_SECONDS)
+
+
+def fail(text: str, *, status: int, said: str | None = None) -> NoReturn:
+    """Ends this process at once, and every other one of the run with the same status.
+
+    Args:
+      text: the reason, which every process prints.
+      status: of the processes.
+      said: what this one prints instead.
+    """
+    _claim_the_end()
+    complain(f"{label()}error: {text}" if said is None else said)
     if connected():
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone, nobody can read
             post(f"{_FAILED}{index()}", f"{status} {text}")
-    leave(status)
+    _leave(status)
 
 
-def leave(status: int) -> NoReturn:
-    """Ends this process at once, without waiting for its threads; process 0 goes last."""
-    _leaving.set()
+def crash(error: BaseException) -> NoReturn:
+    """`fail` for an error that nobody foresaw, with its traceback."""
+    trace = "".join(traceback.format_exception(error))
+    fail("it crashed; see its traceback", status=1, said=trace)
+
+
+def leave(text: str) -> NoReturn:
+    """Ends this process at once, with status 0 and a line that says why; the others do likewise."""
+    _claim_the_end()
+    say(text)
+    _leave(0)
+
+
+def _claim_the_end() -> None:
+    """Returns in the first thread that ends this process, and in no other one."""
+    if not _ending.acquire(blocking=False):
+        threading.Event().wait()
+
+
+def _leave(status: int) -> NoReturn:
+    """Waits for no thread of this process; process 0 goes last."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # see `console`
             stream.flush()
     if connected():
         with contextlib.suppress(jax.errors.JaxRuntimeError):

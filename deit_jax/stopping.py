@@ -11,7 +11,6 @@ from typing import Self
 import jax
 
 from deit_jax import processes
-from deit_jax.console import complain, say
 
 _STOP = "stop/"
 _BEFORE = -1  # the step of a process that has not finished one
@@ -105,11 +104,12 @@ class StopSignal:
         elif new and now > self._first + _AT_ONCE_SECONDS:
             self._signals += new
         if self._signals >= 2:
-            complain(
-                f"{processes.label()}stopped at once by a second SIGTERM; what was being saved is "
-                "lost, and the checkpoint before it is not"
+            processes.fail(
+                "it was stopped at once by a second SIGTERM",
+                status=_SECOND_STATUS,
+                said=f"{processes.label()}stopped at once by a second SIGTERM; what was being saved"
+                " is lost, and the checkpoint before it is not",
             )
-            processes.fail("it was stopped at once by a second SIGTERM", status=_SECOND_STATUS)
 
     def _agree(self) -> None:
         """Posts this process's step at the first signal anywhere, and reads the others'.
@@ -140,8 +140,7 @@ class StopSignal:
 
 
 def _end_before_a_step() -> None:
-    say(
+    processes.leave(
         f"deit-jax: {processes.label()}stopped before the first step; run the same command to "
         "start again"
     )
-    processes.leave(0)

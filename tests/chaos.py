@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     arguments = parser.parse_args()
     problems, done = run(arguments.rounds, arguments.seed, arguments.workdir.absolute())
+    if done < arguments.rounds:
+        problems.append(f"the run was done before round {done + 1} of {arguments.rounds}")
     if problems:
         sys.exit("\n".join(problems))
     print(f"bit-identical after {done} rounds; every checkpoint was readable after each of them")

@@ -112,9 +112,9 @@ def digest(tree: object) -> str:
 
 
 def shard(root: Path) -> dict:
-    """Six steps over 8 × 1 and 1 × 8; the former is saved after three, and goes on over 2 × 4."""
+    """Six steps over 8 × 1, 4 × 2 and 1 × 8; the first, saved after three, goes on over 2 × 4."""
     found = {"losses": {}, "bytes": {}, "summary": {}}
-    for fsdp in (1, 8, 4):
+    for fsdp in (1, 2, 8, 4):
         workdir = root / ("saved" if fsdp == 4 else f"fsdp{fsdp}")
         with opened(recipe(root, fsdp=fsdp), workdir) as run:
             found["bytes"][fsdp], found["summary"][fsdp] = run.device_bytes(), run.summary

@@ -139,7 +139,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(three, workdir, monkeypatch, c
         checkpoint.TrainCheckpoints(workdir, keep=3)
     assert str(caught.value) == (
         f"{workdir / 'checkpoints' / '3'} cannot be read now ({os.strerror(number)}); mend that, "
-        "or move it away to go on from the checkpoint before it"
+        "or move it away to go on without it"
     )
     assert capsys.readouterr().out == ""
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
@@ -174,16 +174,16 @@ SHORT = [
 ]  # fmt: skip
 
 
-def _error(finished):
+def _error(finished, status):
     lines = finished.stderr.splitlines()
-    assert (finished.returncode, len(lines)) == (2, 1), finished.stderr
+    assert (finished.returncode, len(lines)) == (status, 1), finished.stderr
     return lines[0]
 
 
 def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
     """One line, and the last good state stays: with more room the same command goes on from it."""
     flags = [*SHORT, f"--workdir={small_disk / 'run'}"]
-    line = _error(run_main(*flags))
+    line = _error(run_main(*flags), status=1)
     good = kill_and_resume.newest_step(small_disk / "run")
     failed = small_disk / "run" / "checkpoints" / str(good + 2)
     assert good >= 2
@@ -194,7 +194,7 @@ def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
     assert damage.find(small_disk / "run" / "checkpoints" / str(good)) is None
 
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    line = _error(run_main(*flags))
+    line = _error(run_main(*flags), status=2)
     assert line == f"error: --workdir={small_disk / 'run'} cannot be written (it is read-only)"
 
     subprocess.run(["mount", "-o", "remount,rw,size=200m", str(small_disk)], check=True)
@@ -207,21 +207,24 @@ def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
 
 
 def test_a_process_that_cannot_save_ends_every_one(tmp_path):
-    """None waits for the share that one could not write; the same command goes on later.
+    """At once: none trains on, or waits for the share that one could not write.
 
     A limit on the size of its files stands for a full disk of that host alone.
     """
-    workdir = tmp_path / "run"
-    flags = [*SHORT, f"--workdir={workdir}"]
-    good = 0
+    workdir, every, good = tmp_path / "run", 10, 0
+    flags = [*SHORT, f"--workdir={workdir}", "--config.schedule.epochs=3"]
+    flags += [f"--config.checkpoint.every_steps={every}"]
     for failing in (0, 1):
         with several.started(flags, processes=2) as both:
-            both[0].wait_for(f"step {good + 4}/")
+            good += every
+            while kill_and_resume.newest_step(workdir) != good:
+                assert all(process.running for process in both)
+                time.sleep(0.05)
             limits = (50_000, resource.RLIM_INFINITY)
             resource.prlimit(both[failing].pid, resource.RLIMIT_FSIZE, limits)
-            assert [process.wait(60) for process in both] == [2, 2]
-        before, good = good, kill_and_resume.newest_step(workdir)
-        assert good > before
+            assert [process.wait(60) for process in both] == [1, 1]
+        assert kill_and_resume.newest_step(workdir) == good
+        assert f"step {good + 2 * every}/" not in both[0].stdout
         reason = f"cannot be saved (File too large); the last good state is that of step {good};"
         for number, process in enumerate(both):
             (line,) = [line for line in process.stderr.splitlines() if "error: " in line]
@@ -267,10 +270,11 @@ def test_a_disk_that_renames_no_folders(tmp_path, monkeypatch):
 
 
 def test_nobody_reads_what_it_prints(tmp_path):
-    """A connection that broke off: the run goes on."""
+    """A connection that broke off: the run goes on, and ends as one that is read."""
     with subprocess.Popen(
         [sys.executable, "main.py", *SHORT, f"--workdir={tmp_path / 'run'}"],
         cwd=several.ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -280,6 +284,20 @@ def test_nobody_reads_what_it_prints(tmp_path):
         assert process.wait(120) == 0
         assert process.stderr.read() == ""
     assert (tmp_path / "run" / "model" / "model.json").is_file()
+
+
+@pytest.mark.parametrize("output", [">/dev/full 2>/dev/full", ">&- 2>&-", "2>/dev/full"])
+def test_no_room_for_what_it_prints(output):
+    """Nor for the last lines, which Python itself writes at its end."""
+    script = "from deit_jax.console import complain, say; say('one'); complain('two'); say('three')"
+    command = f'exec "$0" -c "$1" {output}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, script],
+        cwd=several.ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        timeout=60,
+    )
+    assert done.returncode == 0
 
 
 # SIGTERM

@@ -1,5 +1,6 @@
 """What a run will need: --mode=plan, the reading of compiled programs, and compile_for's errors."""
 
+import contextlib
 import importlib.util
 import re
 
@@ -8,8 +9,11 @@ import pytest
 from flax import nnx
 
 import tools.compile_for
-from deit_jax import chips, collectives, forecast
+from configs import digits
+from deit_jax import checkpoint, chips, collectives, forecast
+from deit_jax.errors import InputError
 from deit_jax.models import registry
+from tests import test_checkpoint
 
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
@@ -50,6 +54,25 @@ def test_plan_counts_the_bytes_of_a_device(tmp_path, run_main, fsdp):
     assert "**Fits.**" in done.stdout
     assert ("| all-gather |" in done.stdout) == (fsdp > 1)
     assert "a step of S seconds takes 64 / S images/s" in done.stdout
+
+
+def test_plan_of_a_run_that_would_not_start(tmp_path):
+    """The workdir holds another model's checkpoints, or cannot be made."""
+    config = digits.get_config()
+    info, state = test_checkpoint._state()
+    with contextlib.closing(checkpoint.TrainCheckpoints(tmp_path, keep=1)) as checkpoints:
+        test_checkpoint._save(checkpoints, info, state, 1)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"checkpoints/1 holds a model with .*, but the config"):
+        forecast.plan(config, str(tmp_path))
+    (tmp_path / "file").touch()
+    for place in ("file", "file/run"):
+        with pytest.raises(
+            InputError, match=r"--workdir=.* cannot be written \(.*file is no folder"
+        ):
+            forecast.plan(config, str(tmp_path / place))
+    (tmp_path / "file").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # Every form of a collective's result and groups that the compilers print.

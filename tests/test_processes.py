@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from deit_jax import preflight, processes
+from deit_jax import cluster, preflight, processes
 from deit_jax.errors import InputError
+from deit_jax.fields import default_config
 from tests import several
 
 DIGITS = ["--config=configs/digits.py"]
@@ -47,24 +48,23 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
     ],
 )
 def test_a_cluster_is_one_that_started_several_processes(monkeypatch, environment, packages, kind):
-    monkeypatch.setattr(
-        processes.importlib.util, "find_spec", lambda name: name in packages or None
-    )
-    assert processes.cluster(environment) == kind
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name in packages or None)
+    assert cluster.detect(environment) == kind
 
 
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI started 2 processes"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "1"}, r"started 4 processes \(PMI_SIZE\)"),  # MPICH
         (POD | {"JOB_COMPLETION_INDEX": "0"}, "pip install kubernetes"),
     ],
 )
 def test_a_cluster_whose_coordinator_cannot_be_found(monkeypatch, environment, words):
     """Each process alone on one workdir would be worse than an error."""
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=words) as caught:
-        processes.cluster(environment)
+        cluster.detect(environment)
     assert "--config.distributed.auto=False" in str(caught.value)
 
 
@@ -81,7 +81,30 @@ def test_a_cluster_whose_coordinator_cannot_be_found(monkeypatch, environment, w
     ],
 )
 def test_one_process_a_host_has_all_its_devices(environment, alone):
-    assert processes._alone_on_its_host(environment) == alone
+    assert cluster.alone_on_its_host(environment) == alone
+
+
+@pytest.mark.parametrize(
+    ("environment", "label"),
+    [
+        ({}, ""),
+        (SLURM | {"SLURM_PROCID": "1"}, "process 1 of 2: "),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "1"}, "process 1 of 2: "),
+        ({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, "process 2 of 4: "),
+        ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+    ],
+)
+def test_errors_before_the_processes_are_connected_name_them(monkeypatch, environment, label):
+    distributed = default_config().distributed
+    with monkeypatch.context() as patch:
+        for name in (*SLURM, *OPEN_MPI, "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"):
+            patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        assert processes.label(distributed) == label
+        distributed.auto = False
+        assert processes.label(distributed) == ""
 
 
 def _error(process, status=2):

@@ -73,35 +73,28 @@ def test_processes_train_and_evaluate_as_one(recipe, alone, tmp_path, processes,
         assert final[name] == pytest.approx(alone[1][name], rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def broken(recipe, tmp_path_factory):
-    """The recipe on images of which one of each split is an empty file.
-
-    That of the eval split, number 40 of the first batch of 48, is read by process 1 of 2.
-    """
+def broken(recipe, folder, split, number):
+    """The recipe on a copy of the images, of which one is an empty file."""
     (root,) = [flag.partition("=")[2] for flag in recipe if "dataset.root" in flag]
-    copy = shutil.copytree(root, tmp_path_factory.mktemp("broken") / "images")
-    for split, number in (("train", 0), ("val", 40)):
-        sorted((copy / split).rglob("*.png"))[number].write_bytes(b"")
-    return [flag.replace(root, str(copy)) for flag in recipe]
+    shutil.copytree(root, folder)
+    sorted((folder / split).rglob("*.png"))[number].write_bytes(b"")
+    return [flag.replace(root, str(folder)) for flag in recipe]
 
 
-def test_pmap_in_two_processes_and_images_that_cannot_be_read(broken, tmp_path):
-    """As the mesh in one process; what process 1 could not read is counted."""
-    flags = [*broken, "--config.input.on_bad_image=skip"]
-    mesh = results(flags, tmp_path / "mesh", processes=1, devices=8)
-    flags += ["--config.parallel.backend=pmap"]
-    pmap = results(flags, tmp_path / "pmap", processes=2, devices=4)
-    assert len(pmap[0]) == 6
-    assert pmap[0] == pytest.approx(mesh[0], rel=1e-6)
-    for final in (mesh[1], pmap[1]):
-        assert (final["num_examples"], final["skipped_images"]) == (NUM_EVAL - 1, 1)
-    assert pmap[1]["top1"] == mesh[1]["top1"]
+def test_pmap_in_two_processes_as_the_mesh_in_one(recipe, alone, tmp_path):
+    """And what process 1 could not read, number 40 of the first 48 for evaluation, is counted."""
+    flags = broken(recipe, tmp_path / "images", "val", 40)
+    flags += ["--config.input.on_bad_image=skip", "--config.parallel.backend=pmap"]
+    losses, final = results(flags, tmp_path / "run", processes=2, devices=4)
+    assert losses == pytest.approx(alone[0], rel=1e-6)
+    assert (final["num_examples"], final["skipped_images"]) == (NUM_EVAL - 1, 1)
+    assert final["top1"] == pytest.approx(alone[1]["top1"], abs=100 / NUM_EVAL)
 
 
-def test_an_error_of_one_process_in_training_ends_the_others(broken, tmp_path):
+def test_an_error_of_one_process_in_training_ends_the_others(recipe, tmp_path):
     """With its own status, which tells whether a repetition would mend it."""
-    ended = several.run([*broken, f"--workdir={tmp_path / 'run'}"], processes=2, seconds=100)
+    flags = broken(recipe, tmp_path / "images", "train", 0)
+    ended = several.run([*flags, f"--workdir={tmp_path / 'run'}"], processes=2, seconds=100)
     assert [process.returncode for process in ended] == [2, 2]
     (first,), (second,) = (
         [line for line in process.stderr.splitlines() if "error: " in line] for process in ended

@@ -4,8 +4,7 @@
 # A run that was told to stop saves and exits with 0 like a finished one, so a scheduler that looks at
 # the status alone would not start it again. Finished is a run that has written WORKDIR/model.
 # SIGTERM and Ctrl-C go on to the run, and nothing is started after them. Status: 0 when finished; 2
-# for a mistake in flags, config or data, which shows within two minutes and which no repetition
-# mends; 75 when stopped before the end.
+# for a mistake in flags, config or data, which no repetition mends; 75 when stopped before the end.
 # --once starts the run only once, for schedulers that repeat by themselves what ends with 75; a run
 # that failed keeps its status, for them to count.
 set -u
@@ -42,7 +41,7 @@ while true; do
     done
     child=""
     if [ $status -eq 0 ] && written; then exit 0; fi
-    if [ $status -eq 2 ] && [ $((SECONDS - began)) -le 120 ]; then exit 2; fi
+    if [ $status -eq 2 ]; then exit 2; fi
     if [ -n "$stopped" ]; then exit 75; fi
     if [ -n "$once" ]; then exit $((status == 0 ? 75 : status)); fi
     # What fails at once, again and again, waits longer and longer.

@@ -4,6 +4,7 @@ What stands where is arithmetic (`order`). The views of an image that stand in o
 a batch are loaded together, since reading and decoding it costs as much as all the rest.
 """
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from deit_jax.data import ops
 from deit_jax.data.order import NONE, Order, Rows, among
 from deit_jax.data.sources import Source
-from deit_jax.errors import InputError
+from deit_jax.errors import InputError, TryAgain
 
 _PREFETCH = 2  # batches; a DeiT batch of 1024 is 154 MB
 _OUTSIDE = "label outside the class range"  # a mistake in the data set, not a broken image
@@ -57,8 +58,9 @@ def train_batches(
       the next readable image of the epoch takes the place of one that cannot be read.
 
     Raises:
-      InputError: arguments that do not fit together; while iterating, an example that cannot be
-        read, by name.
+      InputError: arguments that do not fit together; while iterating, an example that is broken,
+        by name.
+      TryAgain: while iterating, an example that the storage does not give.
     """
     order = Order(
         num_examples=source.num_examples,
@@ -256,6 +258,10 @@ class Batches(Iterator[Batch]):
                 if name in self.skipped:  # it stands here twice, once in place of another
                     continue
                 found = True
+                if _may_pass(cause):  # to skip it would change what is trained on
+                    raise TryAgain(
+                        f"{self._source.description}: {name} cannot be read now: {reason}"
+                    ) from cause
                 if not self._skip or _OUTSIDE in reason:
                     raise InputError(
                         f"{self._source.description}: {name} cannot be used: {reason}; "
@@ -282,6 +288,20 @@ def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.with_options(options)
+
+
+def _may_pass(error: tf.errors.OpError) -> bool:
+    """Whether it is the storage that failed, by the codes that TensorFlow gives system errors."""
+    codes = (
+        tf.errors.AbortedError,  # a stale handle of a network file system
+        tf.errors.DeadlineExceededError,
+        tf.errors.PermissionDeniedError,
+        tf.errors.ResourceExhaustedError,  # open files, memory
+        tf.errors.UnavailableError,
+    )
+    # Python code in a pipeline, such as the reader of ArrayRecord files, has no codes.
+    reasons = map(os.strerror, (errno.EIO, errno.ESTALE))
+    return isinstance(error, codes) or any(reason in error.message for reason in reasons)
 
 
 def _in_order_of_rows(batch: Tensors) -> Tensors:

@@ -110,6 +110,9 @@ class CountingSource(Source):
     def fetch(self, index):
         return tf.fill((4, 4, 3), tf.cast(index, tf.uint8)), tf.cast(index, tf.int32)
 
+    def fingerprint(self):
+        return f"{self.num_examples:016x}"
+
     def example_id(self, index):
         return f"counting:{index}"
 

@@ -1,7 +1,9 @@
 """Image files of rare kinds, which are read as Pillow reads them, and broken ones."""
 
+import errno
 import io
 import itertools
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +15,7 @@ from PIL import Image
 
 from deit_jax import data
 from deit_jax.data import ops
-from deit_jax.errors import InputError
+from deit_jax.errors import InputError, TryAgain
 from tests.data.conftest import CountingSource, permutation, picture
 
 _SIDE = 24  # of the images in folders, and of what is made of them: few shapes to compile for
@@ -359,6 +361,30 @@ def test_a_label_outside_the_classes_is_never_skipped(plain_config):
     ):
         with pytest.raises(InputError, match=r"counting:[6-9] .*label outside the class range"):
             next(batches)
+
+
+@pytest.mark.parametrize(("on_bad_image", "number"), [("error", errno.ESTALE), ("skip", errno.EIO)])
+def test_storage_that_fails_is_no_broken_image(plain_config, on_bad_image, number):
+    """Neither skipped, which would change what is trained on, nor called a mistake."""
+
+    def stale(index):
+        if index == 1:
+            raise OSError(number, os.strerror(number), "1.jpg")
+        return index
+
+    class StaleSource(CountingSource):
+        def fetch(self, index):
+            return super().fetch(tf.ensure_shape(tf.py_function(stale, [index], tf.int64), ()))
+
+    plain_config.on_bad_image = on_bad_image
+    source, sizes = StaleSource(6), {"image_size": 4, "batch_size": 6}
+    for batches in (
+        data.eval_batches(source, plain_config, **sizes),
+        data.train_batches(source, plain_config, **sizes, steps_per_epoch=1, seed=0),
+    ):
+        with pytest.raises(TryAgain, match=r"counting:1 cannot be read now: .*1\.jpg"):
+            next(batches)
+        assert not batches.skipped
 
 
 def test_a_split_without_a_readable_image_is_an_error(plain_config):
