@@ -1,5 +1,6 @@
 """Trains, evaluates or plans: python main.py --config=configs/NAME.py[:RUN] --workdir=DIR."""
 
+import signal
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -35,8 +36,6 @@ def main(argv: Sequence[str]) -> None:
         _fail(str(error))
     except loop.Interrupted as error:
         say(f"deit-jax: {processes.label()}{error}")
-    except KeyboardInterrupt:
-        _fail("interrupted; the last checkpoint stays, run the same command to go on", status=130)
     except Exception as error:
         processes.let_others_end_it()
         if isinstance(error, OSError) and error.errno:  # a disk that is full or does not answer
@@ -45,6 +44,14 @@ def main(argv: Sequence[str]) -> None:
             raise
         # Left to itself, Python would wait at its end for the others, which wait for this process.
         processes.crash(error)
+
+
+def _interrupted(*_: object) -> None:
+    """Ctrl-C: ends at once, where a KeyboardInterrupt would unwind the libraries' own threads."""
+    _fail(
+        "interrupted; the last checkpoint stays, run the same command to go on",
+        status=128 + signal.SIGINT,
+    )
 
 
 def _fail(message: str, *, status: int = 2) -> None:
@@ -76,4 +83,6 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.WARNING)
     checkpoint.quiet_orbax()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _interrupted)
     app.run(main, flags_parser=_parse)

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 DEMO = ["scikit-learn>=1.5"]  # its handwritten digits are the data of the main demonstration
 TORCH = ["torch>=2.11,<2.14", "huggingface_hub>=0.30"]
+TPU = ["jax[tpu]>=0.10.2,<0.12"]
 TENSORBOARD = ["tensorboard>=2.19"]
 
 setup(
@@ -39,7 +40,7 @@ setup(
         "torch": TORCH,
         "tensorboard": TENSORBOARD,
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "tpu": TPU,
         "test": [
             *DEMO,
             *TORCH,
@@ -50,6 +51,8 @@ setup(
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "timm>=1.0.29",
+            # The TPU compiler, which needs no TPU.
+            f"{TPU[0]}; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "torchvision>=0.26",
             "transformers>=5",
         ],

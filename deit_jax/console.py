@@ -23,7 +23,7 @@ def _print(text: str, stream: TextIO | None) -> None:
         return
     try:
         print(text, file=stream, flush=True)
-    except ValueError:  # closed since
+    except (ValueError, RuntimeError):  # closed since; or a signal's handler within another line
         pass
     except OSError:  # nobody reads it, or there is no room: later there may be
         _discard_at_the_end(stream)

@@ -33,7 +33,7 @@ _FAILED, _GONE = "failed/", "gone/"
 _numbers = itertools.count()  # of exchanges, which every process makes in the same order
 _patience = 300  # seconds
 _watcher: threading.Thread | None = None  # there once the processes are connected
-_ending = threading.Lock()  # of the thread that ends this process, which never gives it back
+_ending = threading.RLock()  # of the thread that ends this process, which never gives it back
 
 
 def start(distributed: "ConfigDict") -> None:
@@ -279,7 +279,8 @@ def _claim_the_end() -> None:
 def _leave(status: int) -> NoReturn:
     """Waits for no thread of this process; process 0 goes last."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # see `console`
+        # See `console`; a signal's handler may have come in the middle of another line.
+        with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
             stream.flush()
     if connected():
         with contextlib.suppress(jax.errors.JaxRuntimeError):

@@ -212,7 +212,7 @@ def test_a_step_that_the_compiler_refuses(said, over):
     assert "remat=True" not in text
 
 
-RECIPE = ["--config=configs/digits.py", "--config.train.dtype=bfloat16", "--classes=10"]
+RECIPE = ["--config=configs/digits_distill.py", "--config.train.dtype=bfloat16", "--classes=10"]
 
 
 def compile_for(capsys, *flags):
@@ -243,9 +243,10 @@ def test_unknown_topology(capsys):
 
 @needs_libtpu
 def test_one_all_reduce_on_a_slice(capsys):
+    """Of the gradients and metrics of hard distillation, and nothing else."""
     status, text = compile_for(capsys, "--topology", "v5e:2x2")
     assert status == 0
     assert "| all-reduce | step | 4 | 1 |" in text
     assert text.count("| step |") == 1
-    weights = bytes_of("deit_testing", 1, patch_size=8)
+    weights = bytes_of("deit_testing_distilled", 1, patch_size=8)
     assert re.search(rf"^\| parameters \| [\d.]+ \| {weights:,} \|$", text, re.MULTILINE)

@@ -61,7 +61,7 @@ def _run(argv: list[str]) -> None:
         "date": str(datetime.date.today()),
         "versions": {"python": platform.python_version(), **machine.versions(PACKAGES)},
     }
-    section = list(markdown(report, f"python tools/compile_for.py {shlex.join(argv)}"))
+    section = list(markdown(report, f"{_flags()}python tools/compile_for.py {shlex.join(argv)}"))
     if arguments.json:
         rows = [one._asdict() for one in report["collectives"]]
         print(json.dumps(report | {"collectives": rows}, indent=2))
@@ -137,6 +137,12 @@ def _setup(arguments: argparse.Namespace, devices: list) -> object:
     return startup.assemble(config, "", plan, mesh)
 
 
+def _flags() -> str:
+    """The flags that the TPU compiler takes from the environment, as a shell would set them."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS")
+    return f"LIBTPU_INIT_ARGS={shlex.quote(flags)} " if flags else ""
+
+
 def markdown(report: dict, command: str) -> Iterator[str]:
     """The lines of the report's section; the first is its heading."""
     from deit_jax import forecast
@@ -146,6 +152,7 @@ def markdown(report: dict, command: str) -> Iterator[str]:
     ways += ["remat"] if report["remat"] else []
     if report["accumulate_steps"] > 1:
         ways.append(f"{report['accumulate_steps']} micro-batches")
+    ways += ["the compiler's flags below"] if _flags() else []
     how = f", with {', '.join(ways)}" if ways else ""
     yield f"## {report['model']}, {report['batch']} images, on {report['topology']}{how}"
     yield ""
