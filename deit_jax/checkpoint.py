@@ -192,7 +192,8 @@ class TrainCheckpoints:
         if failure is None or threading.current_thread() is threading.main_thread():
             ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
             return
-        died = isinstance(failure, TimeoutError)  # another process, which JAX notices
+        # Orbax's own time-out: another process died, which JAX notices. The system's has a number.
+        died = isinstance(failure, TimeoutError) and failure.errno is None
         if processes.connected() and not died:
             line = self._line(failure)
             if line is None:

@@ -50,7 +50,8 @@ def _steps(directory: Path) -> list[int]:
         except FileNotFoundError:
             return []
 
-    return sorted(int(name) for name in _patiently(directory, names) if name.isdigit())
+    found = _patiently(names, directory, "mend that and start again")
+    return sorted(int(name) for name in found if name.isdigit())
 
 
 def _newest_readable(directory: Path, set_aside: bool) -> int | None:
@@ -107,20 +108,19 @@ def find(folder: Path) -> str | None:
       TryAgain: the system refuses to read, which is no fault of the checkpoint: a network file
         system that is away for a while, a missing permission.
     """
-    return _patiently(folder, lambda: _find(folder))
+    without = "mend that, or move it away to go on from the checkpoint before it"
+    return _patiently(lambda: _find(folder), folder, without)
 
 
-def _patiently(folder: Path, action: Callable[[], Any]) -> Any:
+def _patiently(action: Callable[[], Any], folder: Path, remedy: str) -> Any:
     """What `action` returns, which is tried again after an OSError."""
     for left in reversed(range(_TRIES)):
         try:
             return action()
         except OSError as error:
             if not left:
-                raise TryAgain(
-                    f"{folder} cannot be read now ({error.strerror}); mend that, or move it away "
-                    "to go on without it"
-                ) from error
+                problem = f"{folder} cannot be read now ({error.strerror})"
+                raise TryAgain(f"{problem}; {remedy}") from error
             time.sleep(_PAUSE_SECONDS)
 
 

@@ -139,8 +139,13 @@ def test_a_disk_that_does_not_answer_is_no_damage(three, workdir, monkeypatch, c
         checkpoint.TrainCheckpoints(workdir, keep=3)
     assert str(caught.value) == (
         f"{workdir / 'checkpoints' / '3'} cannot be read now ({os.strerror(number)}); mend that, "
-        "or move it away to go on without it"
+        "or move it away to go on from the checkpoint before it"
     )
+    monkeypatch.setattr(damage.os, "listdir", refuse)
+    failures += [1, 2, 3]
+    with pytest.raises(TryAgain, match=r"checkpoints cannot be read now .*; mend that and start"):
+        checkpoint.TrainCheckpoints(workdir, keep=3)
+    monkeypatch.undo()
     assert capsys.readouterr().out == ""
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
 
