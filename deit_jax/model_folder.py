@@ -1,5 +1,6 @@
 """Model folders: weights as a plain Orbax checkpoint, and in model.json all that they need."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -204,6 +205,53 @@ def load_model(path: str | os.PathLike, *, dtype: jax.typing.DTypeLike = np.floa
     network, like = read_network(path, dtype=dtype)
     variables = jax.tree.map(jax.numpy.asarray, read_variables(path, like))
     return join_model(network, variables)
+
+
+def load_checkpoint(
+    path: str | os.PathLike, *, ema: bool = False, dtype: jax.typing.DTypeLike = np.float32
+) -> nnx.Module:
+    """Loads the weights alone of a training checkpoint, from however many devices it was saved.
+
+    Args:
+      path: WORKDIR/checkpoints/STEP.
+      ema: the moving average instead of the weights in training.
+      dtype: as in `load_model`.
+
+    Returns:
+      As `load_model`.
+
+    Raises:
+      InputError: no checkpoint there, a damaged one, or one without a moving average.
+    """
+    folder, which = Path(path).absolute(), "ema" if ema else "model"
+    try:
+        meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+        info = registry.ModelInfo.from_json(meta["model"])
+        averaged = meta["ema"]
+    except OSError as error:
+        raise InputError(
+            f"{path} is no training checkpoint ({error.strerror}); expected a folder "
+            "WORKDIR/checkpoints/STEP"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({brief(error)}); choose another step") from error
+    if ema and not averaged:
+        raise InputError(f"{path} holds no moving average; load it with ema=False")
+    info = dataclasses.replace(info, weights="ema") if ema else info
+    network, like = split_model(build(info, registry.abstract_model, dtype=dtype))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+
+        def restore() -> dict:
+            tree = {which: _metadata(checkpointer, folder / "state")[which]}
+            part = ocp.args.PyTreeRestore(
+                item=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree),
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree),
+                partial_restore=True,
+            )
+            return checkpointer.restore(folder / "state", args=part)[which]
+
+        variables = _check_fit(_read(folder, restore), like, folder)
+    return join_model(network, jax.tree.map(jax.numpy.asarray, variables))
 
 
 def build(

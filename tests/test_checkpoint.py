@@ -1,6 +1,7 @@
 """Model folders and training checkpoints: exact round trips, crashes, damage, foreign weights."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from deit_jax import model_folder, trees
 from deit_jax.checkpoint import TrainCheckpoints
 from deit_jax.errors import InputError
-from deit_jax.model_folder import find_model, load_model, read_info, save_model
+from deit_jax.model_folder import find_model, load_checkpoint, load_model, read_info, save_model
 from deit_jax.models import registry
 from deit_jax.steps import join_model, new_state, split_model
 
@@ -180,6 +181,25 @@ def test_paths_relative_to_the_present_folder(tmp_path, monkeypatch):
     assert read_info("model") == read_info(".") == read_info(tmp_path)
     monkeypatch.chdir(tmp_path / "model")
     assert find_model(".") == tmp_path / "model"
+
+
+def test_the_weights_alone_of_a_training_checkpoint(tmp_path):
+    info, state = _state()
+    with contextlib.closing(TrainCheckpoints(tmp_path, keep=1)) as checkpoints:
+        _save(checkpoints, info, state, 7)
+    step = tmp_path / "checkpoints" / "7"
+    for ema, kept in ((False, state.model), (True, state.ema)):
+        model = load_checkpoint(step, ema=ema)
+        assert model.info == dataclasses.replace(info, weights="ema" if ema else info.weights)
+        _assert_equal(split_model(model)[1], kept)
+    for wrong in (tmp_path, tmp_path / "checkpoints" / "8"):
+        assert f"{wrong} is no training checkpoint (No such file" in _message(
+            load_checkpoint, wrong
+        )
+    (step / "state" / "_METADATA").write_bytes(b"{")
+    assert f"{step} cannot be read" in _message(load_checkpoint, step)
+    (step / "meta" / "metadata").write_text("{}")
+    assert f"{step} is damaged" in _message(load_checkpoint, step)
 
 
 def test_no_model_folder(tmp_path):

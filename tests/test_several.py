@@ -4,10 +4,13 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
+import deit_jax
 from tests import chaos, several
 
 NUM_EVAL = 1003  # neither two nor three processes divide it, nor does the batch
@@ -71,6 +74,10 @@ def test_processes_train_and_evaluate_as_one(recipe, alone, tmp_path, processes,
         assert final[name] == alone[1][name], name
     for name in ("loss", "ema_loss"):
         assert final[name] == pytest.approx(alone[1][name], rel=1e-6)
+    for folder, ema in (("model", False), ("model_ema", True)):
+        whole = nnx.state(deit_jax.load_model(tmp_path / folder))
+        part = nnx.state(deit_jax.load_checkpoint(tmp_path / "checkpoints" / "6", ema=ema))
+        assert jax.tree.all(jax.tree.map(np.array_equal, part, whole))
 
 
 def broken(recipe, folder, split, number):
