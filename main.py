@@ -7,7 +7,6 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from deit_jax import checkpoint, command_line, forecast, loop, processes
-from deit_jax.console import say
 from deit_jax.errors import InputError, TryAgain
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     except (InputError, loop.NonFiniteLoss) as error:  # the same again would come of the same steps
         _fail(str(error))
     except loop.Interrupted as error:
-        say(f"deit-jax: {processes.label()}{error}")
+        processes.leave(f"deit-jax: {processes.label()}{error}")
     except Exception as error:
         processes.let_others_end_it()
         if isinstance(error, OSError) and error.errno:  # a disk that is full or does not answer
@@ -44,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
             raise
         # Left to itself, Python would wait at its end for the others, which wait for this process.
         processes.crash(error)
+    processes.leave()
 
 
 def _interrupted(*_: object) -> None:
