@@ -62,6 +62,8 @@ def flags(rounds: int) -> list[str]:
         "--config.train.eval_every_epochs=0",
         "--config.checkpoint.every_epochs=0",
         "--config.checkpoint.every_steps=3",
+        # Less than a round waits: SIGTERM may end a process before it connects.
+        "--config.distributed.start_timeout=90",
     ]
 
 
