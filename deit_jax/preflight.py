@@ -1,6 +1,5 @@
 """What the processes of a run make sure of together before any long work."""
 
-import hashlib
 import json
 import os
 import secrets
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from deit_jax import parallel, processes
+from deit_jax import parallel, processes, trees
 from deit_jax.config import recipe_fields
 from deit_jax.errors import InputError, TryAgain, brief
 
@@ -65,7 +64,7 @@ def check_data(train_source: "Source", eval_source: "Source", teacher: bool | No
         "training examples": train_source.num_examples,
         "evaluation examples": eval_source.num_examples,
         "classes": train_source.num_classes,
-        "class names with digest": _digest(repr(train_source.class_names).encode()),
+        "class names with digest": trees.digest(*train_source.class_names),
         "training data with digest": train_source.fingerprint(),
         "evaluation data with digest": eval_source.fingerprint(),
         "a trained teacher:": teacher,
@@ -87,20 +86,13 @@ def check_weights(folder: str, weights: object) -> None:
     """
     if not processes.several():
         return
-    digest = _digest(*(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights)))
+    digest = trees.digest(*jax.tree.leaves(weights))
     processes.agree(
         f"the comparison of the weights in {folder}",
         json.dumps({f"weights in {folder} with digest": digest}),
         _differing_fact,
         seconds=processes.LONG_SECONDS,
     )
-
-
-def _digest(*parts: bytes) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(part)
-    return whole.hexdigest()[:16]
 
 
 def _facts(config: ConfigDict, mode: str) -> str:

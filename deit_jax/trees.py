@@ -5,12 +5,14 @@ by sorted position and checks neither name nor shape, so every tree that comes f
 `check_like` before it meets a model.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from deit_jax.errors import InputError
 
@@ -86,3 +88,13 @@ def check_like(got: Any, want: Any, what: str = "parameters") -> None:
             f"{what} have the model's names but other key or container types; integer keys that "
             "were read back as strings need nnx.restore_int_paths first"
         )
+
+
+def digest(*parts: object) -> str:
+    """16 hex digits of strings and of what NumPy can read as arrays, in their order."""
+    whole = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, str) else np.asarray(part)
+        whole.update(content.encode() if isinstance(content, str) else content.tobytes())
+        whole.update(b"\0")
+    return whole.hexdigest()[:16]

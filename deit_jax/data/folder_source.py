@@ -9,8 +9,9 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from deit_jax.data.sources import Source, digest, fixed_fraction
+from deit_jax.data.sources import Source, fixed_fraction
 from deit_jax.errors import InputError
+from deit_jax.trees import digest
 
 _READABLE = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 # torchvision's ImageFolder reads these too: skipping them in silence would change the data set.

@@ -1,7 +1,6 @@
 """Sources: random access from a position in a split to (image, label)."""
 
 import abc
-import hashlib
 import importlib.util
 
 import numpy as np
@@ -9,6 +8,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit_jax.errors import InputError
+from deit_jax.trees import digest
 
 SPLITS = ("train", "eval")
 _DIGITS_EVAL_FRACTION = 0.2
@@ -87,16 +87,6 @@ def open_source(dataset: ConfigDict, split: str) -> Source:
     raise InputError(
         f"config.dataset.source is {dataset.source!r}, expected one of folder, tfds, digits"
     )
-
-
-def digest(*parts: tf.Tensor | np.ndarray | str) -> str:
-    """16 hex digits of the parts, in their order."""
-    whole = hashlib.sha256()
-    for part in parts:
-        content = part if isinstance(part, str) else np.asarray(part)
-        whole.update(content.encode() if isinstance(content, str) else content.tobytes())
-        whole.update(b"\0")
-    return whole.hexdigest()[:16]
 
 
 def frozen_random(seed: int) -> np.random.RandomState:

@@ -12,8 +12,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from deit_jax.data.sources import Source, digest, frozen_random
+from deit_jax.data.sources import Source, frozen_random
 from deit_jax.errors import InputError
+from deit_jax.trees import digest
 
 _LENGTH = struct.Struct("<Q4x")  # a TFRecord starts with its length and the length's checksum
 _OVERHEAD = _LENGTH.size + 4  # ... and ends with the checksum of the data
