@@ -1,5 +1,6 @@
 """How the processes of a run are found, connected, checked and ended together."""
 
+import re
 import subprocess
 import sys
 
@@ -264,3 +265,15 @@ def test_a_process_that_crashes_ends_the_other(tmp_path):
     expected = "process 0 of 2: error: process 1 of 2 failed: it crashed; see its traceback"
     assert expected in first.stderr.splitlines()
     assert "Traceback" not in first.stderr
+
+
+def test_an_error_of_one_process_in_training_ends_the_others(tmp_path):
+    """With its own status, which tells whether a repetition would mend it."""
+    flags = several.image_recipe(tmp_path / "images", num_eval=3)
+    sorted((tmp_path / "images" / "train").rglob("*.png"))[0].write_bytes(b"")
+    ended = several.run([*flags, f"--workdir={tmp_path / 'run'}"], processes=2, seconds=100)
+    first, second = map(_error, ended)
+    one, other = (first, second) if " failed: " in second else (second, first)
+    assert re.match(r"process . of 2: error: folder .* cannot be used: ", one)
+    reason = one.partition("error: ")[2]
+    assert other.endswith(f" failed: {reason}")

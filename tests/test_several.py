@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
 import deit_jax
 from tests import chaos, several
@@ -16,32 +14,21 @@ from tests import chaos, several
 NUM_EVAL = 1003  # neither two nor three processes divide it, nor does the batch
 
 
+def test_chaos_changes_no_bit(tmp_path, capsys):
+    """Kill one process; stop one in training, and both with it; stop one in set-up."""
+    problems, rounds = chaos.run(3, 90, tmp_path)
+    assert not problems
+    assert rounds == 3
+    printed = capsys.readouterr().out
+    assert "SIGKILL to 1 after step" in printed
+    assert re.search(r"SIGTERM to 1 after step .* with \[0, 0\]", printed)
+    assert re.search(r"SIGTERM to 1 after no step, .* with \[0, 0\]", printed)
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """Six steps on small images, with everything random, in groups that every layout can keep."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 150), ("val", NUM_EVAL)):
-        for number in range(count):
-            name = ("bird", "boat", "dog")[number % 3]
-            (root / split / name).mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            image.save(root / split / name / f"{number}.png")
-    return [
-        "--config=configs/digits.py",
-        "--config.dataset.source=folder",
-        f"--config.dataset.root={root}",
-        "--config.dataset.eval_split=val",
-        "--config.schedule.epochs=2",
-        "--config.schedule.warmup_epochs=1",
-        "--config.mixing.random_erasing=0.25",
-        "--config.mixing.group_size=2",
-        "--config.model.drop_path_rate=0.1",
-        "--config.train.batch_size=48",
-        "--config.train.log_every_steps=1",
-        "--config.train.eval_every_epochs=0",
-        "--config.checkpoint.every_epochs=0",
-    ]
+    """Six steps, with everything random, in groups that every layout can keep."""
+    return several.image_recipe(tmp_path_factory.mktemp("images"), num_eval=NUM_EVAL)
 
 
 def results(recipe, workdir, *, processes, devices):
@@ -80,44 +67,12 @@ def test_processes_train_and_evaluate_as_one(recipe, alone, tmp_path, processes,
         assert jax.tree.all(jax.tree.map(np.array_equal, part, whole))
 
 
-def broken(recipe, folder, split, number):
-    """The recipe on a copy of the images, of which one is an empty file."""
-    (root,) = [flag.partition("=")[2] for flag in recipe if "dataset.root" in flag]
-    shutil.copytree(root, folder)
-    sorted((folder / split).rglob("*.png"))[number].write_bytes(b"")
-    return [flag.replace(root, str(folder)) for flag in recipe]
-
-
 def test_pmap_in_two_processes_as_the_mesh_in_one(recipe, alone, tmp_path):
     """And what process 1 could not read, number 40 of the first 48 for evaluation, is counted."""
-    flags = broken(recipe, tmp_path / "images", "val", 40)
+    flags = several.image_recipe(tmp_path / "images", num_eval=NUM_EVAL)
+    sorted((tmp_path / "images" / "val").rglob("*.png"))[40].write_bytes(b"")
     flags += ["--config.input.on_bad_image=skip", "--config.parallel.backend=pmap"]
     losses, final = results(flags, tmp_path / "run", processes=2, devices=1)
     assert losses == pytest.approx(alone[0], rel=1e-6)
     assert (final["num_examples"], final["skipped_images"]) == (NUM_EVAL - 1, 1)
     assert final["top1"] == pytest.approx(alone[1]["top1"], abs=100 / NUM_EVAL)
-
-
-def test_an_error_of_one_process_in_training_ends_the_others(recipe, tmp_path):
-    """With its own status, which tells whether a repetition would mend it."""
-    flags = broken(recipe, tmp_path / "images", "train", 0)
-    ended = several.run([*flags, f"--workdir={tmp_path / 'run'}"], processes=2, seconds=100)
-    assert [process.returncode for process in ended] == [2, 2]
-    (first,), (second,) = (
-        [line for line in process.stderr.splitlines() if "error: " in line] for process in ended
-    )
-    one, other = (first, second) if " failed: " in second else (second, first)
-    assert re.match(r"process . of 2: error: folder .* cannot be used: ", one)
-    reason = one.partition("error: ")[2]
-    assert other.endswith(f" failed: {reason}")
-
-
-def test_chaos_changes_no_bit(tmp_path, capsys):
-    """Kill one process; stop one in training, and both with it; stop one in set-up."""
-    problems, rounds = chaos.run(3, 90, tmp_path)
-    assert not problems
-    assert rounds == 3
-    printed = capsys.readouterr().out
-    assert "SIGKILL to 1 after step" in printed
-    assert re.search(r"SIGTERM to 1 after step .* with \[0, 0\]", printed)
-    assert re.search(r"SIGTERM to 1 after no step, .* with \[0, 0\]", printed)

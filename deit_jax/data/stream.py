@@ -22,6 +22,9 @@ from deit_jax.errors import InputError, TryAgain
 _PREFETCH = 2  # batches; a DeiT batch of 1024 is 154 MB
 _OUTSIDE = "label outside the class range"  # a mistake in the data set, not a broken image
 
+# There is no Python control flow to convert, and to look for it takes a second at every start.
+_no_autograph = tf.autograph.experimental.do_not_convert
+
 Batch = dict[str, np.ndarray]
 Tensors = dict[str, tf.Tensor]
 
@@ -216,7 +219,7 @@ class Batches(Iterator[Batch]):
         """
         self.skipped: dict[str, str] = {}
         self._source, self._units, self._rows = source, units, rows
-        # Traced once, however often the stream begins anew; it needs nothing from autograph.
+        # Traced once, however often the stream begins anew.
         self._load = tf.function(load, autograph=False)
         self._step, self._end = steps
         self._skip = skip
@@ -241,6 +244,7 @@ class Batches(Iterator[Batch]):
         dataset = dataset.rebatch(self._rows, drop_remainder=True).map(_in_order_of_rows)
         return untuned(dataset.prefetch(_PREFETCH)).as_numpy_iterator()
 
+    @_no_autograph
     def _entries(self, step: tf.Tensor) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices(self._units(step, self._unreadable))
 
@@ -304,6 +308,7 @@ def _may_pass(error: tf.errors.OpError) -> bool:
     return isinstance(error, codes) or any(reason in error.message for reason in reasons)
 
 
+@_no_autograph
 def _in_order_of_rows(batch: Tensors) -> Tensors:
     row = batch.pop("row", None)
     if row is None:
