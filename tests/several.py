@@ -51,13 +51,13 @@ def image_recipe(root: Path, *, num_eval: int) -> list[str]:
 
 
 class Process:
-    """One process of a run: main.py with its output in files, so that no pipe ever fills up."""
+    """One process of a run, with its output in files, so that no pipe ever fills up."""
 
-    def __init__(self, flags: list[str], env: dict[str, str]):
+    def __init__(self, script: Path | str, flags: list[str], env: dict[str, str]):
         self._out = tempfile.TemporaryFile()  # noqa: SIM115
         self._err = tempfile.TemporaryFile()  # noqa: SIM115
         self._popen = subprocess.Popen(
-            [sys.executable, "main.py", *map(str, flags)],
+            [sys.executable, script, *map(str, flags)],
             cwd=ROOT,
             # With the fault handler a process that is aborted says where its threads stand.
             env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"} | env,
@@ -125,6 +125,7 @@ def started(
     own_flags: dict[int, list[str]] | None = None,
     own_env: dict[int, dict[str, str]] | None = None,
     detected: bool = False,
+    script: Path | str = "main.py",
 ) -> Iterator[list[Process]]:
     """The processes of one run, `devices` CPU devices each; those left at the end are killed.
 
@@ -135,6 +136,7 @@ def started(
       own_flags: more flags, for the process of that number.
       own_env: more environment variables, likewise.
       detected: the environment says which processes there are, not flags.
+      script: what to run, with main.py's flags.
     """
     address = f"127.0.0.1:{free_port()}"
     running: list[Process] = []
@@ -149,7 +151,7 @@ def started(
                 ]
             count = devices if isinstance(devices, int) else devices[index]
             env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-            running.append(Process(mine, env | (own_env or {}).get(index, {})))
+            running.append(Process(script, mine, env | (own_env or {}).get(index, {})))
         yield running
     finally:
         for process in running:

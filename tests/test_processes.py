@@ -1,6 +1,5 @@
 """How the processes of a run are found, connected, checked and ended together."""
 
-import re
 import subprocess
 import sys
 
@@ -267,13 +266,35 @@ def test_a_process_that_crashes_ends_the_other(tmp_path):
     assert "Traceback" not in first.stderr
 
 
+# main.py, with a training that only exchanges something in every step.
+ERROR_IN_TRAINING = """
+import jax, main
+from absl import app
+from deit_jax import processes
+from deit_jax.errors import InputError
+from jax.experimental import multihost_utils
+
+def train(config, workdir):
+    processes.start(config.distributed)
+    for step in range(1000):
+        if step == 3 and processes.index() == 1:
+            raise InputError("image 7 cannot be used")
+        multihost_utils.process_allgather(step)
+        print("step", step, flush=True)
+
+main._MODES["train"] = train
+app.run(main.main, flags_parser=main._parse)
+"""
+
+
 def test_an_error_of_one_process_in_training_ends_the_others(tmp_path):
     """With its own status, which tells whether a repetition would mend it."""
-    flags = several.image_recipe(tmp_path / "images", num_eval=3)
-    sorted((tmp_path / "images" / "train").rglob("*.png"))[0].write_bytes(b"")
-    ended = several.run([*flags, f"--workdir={tmp_path / 'run'}"], processes=2, seconds=100)
-    first, second = map(_error, ended)
-    one, other = (first, second) if " failed: " in second else (second, first)
-    assert re.match(r"process . of 2: error: folder .* cannot be used: ", one)
-    reason = one.partition("error: ")[2]
-    assert other.endswith(f" failed: {reason}")
+    script = tmp_path / "failing.py"
+    script.write_text(ERROR_IN_TRAINING)
+    first, second = several.run(
+        [*DIGITS, "--workdir=unused"], processes=2, script=script, seconds=60
+    )
+    assert second.stdout.count("step") == 3
+    assert _error(second) == "process 1 of 2: error: image 7 cannot be used"
+    failed = "process 0 of 2: error: process 1 of 2 failed: image 7 cannot be used"
+    assert _error(first) == failed
