@@ -268,7 +268,7 @@ def test_a_process_that_crashes_ends_the_other(tmp_path):
 
 # main.py, with a training that only exchanges something in every step.
 ERROR_IN_TRAINING = """
-import jax, main
+import main
 from absl import app
 from deit_jax import processes
 from deit_jax.errors import InputError
