@@ -72,15 +72,18 @@ def flags(rounds: int) -> list[str]:
 class Chaos:
     """A run that is disturbed, and what was wrong with it."""
 
-    def __init__(self, workdir: Path, command: list[str]):
+    def __init__(self, workdir: Path, rounds: int, script: Path | str):
         self.workdir, self.problems = workdir, []
-        self._command = [*command, f"--workdir={workdir}"]
+        self._flags = flags(rounds)
+        self._options = {"processes": PROCESSES, "script": script}
         self._resumed = 0  # of the last start that came so far as to say it
 
     def round(self, number: int, blow: Blow) -> bool:
         """Starts the processes, strikes, and looks at what is left; False if the run is done."""
         before = kill_and_resume.newest_step(self.workdir)
-        with several.started(self._command, processes=PROCESSES) as processes:
+        with several.started(
+            [*self._flags, f"--workdir={self.workdir}"], **self._options
+        ) as processes:
             struck = self._wait(processes, blow)
             for target in blow.targets:
                 processes[target].send(blow.signal)
@@ -103,9 +106,13 @@ class Chaos:
         )
         return struck
 
+    def to_the_end(self, workdir: Path) -> list[several.Process]:
+        """The processes of a run in peace, when they have ended."""
+        return several.run([*self._flags, f"--workdir={workdir}"], seconds=1200, **self._options)
+
     def finish(self) -> None:
         """Lets the run come to its end."""
-        processes = several.run(self._command, processes=PROCESSES, seconds=1200)
+        processes = self.to_the_end(self.workdir)
         for process in processes:
             self._expect(process.returncode == 0, f"the last start failed:\n{process.stderr}")
         log = processes[0].stdout
@@ -183,18 +190,19 @@ class Chaos:
         return f"{step}, readable"
 
 
-def run(rounds: int, seed: int, workdir: Path) -> tuple[list[str], int]:
-    """One run in peace, and one with so many rounds of chaos.
+def run(
+    rounds: int, seed: int, workdir: Path, script: Path | str = "main.py"
+) -> tuple[list[str], int]:
+    """One run in peace, and one with so many rounds of chaos, of `script` with main.py's flags.
 
     Returns:
       What was wrong at the end or on the way, and the number of rounds before the run was done.
     """
-    command = flags(rounds)
     peace, rng = workdir / "undisturbed", random.Random(seed)
-    for process in several.run([*command, f"--workdir={peace}"], processes=PROCESSES, seconds=1200):
+    chaos = Chaos(workdir / "disturbed", rounds, script)
+    for process in chaos.to_the_end(peace):
         if process.returncode != 0:
             raise RuntimeError(f"the undisturbed run failed:\n{process.stdout}\n{process.stderr}")
-    chaos = Chaos(workdir / "disturbed", command)
     done = 0
     while done < rounds and chaos.round(done + 1, draw(rng)):
         done += 1

@@ -7,7 +7,6 @@ python tests/device_check.py restore ROOT NAME FSDP [COORDINATOR PROCESS_ID]
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import sys
@@ -22,6 +21,7 @@ from ml_collections import ConfigDict
 from configs import digits_distill
 from deit_jax import checkpoint, loop, model_folder, parallel, startup, summary, trees
 from deit_jax.models import layers, registry
+from tests import small_main
 
 _NO_BEST = {"top1": -1.0, "step": -1}
 
@@ -41,10 +41,8 @@ def recipe(root: Path, *, backend: str = "mesh", fsdp: int = 1) -> ConfigDict:
 
 
 def make_small(root: Path) -> None:
-    """Two blocks in place of four, as these programs are compiled more than they run; a teacher."""
-    entry = registry._MODELS["deit_testing_distilled"]
-    small = dataclasses.replace(entry, options=entry.options | {"depth": 2})
-    registry._MODELS["deit_testing_distilled"] = small
+    """Smaller models, as these programs are compiled more than they run; a teacher."""
+    registry._MODELS.update(small_main.models())
     if not (root / "teacher").exists():
         options = {"num_classes": 10, "patch_size": 16, "depth": 1}
         model = registry.create_model("deit_testing", **options, rngs=nnx.Rngs(1))

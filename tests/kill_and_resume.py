@@ -7,6 +7,7 @@ that differs by a bit and exits non-zero if one does.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -27,13 +28,19 @@ LOG_EVERY = 3
 
 
 def launch(
-    workdir: Path, flags: list[str], *, kill_at: int | None = None, delay: float = 0.0
+    workdir: Path,
+    flags: list[str],
+    *,
+    script: Path | str = "main.py",
+    kill_at: int | None = None,
+    delay: float = 0.0,
 ) -> tuple[int, int]:
     """Runs main.py to its end, or kills it with SIGKILL.
 
     Args:
       workdir: of the student; the teacher is in its teacher/ folder.
       flags: of main.py.
+      script: main.py, or another one with its flags.
       kill_at: the report of the student's step after which to kill; a negative number counts the
         teacher's steps.
       delay: seconds from that report to the kill, so that it falls anywhere in a step or a save.
@@ -41,7 +48,7 @@ def launch(
     Returns:
       The step the student resumed at (0: it did not), and the last one it reported.
     """
-    command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
+    command = [sys.executable, script, f"--workdir={workdir}", *flags]
     command.append(f"--config.train.log_every_steps={LOG_EVERY}")
     with subprocess.Popen(
         command,
@@ -109,21 +116,24 @@ def compare(left: Path, right: Path) -> list[str]:
     return problems
 
 
-def run(kills: int, seed: int, workdir: Path, flags: list[str]) -> tuple[list[str], list[int]]:
+def run(
+    kills: int, seed: int, workdir: Path, flags: list[str], script: Path | str = "main.py"
+) -> tuple[list[str], list[int]]:
     """One undisturbed run, and one with a kill in its teacher's training and `kills` in its own.
 
     Returns:
       What differs at the end, and the steps that the killed run resumed at.
     """
     peace, chaos = workdir / "undisturbed", workdir / "killed"
-    _, total = launch(peace, flags)
+    start = functools.partial(launch, flags=flags, script=script)
+    _, total = start(peace)
     draw = random.Random(seed)
-    launch(chaos, flags, kill_at=-1, delay=draw.random())
+    start(chaos, kill_at=-1, delay=draw.random())
     resumed = []
     for at in sorted(draw.sample(range(LOG_EVERY, total), kills)):
-        resumed.append(launch(chaos, flags, kill_at=at, delay=draw.random() / 2)[0])
+        resumed.append(start(chaos, kill_at=at, delay=draw.random() / 2)[0])
         print(f"resumed at step {resumed[-1]}, killed after step {at} of {total}", flush=True)
-    resumed.append(launch(chaos, flags)[0])
+    resumed.append(start(chaos)[0])
     return compare(peace, chaos), resumed
 
 

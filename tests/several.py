@@ -150,7 +150,7 @@ def started(
                     f"--config.distributed.process_id={index}",
                 ]
             count = devices if isinstance(devices, int) else devices[index]
-            env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+            env = {"JAX_NUM_CPU_DEVICES": str(count)}
             running.append(Process(script, mine, env | (own_env or {}).get(index, {})))
         yield running
     finally:

@@ -128,6 +128,6 @@ print("followed")
 
 def test_micro_batches_take_a_share_of_every_devices_rows(run_python):
     """On a 4 × 2 mesh: no row leaves its device, and the gradient is that of the batch."""
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    eight = {"JAX_NUM_CPU_DEVICES": "8"}
     done = run_python("-c", ON_EIGHT_DEVICES, env=eight)
     assert done.stdout.strip() == "followed", done.stderr

@@ -326,7 +326,7 @@ _DIGITS = "--config=configs/digits.py"
     ],
 )
 def test_the_command_line_ends_in_one_line_and_status_2(run_main, tmp_path, flags, words):
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    devices = {"JAX_NUM_CPU_DEVICES": "8"}
     finished = run_main(*flags, f"--workdir={tmp_path / 'run'}", env=devices)
     assert finished.returncode == 2
     assert finished.stdout == ""

@@ -17,7 +17,7 @@ import pytest
 from configs import digits
 from deit_jax import checkpoint, damage, loop, model_folder, preflight
 from deit_jax.errors import InputError, TryAgain
-from tests import kill_and_resume, several
+from tests import kill_and_resume, several, small_main
 from tests.test_checkpoint import _abstract, _assert_equal, _save, _state
 
 DELETE, CUT = "delete", "cut"
@@ -220,7 +220,7 @@ def test_a_process_that_cannot_save_ends_every_one(tmp_path):
     flags = [*SHORT, f"--workdir={workdir}", "--config.schedule.epochs=3"]
     flags += [f"--config.checkpoint.every_steps={every}"]
     for failing in (0, 1):
-        with several.started(flags, processes=2) as both:
+        with several.started(flags, processes=2, script=small_main.SCRIPT) as both:
             good += every
             while kill_and_resume.newest_step(workdir) != good:
                 assert all(process.running for process in both)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+EIGHT = {"JAX_NUM_CPU_DEVICES": "8"}
 RECIPE = [
     "--config=configs/digits.py",
     "--config.schedule.epochs=3",

@@ -305,7 +305,7 @@ SHARDED_PROGRAM = textwrap.dedent(
 def test_eight_devices_give_the_same_bits_without_communication():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_NUM_CPU_DEVICES": "8",
     }
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning", "-c", SHARDED_PROGRAM],

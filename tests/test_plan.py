@@ -15,7 +15,7 @@ from deit_jax.errors import InputError
 from deit_jax.models import registry
 from tests import test_checkpoint
 
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+EIGHT = {"JAX_NUM_CPU_DEVICES": "8"}
 
 
 def bytes_of(name, fsdp, **options):

@@ -12,7 +12,7 @@ from deit_jax.errors import InputError
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, run_python):
     """What tests/device_check.py found."""
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {"JAX_NUM_CPU_DEVICES": "8"}
     done = run_python("tests/device_check.py", "pmap", tmp_path_factory.mktemp("runs"), env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

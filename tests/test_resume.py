@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from deit_jax import model_folder, trees
-from tests import kill_and_resume
+from deit_jax.models import registry
+from tests import kill_and_resume, small_main
 
 SHORT = [
     "--config=configs/digits_distill.py",
@@ -40,7 +41,7 @@ def runs(tmp_path_factory):
     recipe.parent.mkdir()
     recipe.write_text(TEACHER)
     flags = [*SHORT, f"--config.distill.teacher_config={recipe}"]
-    problems, resumed = kill_and_resume.run(1, 8, workdir, flags)
+    problems, resumed = kill_and_resume.run(1, 8, workdir, flags, small_main.SCRIPT)
     return workdir, flags, problems, resumed
 
 
@@ -73,9 +74,10 @@ def metrics(workdir):
     return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_model_folders_hold_the_last_weights(runs):
+def test_model_folders_hold_the_last_weights(runs, monkeypatch):
     """model/ holds the raw weights of the last checkpoint, model_ema/ their average."""
     killed = runs[0] / "killed"
+    monkeypatch.setattr(registry, "_MODELS", registry._MODELS | small_main.models())
     arrays = kill_and_resume.final_arrays(killed)
     for folder, part, weights in (("model", "model", "raw"), ("model_ema", "ema", "ema")):
         _, like = model_folder.read_network(killed / folder)
@@ -86,7 +88,7 @@ def test_model_folders_hold_the_last_weights(runs):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_a_finished_run_repeats_its_figures(runs, run_main, mode):
+def test_a_finished_run_repeats_its_figures(runs, run_python, mode):
     """--mode=eval, and the same command again, print the run's final report to the last digit.
 
     And nothing else: no library has anything to say on stderr.
@@ -95,7 +97,8 @@ def test_a_finished_run_repeats_its_figures(runs, run_main, mode):
     peace = workdir / "undisturbed"
     before = kill_and_resume.final_report(peace)
     env = {"TF_CPP_MIN_LOG_LEVEL": "1"}  # as importing JAX sets it; the tests' own is quieter
-    finished = run_main(*flags, f"--workdir={peace}", f"--mode={mode}", env=env)
+    flags = (*flags, f"--workdir={peace}", f"--mode={mode}")
+    finished = run_python(small_main.SCRIPT, *flags, env=env)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert kill_and_resume.final_report(peace) == before
     report = json.loads(finished.stdout[finished.stdout.index("{") :])

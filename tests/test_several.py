@@ -9,14 +9,15 @@ import pytest
 from flax import nnx
 
 import deit_jax
-from tests import chaos, several
+from deit_jax.models import registry
+from tests import chaos, several, small_main
 
 NUM_EVAL = 1003  # neither two nor three processes divide it, nor does the batch
 
 
 def test_chaos_changes_no_bit(tmp_path, capsys):
     """Kill one process; stop one in training, and both with it; stop one in set-up."""
-    problems, rounds = chaos.run(3, 90, tmp_path)
+    problems, rounds = chaos.run(3, 90, tmp_path, small_main.SCRIPT)
     assert not problems
     assert rounds == 3
     printed = capsys.readouterr().out
@@ -34,7 +35,7 @@ def recipe(tmp_path_factory):
 def results(recipe, workdir, *, processes, devices):
     """The losses of all steps, and the final report."""
     flags = [*recipe, f"--workdir={workdir}"]
-    ended = several.run(flags, processes=processes, devices=devices)
+    ended = several.run(flags, processes=processes, devices=devices, script=small_main.SCRIPT)
     for process in ended:
         assert process.returncode == 0, process.stderr
     assert f"on {processes * devices} cpu device(s), {processes} process(es)" in ended[0].stdout
@@ -51,7 +52,9 @@ def alone(recipe, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("processes", "devices"), [(2, 4), (3, 1)])
-def test_processes_train_and_evaluate_as_one(recipe, alone, tmp_path, processes, devices):
+def test_processes_train_and_evaluate_as_one(
+    recipe, alone, tmp_path, monkeypatch, processes, devices
+):
     """Losses to 1e-6, drop-path, erasing and mixup on; every one of 1,003 images counts once."""
     losses, final = results(recipe, tmp_path, processes=processes, devices=devices)
     assert len(losses) == 6
@@ -61,6 +64,7 @@ def test_processes_train_and_evaluate_as_one(recipe, alone, tmp_path, processes,
         assert final[name] == alone[1][name], name
     for name in ("loss", "ema_loss"):
         assert final[name] == pytest.approx(alone[1][name], rel=1e-6)
+    monkeypatch.setattr(registry, "_MODELS", registry._MODELS | small_main.models())
     for folder, ema in (("model", False), ("model_ema", True)):
         whole = nnx.state(deit_jax.load_model(tmp_path / folder))
         part = nnx.state(deit_jax.load_checkpoint(tmp_path / "checkpoints" / "6", ema=ema))

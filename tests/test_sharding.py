@@ -14,7 +14,7 @@ SCRIPT = "tests/device_check.py"
 
 
 def devices(count):
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    return {"JAX_NUM_CPU_DEVICES": str(count)}
 
 
 def output(done):

@@ -1,0 +1,40 @@
+"""main.py that starts sooner, for tests that compile more than they train.
+
+python tests/small_main.py --config=configs/digits.py ...
+
+The models of the digits have two blocks in place of four, and every process of a run uses JAX's
+compilation cache.
+"""
+
+import dataclasses
+import runpy
+import types
+from pathlib import Path
+
+from jax._src import compiler
+
+from deit_jax.models import registry
+
+SCRIPT = Path(__file__).resolve()
+
+
+def models() -> dict[str, object]:
+    """The entries of the registry with two blocks, by name."""
+    names = ("deit_testing", "deit_testing_distilled")
+    entries = {name: registry._MODELS[name] for name in names}
+    return {
+        name: dataclasses.replace(entry, options=entry.options | {"depth": 2})
+        for name, entry in entries.items()
+    }
+
+
+def use_cache_in_every_process() -> None:
+    """JAX lets process 0 alone write programs to its cache, but on CPUs each has its own keys."""
+    alone = types.SimpleNamespace(process_id=0, client=None)
+    compiler.distributed = types.SimpleNamespace(global_state=alone)
+
+
+if __name__ == "__main__":
+    registry._MODELS.update(models())
+    use_cache_in_every_process()
+    runpy.run_path(str(SCRIPT.parent.parent / "main.py"), run_name="__main__")
