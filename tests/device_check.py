@@ -1,8 +1,8 @@
 """Trains and restores runs, step by step, over the devices of this process; prints JSON.
 
-python tests/device_check.py shard ROOT               one recipe over three meshes
-python tests/device_check.py pmap ROOT                the same over the mesh and under pmap
-python tests/device_check.py restore ROOT NAME FSDP [COORDINATOR PROCESS_ID]
+python -m tests.device_check shard ROOT               one recipe over three meshes
+python -m tests.device_check pmap ROOT                the same over the mesh and under pmap
+python -m tests.device_check restore ROOT NAME FSDP [COORDINATOR PROCESS_ID]
                                                       what is in the checkpoint of ROOT/NAME
 """
 

@@ -1,6 +1,6 @@
 """main.py that starts sooner, for tests that compile more than they train.
 
-python tests/small_main.py --config=configs/digits.py ...
+python -m tests.small_main --config=configs/digits.py ...
 
 The models of the digits have two blocks in place of four, and every process of a run uses JAX's
 compilation cache.
