@@ -2,8 +2,8 @@
 
 python -m tests.small_main --config=configs/digits.py ...
 
-The models of the digits have two blocks in place of four, and every process of a run uses JAX's
-compilation cache.
+The models of the digits have two blocks in place of four or six, and every process of a run uses
+JAX's compilation cache.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).resolve()
 
 def models() -> dict[str, object]:
     """The entries of the registry with two blocks, by name."""
-    names = ("deit_testing", "deit_testing_distilled")
+    names = ("deit_testing", "deit_testing_distilled", "regnety_testing")
     entries = {name: registry._MODELS[name] for name in names}
     return {
         name: dataclasses.replace(entry, options=entry.options | {"depth": 2})
