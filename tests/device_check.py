@@ -42,7 +42,7 @@ def recipe(root: Path, *, backend: str = "mesh", fsdp: int = 1) -> ConfigDict:
 
 def make_small(root: Path) -> None:
     """Smaller models, as these programs are compiled more than they run; a teacher."""
-    registry._MODELS.update(small_main.models())
+    registry._MODELS = small_main.models()
     if not (root / "teacher").exists():
         options = {"num_classes": 10, "patch_size": 16, "depth": 1}
         model = registry.create_model("deit_testing", **options, rngs=nnx.Rngs(1))

@@ -77,7 +77,7 @@ def metrics(workdir):
 def test_model_folders_hold_the_last_weights(runs, monkeypatch):
     """model/ holds the raw weights of the last checkpoint, model_ema/ their average."""
     killed = runs[0] / "killed"
-    monkeypatch.setattr(registry, "_MODELS", registry._MODELS | small_main.models())
+    monkeypatch.setattr(registry, "_MODELS", small_main.models())
     arrays = kill_and_resume.final_arrays(killed)
     for folder, part, weights in (("model", "model", "raw"), ("model_ema", "ema", "ema")):
         _, like = model_folder.read_network(killed / folder)

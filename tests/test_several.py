@@ -64,7 +64,7 @@ def test_processes_train_and_evaluate_as_one(
         assert final[name] == alone[1][name], name
     for name in ("loss", "ema_loss"):
         assert final[name] == pytest.approx(alone[1][name], rel=1e-6)
-    monkeypatch.setattr(registry, "_MODELS", registry._MODELS | small_main.models())
+    monkeypatch.setattr(registry, "_MODELS", small_main.models())
     for folder, ema in (("model", False), ("model_ema", True)):
         whole = nnx.state(deit_jax.load_model(tmp_path / folder))
         part = nnx.state(deit_jax.load_checkpoint(tmp_path / "checkpoints" / "6", ema=ema))

@@ -4,11 +4,11 @@ import concurrent.futures
 import dataclasses
 import json
 import re
-import socket
 
 import pytest
 
 from deit_jax import parallel
+from tests import several
 
 SCRIPT = "tests/device_check.py"
 
@@ -66,9 +66,7 @@ def test_a_checkpoint_goes_on_over_another_mesh(trained):
 
 def test_a_checkpoint_moves_between_processes(trained, root, run_python):
     """8 devices of one process → one of one, and → 4 of two → one: the same bits and next batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{several.free_port()}"
 
     def process(number):
         flags = ("restore", root, "saved", "4", coordinator, str(number))
