@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from deit_jax import checkpoint, command_line, forecast, loop, processes
-from deit_jax.errors import InputError, TryAgain
+from deit_jax.checkpoints.training import silence_orbax
+from deit_jax.config.flags import config_errors
+from deit_jax.errors import InputError, TransientError
+from deit_jax.parallel import hosts
+from deit_jax.planning import forecast
+from deit_jax.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe: FILE.py or FILE.py:RUN.", lock_config=True
@@ -29,22 +33,22 @@ def main(argv: Sequence[str]) -> None:
         _fail(f"unexpected argument {argv[1]!r}; fields are set as --config.GROUP.FIELD=VALUE")
     try:
         _MODES[_MODE.value](_CONFIG.value, _WORKDIR.value)
-    except TryAgain as error:
-        processes.let_others_end_it()
+    except TransientError as error:
+        hosts.let_others_end_it()
         _fail(str(error), status=error.exit_status)
     except (InputError, loop.NonFiniteLoss) as error:  # the same again would come of the same steps
         _fail(str(error))
     except loop.Interrupted as error:
-        processes.leave(f"deit-jax: {processes.label()}{error}")
+        hosts.leave(f"deit-jax: {hosts.label()}{error}")
     except Exception as error:
-        processes.let_others_end_it()
+        hosts.let_others_end_it()
         if isinstance(error, OSError) and error.errno:  # a disk that is full or does not answer
-            _fail(" ".join(str(error).split()), status=TryAgain.exit_status)
-        if not processes.connected():
+            _fail(" ".join(str(error).split()), status=TransientError.exit_status)
+        if not hosts.connected():
             raise
         # Left to itself, Python would wait at its end for the others, which wait for this process.
-        processes.crash(error)
-    processes.leave()
+        hosts.crash(error)
+    hosts.leave()
 
 
 def _interrupted(*_: object) -> None:
@@ -57,8 +61,8 @@ def _interrupted(*_: object) -> None:
 
 def _fail(message: str, *, status: int = 2) -> None:
     """Ends at once: nothing is worth waiting for in the threads of the data readers."""
-    said = f"{processes.label(_distributed())}error: {message}"
-    processes.fail(message, status=status, said=said)
+    said = f"{hosts.label(_distributed())}error: {message}"
+    hosts.fail(message, status=status, said=said)
 
 
 def _distributed() -> ConfigDict | None:
@@ -71,7 +75,7 @@ def _distributed() -> ConfigDict | None:
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; ml_collections' traceback for a misspelt field becomes one line."""
     try:
-        with command_line.config_errors():
+        with config_errors():
             rest = flags.FLAGS(argv)
             flags.FLAGS.validate_all_flags()
             _CONFIG.value.lock()  # locked already: any use raises for a file that is missing
@@ -86,7 +90,7 @@ if __name__ == "__main__":
     gc.set_threshold(50_000)
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.WARNING)
-    checkpoint.quiet_orbax()
+    silence_orbax()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _interrupted)
     app.run(main, flags_parser=_parse)

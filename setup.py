@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["deit_jax", "deit_jax.*"]),
-    package_data={"deit_jax": ["imagenet_classes.txt"]},
+    package_data={"deit_jax.models": ["imagenet_classes.txt"]},
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12.6,<0.14",
@@ -46,6 +46,7 @@ setup(
             *TORCH,
             *TENSORBOARD,
             "hypothesis>=6",
+            "import-linter>=2.5",
             "importlib_resources",  # tensorflow-datasets needs it to write a data set
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from ml_collections import ConfigDict
 
-from deit_jax import fields
+from deit_jax.config.fields import default_config
 from deit_jax.errors import InputError
 
 # The `init_from` of fine-tuning recipes: no folder is called so, and the refusal of a run that was
@@ -36,7 +36,7 @@ def deit3() -> ConfigDict:
 
     The paper's rates are effective ones, not scaled by the batch.
     """
-    config = fields.default_config()
+    config = default_config()
     config.input.auto_augment = ""
     config.input.three_augment = True
     config.input.color_jitter = 0.3

@@ -15,7 +15,7 @@ Command: python main.py --config=configs/deit.py:ti --workdir=DIR \\
 from ml_collections import ConfigDict
 
 from configs import common
-from deit_jax import fields
+from deit_jax.config.fields import default_config
 
 RUNS = {  # model, and the images of one GPU, which share a draw of mixup and cutmix
     "ti": ("deit_tiny_patch16_224", 256),
@@ -26,6 +26,6 @@ RUNS = {  # model, and the images of one GPU, which share a draw of mixup and cu
 
 def get_config(run: str = "b") -> ConfigDict:
     """The published recipe, for B all of it `fields.default_config`."""
-    config = fields.default_config()
+    config = default_config()
     config.model.name, config.mixing.group_size = common.choose(RUNS, run, __file__)
     return config

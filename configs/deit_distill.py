@@ -16,7 +16,7 @@ Hardware of the published runs: 16 GPUs, 64 images each; the teacher reaches 82.
 from ml_collections import ConfigDict
 
 from configs import common
-from deit_jax import fields
+from deit_jax.config.fields import default_config
 
 RUNS = {  # model, epochs
     "ti": ("deit_tiny_distilled_patch16_224", 300),
@@ -30,7 +30,7 @@ RUNS = {  # model, epochs
 
 def get_config(run: str = "b") -> ConfigDict:
     """The published recipe: as without a teacher, but for the token, the teacher and its loss."""
-    config = fields.default_config()
+    config = default_config()
     config.model.name, config.schedule.epochs = common.choose(RUNS, run, __file__)
     config.distill.kind = "hard"
     config.distill.alpha = 0.5

@@ -6,12 +6,12 @@ Command: python main.py --config=configs/digits.py --workdir=DIR
 
 from ml_collections import ConfigDict
 
-from deit_jax import fields
+from deit_jax.config.fields import default_config
 
 
 def get_config() -> ConfigDict:
     """The student of digits_distill.py without token and teacher, for as many epochs."""
-    config = fields.default_config()
+    config = default_config()
     config.model.name = "deit_testing"
     config.model.patch_size = 8
     config.dataset.source = "digits"

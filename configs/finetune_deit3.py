@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs import common
-from deit_jax import fields
+from deit_jax.config.fields import default_config
 
 
 class _Run(NamedTuple):
@@ -48,7 +48,7 @@ RUNS = {
 def get_config(run: str = "b_224") -> ConfigDict:
     """DeiT's augmentation and loss without erasing and repeats, at a small constant rate."""
     row = common.choose(RUNS, run, __file__)
-    config = fields.default_config()
+    config = default_config()
     config.init_from = common.PRETRAINED
     config.model.name = row.model
     config.model.drop_path_rate = row.drop_path_rate

@@ -19,14 +19,14 @@ Hardware of the published run: 16 GPUs, 32 images each.
 from ml_collections import ConfigDict
 
 from configs import common
-from deit_jax import fields
+from deit_jax.config.fields import default_config
 
 RUNS = {"b": "deit_base_patch16_384", "b_distilled": "deit_base_distilled_patch16_384"}
 
 
 def get_config(run: str = "b") -> ConfigDict:
     """The recipe of the pre-training at a small, after warm-up constant rate; a teacher stays."""
-    config = fields.default_config()
+    config = default_config()
     config.init_from = common.PRETRAINED
     config.model.name = common.choose(RUNS, run, __file__)
     # The published models were fine-tuned in evaluation mode: no stochastic depth.

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs import common
-from deit_jax import fields
+from deit_jax.config.fields import default_config
 
 
 class _Task(NamedTuple):
@@ -54,7 +54,7 @@ RUNS = _WITH_SGD | _WITH_ADAMW
 def get_config(run: str = "cifar10") -> ConfigDict:
     """ImageNet's recipe with a new head, another optimiser or rate, and less erasing."""
     task = common.choose(RUNS, run, __file__)
-    config = fields.default_config()
+    config = default_config()
     config.init_from = common.PRETRAINED
     config.dataset.source = "tfds" if task.dataset else "folder"
     config.dataset.name = task.dataset

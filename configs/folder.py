@@ -9,12 +9,12 @@ Settings are DeiT's, scaled to a small batch; expect to tune epochs and rate to 
 
 from ml_collections import ConfigDict
 
-from deit_jax import fields
+from deit_jax.config.fields import default_config
 
 
 def get_config() -> ConfigDict:
     """DeiT-Ti distilled; the rate follows the reference's rule, 5e-4 · batch / 512."""
-    config = fields.default_config()
+    config = default_config()
     config.model.name = "deit_tiny_distilled_patch16_224"
     config.dataset.source = "folder"
     config.dataset.name = ""

@@ -6,11 +6,10 @@ _HOME = {
     "InputError": "deit_jax.errors",
     "create_model": "deit_jax.models.registry",
     "list_models": "deit_jax.models.registry",
-    "load_checkpoint": "deit_jax.model_folder",
-    "load_model": "deit_jax.model_folder",
-    "save_model": "deit_jax.model_folder",
-    # Not "preprocess.py": importing a module binds its name in the package, over the function.
-    "preprocess": "deit_jax.preprocessing",
+    "load_checkpoint": "deit_jax.checkpoints.model_folder",
+    "load_model": "deit_jax.checkpoints.model_folder",
+    "save_model": "deit_jax.checkpoints.model_folder",
+    "preprocess": "deit_jax.inference.preprocess",
 }
 __all__ = sorted(_HOME)
 

@@ -7,13 +7,13 @@ import sys
 from typing import TextIO
 
 
-def say(text: str, *, on: bool = True) -> None:
+def log(text: str, *, on: bool = True) -> None:
     """Prints a line to stdout at once, so that it is seen when the output is piped."""
     if on:
         _print(text, sys.stdout)
 
 
-def complain(text: str) -> None:
+def log_error(text: str) -> None:
     """`say` to stderr."""
     _print(text, sys.stderr)
 

@@ -17,7 +17,7 @@ class InputError(ValueError):
     exit_status = 2  # of main.py: what no repetition of the run mends
 
 
-class TryAgain(InputError):
+class TransientError(InputError):
     """What may mend itself: a process that is not there yet, a disk that does not answer."""
 
     exit_status = 1

@@ -12,9 +12,13 @@ import numpy as np
 from flax import nnx
 
 from configs import digits_distill
-from deit_jax import checkpoint, loop, parallel, startup, steps
-from deit_jax import collectives as crossings
+from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.models import registry
+from deit_jax.models.network import split_model
+from deit_jax.parallel.mesh import batch_sharding, replicate, to_global
+from deit_jax.planning.collectives import read
+from deit_jax.training import loop
+from deit_jax.training.setup import check, initial_state
 
 
 def collectives(workdir: str, overrides: list[str]) -> dict[str, int]:
@@ -28,21 +32,21 @@ def collectives(workdir: str, overrides: list[str]) -> dict[str, int]:
         name, value = override.split("=")
         group, field = name.split(".")
         config[group][field] = int(value)
-    setup = startup.check(config, workdir)
+    setup = check(config, workdir)
     # A teacher with random weights has the same program as a trained one.
     model = registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(0))
-    teacher, variables = steps.split_model(model)
-    manager = checkpoint.TrainCheckpoints(workdir, keep=1)
-    state, shardings, _, _ = startup.initial_state(setup, manager)
+    teacher, variables = split_model(model)
+    manager = TrainCheckpoints(workdir, keep=1)
+    state, shardings, _, _ = initial_state(setup, manager)
     step = loop.jit_train_step(setup, shardings, teacher)
     batch = {
         "image": np.zeros((config.train.batch_size, 32, 32, 3), np.uint8),
         "label": np.zeros(config.train.batch_size, np.int32),
     }
-    batch = parallel.to_global(batch, parallel.batch_sharding(setup.mesh))
-    variables = parallel.replicate(variables, setup.mesh)
+    batch = to_global(batch, batch_sharding(setup.mesh))
+    variables = replicate(variables, setup.mesh)
     text = step.lower(state, variables, batch).compile().as_text()
-    return dict(collections.Counter(one.kind for one in crossings.read(text, jax.device_count())))
+    return dict(collections.Counter(one.kind for one in read(text, jax.device_count())))
 
 
 if __name__ == "__main__":

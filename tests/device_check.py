@@ -19,8 +19,14 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import digits_distill
-from deit_jax import checkpoint, loop, model_folder, parallel, startup, summary, trees
+from deit_jax import trees
+from deit_jax.checkpoints import model_folder
+from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.models import layers, registry
+from deit_jax.parallel.mesh import batch_sharding, to_global, to_host
+from deit_jax.training import loop, summary
+from deit_jax.training.setup import check, initial_state
+from deit_jax.training.teacher import load_teacher
 from tests import small_main
 
 _NO_BEST = {"top1": -1.0, "step": -1}
@@ -53,17 +59,17 @@ class Run:
     """A run whose steps are taken by hand, from the latest checkpoint of its folder."""
 
     def __init__(self, config: ConfigDict, workdir: Path):
-        self.setup = startup.check(config, str(workdir))
-        self.checkpoints = checkpoint.TrainCheckpoints(str(workdir), keep=9)
-        self.state, shardings, _, origin = startup.initial_state(self.setup, self.checkpoints)
-        self.summary = summary.recipe(self.setup, origin)
+        self.setup = check(config, str(workdir))
+        self.checkpoints = TrainCheckpoints(str(workdir), keep=9)
+        self.state, shardings, _, origin = initial_state(self.setup, self.checkpoints)
+        self.summary = summary.describe_run(self.setup, origin)
         self._batches = loop._batches(self.setup, int(self.state.step))
-        teacher, self._teacher = startup.load_teacher(self.setup)
+        teacher, self._teacher = load_teacher(self.setup)
         self._step = loop.jit_train_step(self.setup, shardings, teacher)
 
     def next_batch(self) -> dict[str, jax.Array]:
         """The global batch that comes next, on the devices."""
-        return parallel.to_global(next(self._batches), parallel.batch_sharding(self.setup.mesh))
+        return to_global(next(self._batches), batch_sharding(self.setup.mesh))
 
     def losses(self, count: int) -> list[float]:
         """Trains so many steps."""
@@ -75,7 +81,7 @@ class Run:
 
     def save(self, workdir: Path) -> None:
         """Adds the state to the checkpoints of a folder."""
-        with contextlib.closing(checkpoint.TrainCheckpoints(str(workdir), keep=9)) as checkpoints:
+        with contextlib.closing(TrainCheckpoints(str(workdir), keep=9)) as checkpoints:
             info, step = self.setup.network.info, int(self.state.step)
             checkpoints.save(self.state, info, step=step, best=_NO_BEST, top1=None)
 
@@ -102,7 +108,7 @@ def opened(config: ConfigDict, workdir: Path) -> Iterator[Run]:
 
 def digest(tree: object) -> str:
     """A hash of all bits of arrays on the devices, whichever way they lie there."""
-    flat = sorted(trees.flat(parallel.to_host(tree)).items())
+    flat = sorted(trees.flat(to_host(tree)).items())
     return trees.digest(*itertools.chain.from_iterable(flat))
 
 

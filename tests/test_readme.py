@@ -11,7 +11,10 @@ import optax
 from flax import nnx
 
 import deit_jax
-from deit_jax import checkpoint, steps, trees
+from deit_jax import trees
+from deit_jax.checkpoints.training import TrainCheckpoints
+from deit_jax.models.network import split_model
+from deit_jax.training.state import new_state
 
 
 def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
@@ -21,10 +24,10 @@ def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
     model.info = dataclasses.replace(model.info, class_names=names)
     monkeypatch.chdir(tmp_path)
     deit_jax.save_model("runs/digits/model", model)
-    network, variables = steps.split_model(model)
+    network, variables = split_model(model)
     ema = jax.tree.map(lambda x: x + 1, variables)
-    state = steps.new_state(variables, optax.adam(1e-3), ema=True).replace(ema=ema)
-    with contextlib.closing(checkpoint.TrainCheckpoints("runs/digits", keep=1)) as checkpoints:
+    state = new_state(variables, optax.adam(1e-3), ema=True).replace(ema=ema)
+    with contextlib.closing(TrainCheckpoints("runs/digits", keep=1)) as checkpoints:
         checkpoints.save(state, network.info, step=1320, best={}, top1=None)
     blocks = re.findall(r"```python\n(.*?)```", (repo_root / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3

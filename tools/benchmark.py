@@ -1,79 +1,11 @@
-"""Measures how quickly this machine does the work of training, part by part.
+"""Runs benchmarks/benchmark.py from a clone."""
 
-python tools/benchmark.py input --config=configs/deit_b.py --data ROOT --compare timm --cores 1
-python tools/benchmark.py train --model deit_tiny_distilled_patch16_224 --batch 32 --compare torch
-python tools/benchmark.py input --help
-
-Parts: `input`, the pipeline that reads, decodes and augments images; `train`, `infer` and
-`teacher`, the compiled steps. Each has its own flags, and all have --json, to print the report for
-programs, and --write FILE, to put it into a Markdown file.
-"""
-
-import importlib
-import json
-import os
-import re
-import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deit_jax import command_line  # noqa: E402
-from deit_jax.errors import InputError, exit_status  # noqa: E402
-
-# Each module has a docstring for --help, USAGE, add_arguments(parser), run(arguments) → a report
-# for JSON, and markdown(report, command) → the lines of its section.
-STEP = "tools.benchmark_step"
-PARTS = {"input": "tools.benchmark_input", "train": STEP, "infer": STEP, "teacher": STEP}
-WITH_RECIPE = ("input",)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measures a part; returns the exit status."""
-    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
-
-
-def _run(argv: list[str]) -> None:
-    name = argv[0] if argv else ""
-    if name in ("-h", "--help"):
-        print(__doc__, end="")
-        return
-    if name not in PARTS:
-        found = f"the part to measure is {name!r}" if name else "the part to measure is missing"
-        raise InputError(f"{found}, expected one of {', '.join(PARTS)}; see --help")
-    part = importlib.import_module(PARTS[name])
-    parser = command_line.Parser(part.__doc__, part.USAGE)
-    part.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the report for programs")
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="also put the section into this Markdown file"
-    )
-    parser.set_defaults(part=name)
-    if name in WITH_RECIPE:
-        arguments = command_line.parse(parser, argv[1:])
-    else:
-        arguments = parser.parse_args(argv[1:])
-    file = arguments.write
-    # A place that cannot be written shows now, not after minutes.
-    if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-        raise InputError(f"--write {file}: cannot be written; name a file in a folder that can")
-    report = part.run(arguments)
-    section = list(part.markdown(report, f"python tools/benchmark.py {shlex.join(argv)}"))
-    print(json.dumps(report, indent=2) if arguments.json else "\n".join(section))
-    if file:
-        write_section(file, section)
-
-
-def write_section(file: Path, section: list[str]) -> None:
-    """Puts a section, whose first line is `## TITLE`, in the earlier one's place or at the end."""
-    text = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
-    before, *after = re.split(rf"^{re.escape(section[0])}\n", text, maxsplit=1, flags=re.MULTILINE)
-    rest = re.search(r"^## .*", after[0], re.MULTILINE | re.DOTALL) if after else None
-    parts = [before.strip(), "\n".join(section).strip(), rest[0].strip() if rest else ""]
-    file.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-
+from benchmarks.benchmark import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -96,7 +96,7 @@ def _check_url(url: str) -> None:
         raise InputError(f"{url!r}: expected a URL of printable ASCII; percent-encode the rest")
     try:
         parts = urllib.parse.urlsplit(url)
-        parts.port  # noqa: B018  raises for what is no number
+        parts.port  # noqa: B018
     except ValueError as error:
         raise InputError(f"{url}: not a valid URL ({brief(error)})") from error
     if not parts.hostname or "@" in parts.netloc:

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from deit_jax import imagenet, model_folder
-from deit_jax.convert import detect, huggingface, mapping, surgery, torch_files
+from deit_jax.checkpoints import model_folder
+from deit_jax.checkpoints.fit import fit
+from deit_jax.convert import detect, huggingface, mapping, torch_files
 from deit_jax.errors import InputError, brief
-from deit_jax.models import registry
+from deit_jax.models import imagenet, registry
 from deit_jax.models.info import ModelInfo
-from deit_jax.steps import Variables, join_model, split_model
+from deit_jax.models.network import Variables, join_model, split_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,14 +171,12 @@ def adapt(
     renamed = dataclasses.replace(old, class_names=target.class_names)
     _, like = split_model(model_folder.build(target, registry.abstract_model))
     _, old_like = split_model(model_folder.build(old, registry.abstract_model))
-    _, notices = surgery.fit(old_like, renamed, like, target, fresh=like, kernel=kernel)
+    _, notices = fit(old_like, renamed, like, target, fresh=like, kernel=kernel)
     fresh = None
     if notices:
         model = model_folder.build(target, registry.create_model, rngs=nnx.Rngs(seed))
         _, fresh = split_model(model)
-    variables, notices = surgery.fit(
-        converted.variables, renamed, like, target, fresh=fresh, kernel=kernel
-    )
+    variables, notices = fit(converted.variables, renamed, like, target, fresh=fresh, kernel=kernel)
     return dataclasses.replace(
         converted, variables=variables, info=target, notices=(*converted.notices, *notices)
     )

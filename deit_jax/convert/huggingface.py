@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit_jax import imagenet
 from deit_jax.convert import mapping, torch_files, vit_keys
 from deit_jax.errors import InputError, brief
-from deit_jax.models import registry
+from deit_jax.models import imagenet, registry
 from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
-from deit_jax.steps import Variables
+from deit_jax.models.network import Variables
 
 LAYER_NORM_EPS = 1e-6
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -12,7 +12,7 @@ import numpy as np
 
 from deit_jax import trees
 from deit_jax.errors import InputError
-from deit_jax.steps import Variables
+from deit_jax.models.network import Variables
 
 COUNTER = "num_batches_tracked"  # PyTorch's count of BatchNorm updates; no leaf of ours
 

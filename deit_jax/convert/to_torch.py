@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_jax import model_folder
+from deit_jax.checkpoints import model_folder
 from deit_jax.convert import huggingface, mapping, regnet_keys, torch_files, vit_keys
 from deit_jax.convert.mapping import Layout
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.info import ModelInfo
-from deit_jax.steps import Variables
+from deit_jax.models.network import Variables
 
 FORMATS = ("timm", "fb", "hf", "torchvision")
 

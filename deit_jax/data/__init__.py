@@ -20,7 +20,8 @@ import tensorflow as tf
 for _kind in ("GPU", "TPU"):
     tf.config.set_visible_devices([], _kind)
 
-from deit_jax.data.sources import Source, open_source  # noqa: E402
+from deit_jax.data.open import open_source  # noqa: E402
+from deit_jax.data.source import Source  # noqa: E402
 from deit_jax.data.stream import Batches, eval_batches, example_ids, train_batches  # noqa: E402
 
 __all__ = ["Batches", "Source", "eval_batches", "example_ids", "open_source", "train_batches"]

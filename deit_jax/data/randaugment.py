@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from deit_jax.data import geometry, tone
-from deit_jax.policy import OPERATIONS, Policy
+from deit_jax.config.randaugment_policy import OPERATIONS, Policy
+from deit_jax.data.pillow import geometry, tone
 
 
 class Draws(NamedTuple):

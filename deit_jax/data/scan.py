@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from deit_jax.data import ops, stream
-from deit_jax.data.sources import Source
+from deit_jax.data import stream
+from deit_jax.data.decode import decode
+from deit_jax.data.source import Source
 from deit_jax.errors import brief
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -50,7 +51,7 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
 
     def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
         data, label = source.fetch(index)
-        image = ops.decode(data)
+        image = decode(data)
         height, width, _ = tf.unstack(tf.shape(image))
         hashed = tf.bitcast(tf.fingerprint(tf.reshape(data, (1, -1)))[0], tf.int64)
         return index, label, height, width, _colours(data), hashed

@@ -14,10 +14,10 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
 
-from deit_jax.data import ops
+from deit_jax.data import transforms
 from deit_jax.data.order import NONE, Order, Rows, among
-from deit_jax.data.sources import Source
-from deit_jax.errors import InputError, TryAgain
+from deit_jax.data.source import Source
+from deit_jax.errors import InputError, TransientError
 
 _PREFETCH = 2  # batches; a DeiT batch of 1024 is 154 MB
 _OUTSIDE = "label outside the class range"  # a mistake in the data set, not a broken image
@@ -74,7 +74,7 @@ def train_batches(
         group_size=group_size or batch_size,
     )
     rows = Rows(batch_size, process_index, process_count)
-    transform = ops.train_transform(input_config, image_size=image_size)
+    transform = transforms.train_transform(input_config, image_size=image_size)
 
     def units(step: tf.Tensor, unreadable: list[int]) -> Tensors:
         slots = order.slots(step)
@@ -129,7 +129,7 @@ def eval_batches(
       InputError: as `train_batches`.
     """
     rows = Rows(batch_size, process_index, process_count)
-    transform = ops.eval_transform(input_config, image_size=image_size)
+    transform = transforms.eval_transform(input_config, image_size=image_size)
 
     def units(step: tf.Tensor, unreadable: list[int]) -> Tensors:
         index = step * batch_size + rows.first + tf.range(rows.local, dtype=tf.int64)
@@ -263,7 +263,7 @@ class Batches(Iterator[Batch]):
                     continue
                 found = True
                 if _may_pass(cause):  # to skip it would change what is trained on
-                    raise TryAgain(
+                    raise TransientError(
                         f"{self._source.description}: {name} cannot be read now: {reason}"
                     ) from cause
                 if not self._skip or _OUTSIDE in reason:

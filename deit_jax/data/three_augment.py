@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from deit_jax.data import tone
-from deit_jax.data.blur import gaussian_blur
+from deit_jax.data.pillow import tone
+from deit_jax.data.pillow.blur import gaussian_blur
 
 THREE = ("grey", "solarise", "blur")
 ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation")))

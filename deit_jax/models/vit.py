@@ -6,8 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
+from deit_jax.models.attention import Attention
 from deit_jax.models.layers import (
-    Attention,
     DropPath,
     LayerScale,
     Linear,

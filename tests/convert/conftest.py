@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from deit_jax.models import registry
+from deit_jax.models.network import Variables, split_model
 from deit_jax.models.registry import ModelInfo
-from deit_jax.steps import Variables, split_model
 from tests.oracles import timm_models
 
 SMALL = ("deit_testing", "deit_testing_distilled", "deit3_testing", "regnety_testing")

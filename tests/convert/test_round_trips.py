@@ -9,15 +9,16 @@ import safetensors.numpy
 import torch
 
 import deit_jax
-from deit_jax import imagenet, model_folder, trees
+from deit_jax import trees
+from deit_jax.checkpoints import model_folder
+from deit_jax.cli import convert, export_torch
 from deit_jax.convert import detect, from_torch, mapping, to_torch, torch_files
-from deit_jax.models import registry
-from deit_jax.steps import split_model
+from deit_jax.models import imagenet, registry
+from deit_jax.models.network import split_model
 from tests.convert import peak_memory
 from tests.convert.conftest import SMALL, options, random_variables, timm_twin
 from tests.oracles import reference_vit, timm_models
 from tests.oracles.torchvision_ops import import_torchvision
-from tools import jax_to_torch, torch_to_jax
 
 TRANSFORMERS_ATOL = 2e-5  # relative to the largest logit
 
@@ -56,10 +57,10 @@ def test_from_timm_through_the_tools_and_back(tmp_path, name, suffix):
         torch.save({"state_dict": want.state_dict(), "epoch": 3}, source)
     else:
         safetensors.numpy.save_file(numpy_state(want), source)
-    assert torch_to_jax.main(["--src", str(source), "--dst", str(folder)]) == 0
+    assert convert.main(["--src", str(source), "--dst", str(folder)]) == 0
     assert deit_jax.load_model(folder).info.name == name
     arguments = ["--src", str(folder), "--dst", str(back), "--format", "timm"]
-    assert jax_to_torch.main(arguments) == 0
+    assert export_torch.main(arguments) == 0
     if suffix == ".pth":
         state = torch.load(back, weights_only=True)
         got = {key: tensor.numpy() for key, tensor in state.items()}
@@ -320,7 +321,7 @@ def test_weights_are_made_to_fit_on_request(tmp_path, capsys):
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
     arguments = ["--src", str(tmp_path / "a.safetensors"), "--dst", str(tmp_path / "model")]
     more = ["--model", "deit_testing_distilled", "--image_size", "64", "--num_classes", "3"]
-    assert torch_to_jax.main([*arguments, *more, "--class_names", str(tmp_path / "names.txt")]) == 0
+    assert convert.main([*arguments, *more, "--class_names", str(tmp_path / "names.txt")]) == 0
     printed = capsys.readouterr().out
     for words in ("resized from 8×8 to 16×16", "dist_token newly", "head newly", "head_dist newly"):
         assert words in printed

@@ -14,8 +14,11 @@ import tensorflow as tf
 from PIL import Image
 
 from deit_jax import data
-from deit_jax.data import ops
-from deit_jax.errors import InputError, TryAgain
+from deit_jax.data import transforms
+from deit_jax.data.crop import random_box
+from deit_jax.data.decode import decode
+from deit_jax.data.draws import fold
+from deit_jax.errors import InputError, TransientError
 from tests.data.conftest import CountingSource, permutation, picture
 
 _SIDE = 24  # of the images in folders, and of what is made of them: few shapes to compile for
@@ -77,7 +80,7 @@ def _rare_files():
 @pytest.mark.parametrize(("kind", "content"), _rare_files().items(), ids=_rare_files())
 def test_rare_files_are_what_the_reference_loads(kind, content):
     want = Image.open(io.BytesIO(content)).convert("RGB")
-    np.testing.assert_array_equal(ops.decode(tf.constant(content)), want)
+    np.testing.assert_array_equal(decode(tf.constant(content)), want)
 
 
 def test_where_we_leave_the_reference():
@@ -85,19 +88,19 @@ def test_where_we_leave_the_reference():
     words = np.random.default_rng(0).integers(0, 2**16, (30, 40))
     grey = _png_of_16_bits(words, 0)
     want = np.repeat((words >> 8)[..., None], 3, axis=-1)
-    np.testing.assert_array_equal(ops.decode(tf.constant(grey)), want)
+    np.testing.assert_array_equal(decode(tf.constant(grey)), want)
     assert np.median(Image.open(io.BytesIO(grey)).convert("RGB")) == 255
 
     palette = Image.fromarray(picture(0, 30, 40)).quantize(16)
     gif = _encode(palette, "GIF", transparency=3)
     want = np.asarray(palette.convert("RGB")) * (np.asarray(palette) != 3)[..., None]
-    np.testing.assert_array_equal(ops.decode(tf.constant(gif)), want)
+    np.testing.assert_array_equal(decode(tf.constant(gif)), want)
 
     no_end = _encode(palette, "PNG")[:-12]
     Image.open(io.BytesIO(no_end)).load()
     for refused in (no_end, _encode(palette.convert("1"), "BMP")):
         with pytest.raises(tf.errors.InvalidArgumentError):
-            ops.decode(tf.constant(refused))
+            decode(tf.constant(refused))
 
 
 @pytest.mark.parametrize("kind", ["one pixel", "very wide"])
@@ -107,17 +110,17 @@ def test_extreme_sizes_pass_through_training_and_evaluation(kind, input_config):
     width, height = image.size
     input_config.update({"hflip": 0.0, "crop_ratio": 1.0})
     seeds = tf.constant([[0, 1], [0, 2]], tf.int64)
-    views = ops.train_transform(input_config, image_size=_SIDE)(tf.constant(content), seeds)
+    views = transforms.train_transform(input_config, image_size=_SIDE)(tf.constant(content), seeds)
     for seed, view in zip(seeds, views, strict=True):
         how = {name: input_config[name] for name in ("scale", "ratio")}
-        box = ops.random_box(height, width, ops.fold(seed, ops._CROP), **how).numpy()
+        box = random_box(height, width, fold(seed, transforms._CROP), **how).numpy()
         cut = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
         want = cut.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(view, want)
 
     whole = image.resize((width * _SIDE // height, _SIDE), Image.Resampling.BICUBIC)
     left = round((whole.width - _SIDE) / 2)
-    got = ops.eval_transform(input_config, image_size=_SIDE)(tf.constant(content))
+    got = transforms.eval_transform(input_config, image_size=_SIDE)(tf.constant(content))
     np.testing.assert_array_equal(got, whole.crop((left, 0, left + _SIDE, _SIDE)))
 
 
@@ -195,7 +198,7 @@ def test_damage_below_the_crop_of_a_single_view_goes_unnoticed(folder, input_con
     _cut_short(path)
     cut_short = tf.constant(path.read_bytes())
     input_config.update({"scale": (0.1, 0.2), "ratio": (1.0, 1.0)})
-    transform = ops.train_transform(input_config, image_size=_SIDE)
+    transform = transforms.train_transform(input_config, image_size=_SIDE)
     seeds = tf.constant([[0, number] for number in range(12)], tf.int64)
     read = 0
     for seed in seeds:
@@ -210,7 +213,7 @@ def test_damage_below_the_crop_of_a_single_view_goes_unnoticed(folder, input_con
     with pytest.raises(tf.errors.InvalidArgumentError):
         transform(cut_short, seeds[:2])
     input_config.on_bad_image = "skip"
-    transform = ops.train_transform(input_config, image_size=_SIDE)
+    transform = transforms.train_transform(input_config, image_size=_SIDE)
     for seed in seeds:
         with pytest.raises(tf.errors.InvalidArgumentError):
             transform(cut_short, seed[None])
@@ -315,7 +318,7 @@ def test_only_the_views_of_broken_files_change(folder, input_config):
     input_config.on_bad_image = "skip"
     mended, skipped = images()
     assert skipped.keys() == broken
-    transform = ops.train_transform(input_config, image_size=_SIDE)
+    transform = transforms.train_transform(input_config, image_size=_SIDE)
     others = {source.example_id(index) for index in range(12)} - broken
     for position, name in enumerate(shown):
         if name not in broken:
@@ -382,7 +385,7 @@ def test_storage_that_fails_is_no_broken_image(plain_config, on_bad_image, numbe
         data.eval_batches(source, plain_config, **sizes),
         data.train_batches(source, plain_config, **sizes, steps_per_epoch=1, seed=0),
     ):
-        with pytest.raises(TryAgain, match=r"counting:1 cannot be read now: .*1\.jpg"):
+        with pytest.raises(TransientError, match=r"counting:1 cannot be read now: .*1\.jpg"):
             next(batches)
         assert not batches.skipped
 

@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageFilter
 
-from deit_jax.data.blur import gaussian_blur
+from deit_jax.data.pillow.blur import gaussian_blur
 from tests.data.conftest import picture
 
 # The box reaches one pixel further from here on.

@@ -8,8 +8,10 @@ import tensorflow as tf
 from PIL import Image
 
 from deit_jax import data
-from deit_jax.data import ops, randaugment
-from deit_jax.policy import parse_policy
+from deit_jax.config.randaugment_policy import parse_policy
+from deit_jax.data import randaugment, transforms
+from deit_jax.data.crop import random_box
+from deit_jax.data.draws import fold
 from tests.oracles.torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -45,7 +47,9 @@ class _DrawnRandAugment:
 
 
 def _flips(seed):
-    probe = ops.random_flip(tf.constant([[[0], [1]]]), ops.fold(seed, ops._FLIP), probability=0.5)
+    probe = transforms.random_flip(
+        tf.constant([[[0], [1]]]), fold(seed, transforms._FLIP), probability=0.5
+    )
     return bool(probe[0, 0, 0])
 
 
@@ -80,12 +84,12 @@ def test_training_images_are_timms(
             image = Image.open(name).convert("RGB")
             seed = tf.constant([_SEED, step * batch_size + row], tf.int64)
             height_width = tf.unstack(tf.constant(image.size[::-1]))
-            box = ops.random_box(*height_width, ops.fold(seed, ops._CROP), **how)
+            box = random_box(*height_width, fold(seed, transforms._CROP), **how)
             crop.get_params = lambda *_, box=box: box.numpy().tolist()
             flip.p = float(_flips(seed))
             drawn.draws = [
                 draw.numpy().tolist()
-                for draw in randaugment.draw(ops.fold(seed, ops._AUGMENT), parse_policy(_POLICY))
+                for draw in randaugment.draw(fold(seed, transforms._AUGMENT), parse_policy(_POLICY))
             ]
             difference = np.abs(
                 batch["image"][row] - chain(image).permute(1, 2, 0).numpy().astype(int)

@@ -9,9 +9,11 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance
 from scipy import stats
 
-from deit_jax.data import ops, randaugment, tone
+from deit_jax.config.randaugment_policy import OPERATIONS, Policy, parse_policy
+from deit_jax.data import randaugment, transforms
+from deit_jax.data.draws import fold
+from deit_jax.data.pillow import tone
 from deit_jax.errors import InputError
-from deit_jax.policy import OPERATIONS, Policy, parse_policy
 from tests.data.conftest import picture
 from tests.oracles.torchvision_ops import import_torchvision
 
@@ -215,7 +217,7 @@ def test_whole_policy_with_timms_draws(photographs, monkeypatch):
     recorder = _Recorder(0)
     monkeypatch.setattr(timm_augment, "random", recorder)
     recorder.watch(theirs)
-    np.random.seed(0)  # noqa: NPY002 - timm draws the operations from the global generator
+    np.random.seed(0)  # noqa: NPY002
     differences, compared, changed = [], 0, 0
     for number in range(240):
         image = photographs[96][number % 16]
@@ -317,24 +319,26 @@ def test_a_function_of_the_seed_eagerly_and_in_a_parallel_map(photographs):
 def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):
     data = tf.constant(jpegs[0].read_bytes())
     seeds = tf.constant([[1, i] for i in range(3)], tf.int64)
-    plain = ops.train_transform(input_config, image_size=48)
+    plain = transforms.train_transform(input_config, image_size=48)
     input_config.auto_augment = "rand-m9-mstd0.5-inc1-n4-p1"
-    augmented = ops.train_transform(input_config, image_size=48)
+    augmented = transforms.train_transform(input_config, image_size=48)
     how = {"policy": parse_policy(input_config.auto_augment), "fill": FILL}
     for seed, image, got in zip(seeds, plain(data, seeds), augmented(data, seeds), strict=True):
-        want = randaugment.rand_augment(image, ops.fold(seed, 2), interpolation="bicubic", **how)
+        want = randaugment.rand_augment(image, fold(seed, 2), interpolation="bicubic", **how)
         np.testing.assert_array_equal(got, want)
         assert (got != image).numpy().any()
 
 
 def test_training_passes_interpolation_and_mean_on(jpegs, input_config, monkeypatch):
     seen = []
-    monkeypatch.setattr(ops, "rand_augment", lambda image, _, **how: seen.append(how) or image)
+    monkeypatch.setattr(
+        transforms, "rand_augment", lambda image, _, **how: seen.append(how) or image
+    )
     for mean, interpolation in ((input_config.mean, "bicubic"), ((0.5, 1.2, -0.1), "bilinear")):
         input_config.update(
             {"auto_augment": DEIT, "mean": mean, "interpolation": interpolation, "pad": 0}
         )
-        ops.train_transform(input_config, image_size=8)(
+        transforms.train_transform(input_config, image_size=8)(
             tf.constant(jpegs[0].read_bytes()), tf.constant([[1, 2]], tf.int64)
         )
     assert [how["fill"] for how in seen] == [FILL, (128, 255, 0)]

@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from deit_jax.data.resize import resize
+from deit_jax.data.pillow.resize import resize
 
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,

@@ -1,0 +1,1 @@
+"""Speed beside competitors: the input pipeline and the compiled steps."""

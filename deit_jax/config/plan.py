@@ -1,0 +1,114 @@
+"""The numbers that follow from a config, its data and its devices."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from deit_jax.config.validate import refuse
+from deit_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """The numbers a run follows, derived from its config, its data and its devices."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    num_train: int  # examples in the train split
+    num_eval: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    group_size: int  # images that share one mixup/cutmix draw, at most a device's
+    order_group_size: int  # the same for the order of the stream, which no device count may change
+    images_per_epoch: int
+    distinct_images_per_epoch: int
+    eval_every: int  # steps; the last step always evaluates
+    save_every: tuple[int, ...]  # steps; the last step always saves
+
+
+def check_batch(config: ConfigDict, *, num_devices: int, num_processes: int) -> None:
+    """Raises InputError unless the batch and the mesh divide evenly over the devices."""
+    if num_devices % config.parallel.fsdp:
+        refuse(config, "parallel.fsdp", f"a divisor of the number of devices ({num_devices})")
+    batch = config.train.batch_size
+    if batch % num_devices:
+        lower = batch // num_devices * num_devices
+        nearest = f"{lower} or {lower + num_devices}" if lower else str(num_devices)
+        refuse(
+            config,
+            "train.batch_size",
+            f"a multiple of the {num_devices} devices of the mesh ({num_processes} processes): "
+            f"try {nearest}",
+        )
+    if batch // num_devices % config.train.accumulate_steps:
+        refuse(
+            config,
+            "train.accumulate_steps",
+            f"a divisor of the {batch // num_devices} images of a device (config.train.batch_size "
+            f"{batch} over {num_devices} devices)",
+        )
+
+
+def plan_run(
+    config: ConfigDict,
+    *,
+    num_train: int,
+    num_eval: int,
+    num_classes: int,
+    class_names: tuple[str, ...],
+    num_devices: int,
+) -> RunPlan:
+    """Derives the run's numbers.
+
+    A repeated-augmentation epoch follows the reference's sampler: as many samples as the split has
+    (rounded down to a multiple of 256), drawn as `repeats` views of a `repeats`-th of the images.
+
+    Raises:
+      InputError: the train split is smaller than one global batch, or a device's images do not
+        pair up for mixing.
+    """
+    batch, repeats = config.train.batch_size, config.input.repeats
+    samples = num_train // 256 * 256 if repeats > 1 and num_train >= 256 else num_train
+    steps_per_epoch = samples // batch
+    if steps_per_epoch == 0:
+        raise InputError(
+            f"config.train.batch_size is {batch}, but the train split has only {num_train} images; "
+            "choose a batch no larger than the split"
+        )
+    group_size = _group_size(config.mixing.group_size, batch // num_devices)
+    mixing = config.mixing.prob and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha)
+    if mixing and group_size % 2:
+        raise InputError(
+            f"config.mixing.group_size is {config.mixing.group_size}, which leaves groups of "
+            f"{group_size} in the {batch // num_devices} images of a device, but mixup and cutmix "
+            "pair images; choose an even group and a batch with an even number of images a device"
+        )
+    images = steps_per_epoch * batch
+    return RunPlan(
+        num_classes=num_classes,
+        class_names=class_names,
+        num_train=num_train,
+        num_eval=num_eval,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=steps_per_epoch * config.schedule.epochs,
+        warmup_steps=steps_per_epoch * config.schedule.warmup_epochs,
+        group_size=group_size,
+        order_group_size=_group_size(config.mixing.group_size, batch),
+        images_per_epoch=images,
+        distinct_images_per_epoch=-(-images // repeats),
+        eval_every=steps_per_epoch * config.train.eval_every_epochs,
+        save_every=(
+            steps_per_epoch * config.checkpoint.every_epochs,
+            config.checkpoint.every_steps,
+        ),
+    )
+
+
+def _group_size(wanted: int, images: int) -> int:
+    """The largest group of at most `wanted` that divides `images`, an even one if there is any.
+
+    Groups never span devices, and mixing pairs the images of a group.
+    """
+    sizes = [size for size in range(1, min(wanted, images) + 1) if images % size == 0]
+    return max(sizes, key=lambda size: (size % 2 == 0, size))

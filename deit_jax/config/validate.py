@@ -1,0 +1,156 @@
+"""Validation of a parsed config, and every number that follows from it."""
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import NoReturn
+
+from ml_collections import ConfigDict
+
+from deit_jax.config.fields import check_structure
+from deit_jax.config.randaugment_policy import parse_policy
+from deit_jax.errors import InputError
+
+_CHOICES = {
+    "dataset.source": ("tfds", "folder", "digits"),
+    "input.train_crop": ("random_resized", "simple_random", "small"),
+    "input.on_bad_image": ("error", "skip"),
+    "input.interpolation": ("bicubic", "bilinear"),
+    "distill.kind": ("none", "hard", "soft"),
+    "distill.reduction": ("numel", "batchmean"),
+    "optimizer.name": ("adamw", "lamb", "sgd"),
+    "train.loss": ("cross_entropy", "bce"),
+    "train.dtype": ("bfloat16", "float32"),
+    "parallel.backend": ("mesh", "pmap"),
+}
+_AT_LEAST_ONE = (
+    "input.image_size", "input.repeats", "mixing.group_size", "schedule.epochs",
+    "train.batch_size", "train.accumulate_steps", "train.log_every_steps",
+    "train.max_nonfinite_steps", "parallel.fsdp", "checkpoint.keep", "distributed.num_processes",
+    "distributed.start_timeout",
+)  # fmt: skip
+_PROBABILITIES = (
+    "model.drop_path_rate", "input.hflip", "mixing.random_erasing", "mixing.prob",
+    "mixing.switch_prob", "mixing.smoothing", "distill.alpha", "train.ema_decay",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "model.patch_size", "dataset.num_classes", "input.pad", "input.color_jitter",
+    "mixing.mixup_alpha", "mixing.cutmix_alpha", "distill.teacher_epochs", "optimizer.lr",
+    "optimizer.weight_decay", "optimizer.clip_norm",
+    "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr", "train.seed",
+    "train.eval_every_epochs", "checkpoint.every_epochs", "checkpoint.every_steps",
+    "distributed.process_id",
+)  # fmt: skip
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks names, types, ranges and combinations that need no data and no device.
+
+    Raises:
+      InputError: the first field that is wrong, what it holds and what it may hold.
+    """
+    check_structure(config)
+    for name, choices in _CHOICES.items():
+        if _get(config, name) not in choices:
+            refuse(config, name, f"one of {', '.join(choices)}")
+    _check_range(config, _AT_LEAST_ONE, lambda value: value >= 1, "at least 1")
+    _check_range(config, _PROBABILITIES, lambda value: 0 <= value <= 1, "between 0 and 1")
+    _check_range(config, _NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
+    _check_range(
+        config,
+        ("distill.temperature", "optimizer.eps"),
+        lambda value: value > 0,
+        "greater than 0",
+    )
+    _check_range(config, ("input.crop_ratio",), lambda value: 0 < value <= 1, "in (0, 1]")
+    _check_range(config, ("dataset.train_fraction",), lambda value: 0 < value <= 1, "in (0, 1]")
+    _check_range(
+        config,
+        ("optimizer.b1", "optimizer.b2", "optimizer.momentum"),
+        lambda value: 0 <= value < 1,
+        "in [0, 1)",
+    )
+    _check_range(config, ("input.std",), lambda value: min(value) > 0, "numbers greater than 0")
+    for pattern in config.optimizer.trainable.split():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            refuse(config, "optimizer.trainable", f"regular expressions ({pattern!r}: {error})")
+    for name in ("input.scale", "input.ratio"):
+        low, high = _get(config, name)
+        if not 0 < low <= high:
+            refuse(config, name, "two numbers, 0 < low <= high")
+    if config.input.auto_augment:
+        try:
+            parse_policy(config.input.auto_augment)
+        except InputError as error:
+            raise InputError(f"config.input.auto_augment: {error}") from None
+        if config.input.three_augment:
+            raise InputError(
+                f"config.input.three_augment is True, but config.input.auto_augment is "
+                f"{config.input.auto_augment!r}: the one takes the place of the other; set "
+                "auto_augment to '' or three_augment to False"
+            )
+    if config.distill.kind == "none" and (config.distill.teacher or config.distill.teacher_config):
+        raise InputError(
+            "config.distill.teacher or teacher_config is set, but config.distill.kind is 'none'; "
+            "set --config.distill.kind=hard (or soft), or remove the teacher"
+        )
+    if config.train.loss == "bce" and config.mixing.smoothing:
+        refuse(
+            config,
+            "mixing.smoothing",
+            "0 where train.loss is 'bce', which counts every smoothed target as a true class",
+        )
+    if config.train.cosub and not config.model.drop_path_rate:
+        refuse(config, "train.cosub", "False where model.drop_path_rate is 0: no two submodels")
+    if config.train.cosub and config.distill.kind != "none":
+        refuse(config, "train.cosub", "False where distill.kind is not 'none': it has no teacher")
+    if config.parallel.backend == "pmap" and config.parallel.fsdp > 1:
+        refuse(config, "parallel.fsdp", "1 where parallel.backend is 'pmap', which shards nothing")
+    if config.schedule.warmup_epochs >= config.schedule.epochs:
+        refuse(
+            config,
+            "schedule.warmup_epochs",
+            f"less than schedule.epochs ({config.schedule.epochs})",
+        )
+    if not _is_curve(config.train.expected_top1):
+        refuse(config, "train.expected_top1", "pairs (epoch, top-1 in percent), epochs rising")
+    _check_distributed(config)
+
+
+def _is_curve(pairs: tuple) -> bool:
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and type(pair[0]) is int):
+            return False
+        if not (isinstance(pair[1], (int, float)) and 0 <= pair[1] <= 100):
+            return False
+    epochs = [0, *(pair[0] for pair in pairs)]
+    return all(before < after for before, after in itertools.pairwise(epochs))
+
+
+def _check_distributed(config: ConfigDict) -> None:
+    distributed = config.distributed
+    address, several = distributed.coordinator_address, distributed.num_processes > 1
+    if (several or address) and not address.rpartition(":")[2].isdigit():
+        refuse(config, "distributed.coordinator_address", "HOST:PORT of process 0")
+    if distributed.process_id >= distributed.num_processes:
+        refuse(config, "distributed.process_id", "less than distributed.num_processes")
+
+
+def _check_range(
+    config: ConfigDict, names: tuple[str, ...], holds: Callable[[float], bool], expected: str
+) -> None:
+    for name in names:
+        if not holds(_get(config, name)):
+            refuse(config, name, expected)
+
+
+def _get(config: ConfigDict, name: str) -> object:
+    group, _, field = name.partition(".")
+    return config[group][field]
+
+
+def refuse(config: ConfigDict, name: str, expected: str) -> NoReturn:
+    """Raises InputError: what the field `name` (GROUP.FIELD) holds, and what it must be."""
+    raise InputError(f"config.{name} is {_get(config, name)!r}, but must be {expected}")

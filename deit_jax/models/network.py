@@ -1,0 +1,69 @@
+"""A model as a pure function: its computation (`Network`) apart from its weights (`Variables`)."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+from flax import nnx, struct
+
+from deit_jax.models.layers import TrainingRngs
+from deit_jax.models.registry import ModelInfo
+
+if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
+    pass
+
+
+Tree = dict[str, object]
+
+
+@struct.dataclass
+class Variables:
+    """What a model computes with: trained parameters and BatchNorm statistics ({} without any)."""
+
+    params: Tree
+    batch_stats: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model's computation without its weights: the static half of an NNX module."""
+
+    graphdef: nnx.GraphDef
+    info: ModelInfo
+
+    def __call__(
+        self,
+        variables: Variables,
+        images: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        axis_name: str | None = None,
+    ) -> tuple[tuple[jax.Array, ...], Tree]:
+        """Applies the model.
+
+        Args:
+          variables: weights, checked against this network by whoever loaded them.
+          images: [B,H,W,3] normalised floats.
+          key: randomness of a training pass; None evaluates.
+          axis_name: the axis over which devices share the batch, under pmap.
+
+        Returns:
+          The logits of each head, float32 [B,K], and the BatchNorm statistics after the pass.
+        """
+        # merge matches leaves by position, hence the name and shape check at every loader.
+        model = nnx.merge(self.graphdef, variables.params, variables.batch_stats)
+        rngs = None if key is None else TrainingRngs(axis_name, dropout=key)
+        heads = model.heads(images, rngs=rngs)
+        return heads, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def split_model(model: nnx.Module) -> tuple[Network, Variables]:
+    """Splits a module into its computation and its (possibly abstract) variables."""
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    variables = Variables(nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats))
+    return Network(graphdef, model.info), variables
+
+
+def join_model(network: Network, variables: Variables) -> nnx.Module:
+    """The inverse of `split_model`."""
+    return nnx.merge(network.graphdef, variables.params, variables.batch_stats)

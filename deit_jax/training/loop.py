@@ -1,0 +1,348 @@
+"""The training loop, and evaluation of what it trained."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from deit_jax.checkpoints import model_folder
+from deit_jax.checkpoints.training import TrainCheckpoints
+from deit_jax.config.files import changed_fields, write_config
+from deit_jax.console import log
+from deit_jax.errors import InputError
+from deit_jax.models.network import Network, Variables
+from deit_jax.parallel import hosts, preemption
+from deit_jax.parallel.mesh import batch_sharding, replicated, to_global
+from deit_jax.training import checks, pmap, summary
+from deit_jax.training.evaluate import evaluator, make_attention_probe, skipped
+from deit_jax.training.metrics import (
+    MetricWriter,
+    Progress,
+    accuracy_warning,
+    eval_line,
+    train_line,
+)
+from deit_jax.training.run import Run
+from deit_jax.training.setup import check, check_start, initial_state
+from deit_jax.training.state import TrainState
+from deit_jax.training.step import make_train_step
+from deit_jax.training.teacher import load_teacher, teacher_accuracy, teacher_config
+
+_STEPS_IN_FLIGHT = 2  # more gain nothing, and collectives on CPU devices can deadlock
+
+
+class Interrupted(Exception):
+    """A run was asked to stop (SIGTERM) and saved its state; the message says how to go on."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient; the last good state is saved."""
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Trains, resumes or finishes the run of `workdir`, and its teacher where there is none yet.
+
+    Returns:
+      The final report: `top1`, `top5` (percent), `loss`, `num_examples`; with two heads `top1_cls`
+      and `top1_dist`; all again with `ema_` where the average is on; with a teacher `teacher_top1`.
+
+    Raises:
+      InputError: before any long work, if the config, the data or the workdir are wrong.
+      Interrupted: after SIGTERM, with the state saved.
+      NonFiniteLoss: see `train.max_nonfinite_steps`.
+
+    SIGTERM before the first step ends the process, and a second one, more than a second later, does
+    so at any time.
+    """
+    with preemption.StopSignal() as stop:
+        return _run(config, workdir, stop)
+
+
+def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[str, float]:
+    run = check(config, workdir)
+    with contextlib.closing(open_checkpoints(run, training=True)) as checkpoints:
+        folder = run.teacher_folder
+        if folder is not None and model_folder.find_model(folder) is None:
+            log(f"No teacher in {folder}: training one first.", on=hosts.is_first())
+            _run(teacher_config(config), folder, stop)
+            stop.between_runs()
+            log("The teacher is ready; training the student.", on=hosts.is_first())
+        return _train(run, checkpoints, stop)
+
+
+def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Evaluates the latest checkpoint of `workdir` (or `init_from`); reports as `train` does."""
+    run = check(config, workdir, mode="eval")
+    if not holds_checkpoint(workdir) and not config.init_from:
+        raise InputError(
+            f"--workdir={workdir} holds no checkpoint to evaluate; train first, or name a model "
+            "folder by --config.init_from"
+        )
+    with contextlib.closing(open_checkpoints(run, training=False)) as checkpoints:
+        state, _, _, origin = initial_state(run, checkpoints)
+        log(summary.describe_run(run, origin), on=hosts.is_first())
+        teacher = None
+        if run.teacher_folder is not None and model_folder.find_model(run.teacher_folder):
+            teacher = load_teacher(run)
+        step = int(state.step)
+        writer = MetricWriter(workdir, on=hosts.is_first())
+        with contextlib.closing(writer):
+            final = evaluator(run)(state) | teacher_accuracy(run, *(teacher or (None, None)))
+            return _report(writer, step, final)
+
+
+def _train(
+    run: Run, checkpoints: TrainCheckpoints, stopped: preemption.StopSignal
+) -> dict[str, float]:
+    config, plan, workdir, first = run.config, run.plan, run.workdir, hosts.is_first()
+    state, shardings, best, origin = initial_state(run, checkpoints)
+    step = int(state.step)
+    log(f"Run {workdir}\n{summary.describe_run(run, origin)}", on=first)
+    if first:
+        for change in changed_fields(config, workdir) if origin.startswith("resumed") else ():
+            log(f"  changed   {change}")
+        write_config(config, workdir)
+    teacher, teacher_variables = load_teacher(run)
+    teacher_report = teacher_accuracy(run, teacher, teacher_variables)
+    if teacher_report:
+        log(
+            f"Teacher top-1 on the eval split: {teacher_report['teacher_top1']:.2f} %",
+            on=first,
+        )
+
+    train_step = jit_train_step(run, shardings, teacher)
+    evaluate_state = evaluator(run)
+    probe = None
+    if config.train.log_attention:
+        probe = jax.jit(
+            make_attention_probe(run.network),
+            out_shardings=replicated(run.mesh),
+        )
+    writer = MetricWriter(workdir, resume_step=step, tensorboard=config.train.tensorboard, on=first)
+    progress = Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
+    window = _Window(run)
+    results = None  # of the last evaluation, if it was of the present step
+    if step >= plan.total_steps:
+        log(f"Already finished at step {step}: evaluating.", on=first)
+        if int(state.nonfinite_steps) >= config.train.max_nonfinite_steps:
+            raise NonFiniteLoss(_nonfinite_report(run, step))
+
+    with contextlib.closing(writer):
+        batches = _batches(run, step)
+        while step < plan.total_steps:
+            begin = time.perf_counter()
+            batch = next(batches)
+            progress.waited(time.perf_counter() - begin)
+            batch = to_global(batch, batch_sharding(run.mesh))
+            state, metrics = train_step(state, teacher_variables, batch)
+            step += 1
+            window.add(step, metrics)
+            progress.step_done()
+            # Asked once a step: a signal between two answers must not skip the save.
+            last, stop, results = step == plan.total_steps, stopped.asked(step), None
+            if last or step % config.train.log_every_steps == 0:
+                values = window.means() | progress.report(step) | skipped(batches, config)
+                if probe is not None:
+                    begin = time.perf_counter()
+                    values["attention_max"] = float(probe(state.model, batch["image"]))
+                    progress.pause(time.perf_counter() - begin)
+                writer.write(step, "train", values)
+                log(train_line(step, plan.total_steps, plan.steps_per_epoch, values), on=first)
+
+            begin = time.perf_counter()
+            if last or _due(step, plan.eval_every):
+                window.finish()
+                results = evaluate_state(state)
+                expected = dict(config.train.expected_top1).get(step / plan.steps_per_epoch)
+                shown = results | ({} if expected is None else {"expected_top1": expected})
+                writer.write(step, "eval", shown)
+                log(f"step {step}: eval {eval_line(shown)}", on=first)
+                if warning := accuracy_warning(shown):
+                    log(warning, on=first)
+                if results["top1"] > best["top1"]:
+                    best = {"top1": results["top1"], "step": step}
+                    model_folder.write_model(Path(workdir, "best"), state.model, run.network.info)
+            due = any(_due(step, every) for every in plan.save_every)
+            if last or stop or due or best["step"] == step:
+                window.finish()
+                writer.sync()
+                top1 = results["top1"] if results else None
+                checkpoints.save(state, run.network.info, step=step, best=best, top1=top1)
+            progress.pause(time.perf_counter() - begin)
+            if stop and not last:
+                raise Interrupted(
+                    f"stopped and saved at step {step}; run the same command to go on"
+                )
+            if window.failed is not None:
+                checkpoints.save(state, run.network.info, step=step, best=best, top1=None)
+                raise NonFiniteLoss(window.failed)
+
+        _write_final_models(run, state)
+        final = (results or evaluate_state(state)) | teacher_report
+        return _report(writer, step, final)
+
+
+def jit_train_step(
+    run: Run, shardings: object, teacher: Network | None
+) -> Callable[[TrainState, Variables | None, dict], tuple[TrainState, dict]]:
+    """The training step compiled for the run's devices; it consumes (donates) the given state.
+
+    Args:
+      run: the checked run.
+      shardings: of the state, from `startup.initial_state`.
+      teacher: from `startup.load_teacher`.
+    """
+    if run.config.parallel.backend == "pmap":
+        return pmap.pmap_train_step(run, teacher)
+    everywhere = replicated(run.mesh)
+    step = make_train_step(
+        run.config,
+        run.plan,
+        run.network,
+        run.optimizer,
+        teacher=teacher,
+        replicated=everywhere,
+    )
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, everywhere, batch_sharding(run.mesh)),
+        out_shardings=(shardings, everywhere),
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether what happens every so many steps (0: never) happens after `step` updates."""
+    return every > 0 and step % every == 0
+
+
+class _Window:
+    """Train metrics since the last log line; keeps the host from running ahead of the device."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._pending: collections.deque = collections.deque()
+        self._sums: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._count = 0
+        self.failed: str | None = None  # why the run must stop
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append((step, metrics))
+        while len(self._pending) >= _STEPS_IN_FLIGHT:  # one more is dispatched before the next call
+            self._collect()
+
+    def finish(self) -> None:
+        """Waits for every step so far."""
+        while self._pending:
+            self._collect()
+
+    def _collect(self) -> None:
+        step, metrics = self._pending.popleft()
+        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        limit = self._run.config.train.max_nonfinite_steps
+        if self._last["nonfinite_steps"] >= limit and self.failed is None:
+            self.failed = _nonfinite_report(self._run, step)
+        if self._last["nonfinite_steps"] == 0:
+            self._count += 1
+            for name, value in self._last.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Means over the finite steps since the last call; rate and counters as they are now."""
+        self.finish()
+        means = {name: total / self._count for name, total in self._sums.items()}
+        for name in ("learning_rate", "nonfinite_steps", "nonfinite_total"):
+            means[name] = self._last[name]
+        self._sums, self._count = {}, 0
+        return means
+
+
+def _nonfinite_report(run: Run, step: int) -> str:
+    """What to say when `step` was the last allowed in a row; names the examples of the first."""
+    from deit_jax import data
+
+    config, plan = run.config, run.plan
+    first = step - config.train.max_nonfinite_steps + 1
+    ids = data.example_ids(
+        run.train_source,
+        step=first - 1,
+        batch_size=config.train.batch_size,
+        steps_per_epoch=plan.steps_per_epoch,
+        seed=config.train.seed,
+        repeats=config.input.repeats,
+        group_size=plan.order_group_size,
+    )
+    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    return (
+        f"loss or gradient not finite in steps {first} to {step} (seed {config.train.seed}); the "
+        "last good weights are saved; lower config.optimizer.lr or set config.optimizer.clip_norm. "
+        f"Examples of step {first}: {shown}"
+    )
+
+
+def _batches(run: Run, start_step: int) -> Iterator[dict]:
+    from deit_jax import data
+
+    config, plan = run.config, run.plan
+    return data.train_batches(
+        run.train_source,
+        config.input,
+        image_size=config.input.image_size,
+        batch_size=config.train.batch_size,
+        steps_per_epoch=plan.steps_per_epoch,
+        seed=config.train.seed,
+        start_step=start_step,
+        group_size=plan.order_group_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _write_final_models(run: Run, state: TrainState) -> None:
+    """WORKDIR/model (the raw weights, as the reference releases them) and model_ema."""
+    info = run.network.info
+    model_folder.write_model(Path(run.workdir, "model"), state.model, info)
+    if state.ema is not None:
+        folder = Path(run.workdir, "model_ema")
+        model_folder.write_model(folder, state.ema, dataclasses.replace(info, weights="ema"))
+
+
+def holds_checkpoint(workdir: str) -> bool:
+    """Whether a run of `workdir` would resume."""
+    return any(path.name.isdigit() for path in Path(workdir, "checkpoints").glob("*"))
+
+
+def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
+    """The checkpoints of the run's workdir, checked to be of its model.
+
+    Raises:
+      InputError: they are not, or `init_from` does not fit, or the workdir cannot be written.
+    """
+    if run.config.init_from and not holds_checkpoint(run.workdir):
+        check_start(run, training=training)
+    try:
+        Path(run.workdir).mkdir(parents=True, exist_ok=True)
+        if training and not os.access(run.workdir, os.W_OK):
+            raise OSError("it is read-only")
+        if training and hosts.is_first():
+            checks.check_renaming(run.workdir)
+    except OSError as error:
+        raise InputError(f"--workdir={run.workdir} cannot be written ({error})") from error
+    checkpoints = TrainCheckpoints(run.workdir, keep=run.config.checkpoint.keep, set_aside=training)
+    checkpoints.check(run.network.info, ema=run.config.train.ema_decay > 0)
+    return checkpoints
+
+
+def _report(writer: MetricWriter, step: int, final: dict[str, float]) -> dict[str, float]:
+    writer.write(step, "final", final)
+    log(f"Final report at step {step}:", on=hosts.is_first())
+    log(json.dumps(final, indent=2), on=hosts.is_first())
+    return final

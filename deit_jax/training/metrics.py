@@ -1,0 +1,222 @@
+"""What a run says about itself: metrics.jsonl, TensorBoard events and console lines."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from types import ModuleType
+
+from deit_jax.errors import InputError
+
+
+class MetricWriter:
+    """Writes one process's metrics; the other processes of a run get a writer that is off.
+
+    `metrics.jsonl` holds one object a line: `step`, `split` ("train", "eval", "final") and the
+    values. A run that resumes at step s first drops the lines after s, since it makes them again;
+    without `resume_step` lines are only added, which does no harm to a run that goes on meanwhile.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = False,
+        on: bool = True,
+    ):
+        """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is wanted but missing."""
+        self._file = self._events = None
+        if tensorboard:
+            import_tensorboard()
+        if not on:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        if resume_step is not None and path.exists():
+            _drop_lines_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._events = _EventFile(workdir, resume_step or 0)
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Appends one line; non-finite values become null, which JSON can hold."""
+        if self._file is None:
+            return
+        line = {"step": step, "split": split} | {k: _number(v) for k, v in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    def sync(self) -> None:
+        """Waits until the lines are on the disk: a run that resumes does not write them again."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
+
+
+class Progress:
+    """Speed and remaining time over the steps since the last report.
+
+    The first step of a process, which compiles, counts for neither.
+    """
+
+    def __init__(self, *, batch_size: int, total_steps: int):
+        """Starts before the first step; `batch_size` is global."""
+        self._batch_size, self._total = batch_size, total_steps
+        self._steps = 0
+        self._wait = 0.0
+        self._since: float | None = None
+
+    def waited(self, seconds: float) -> None:
+        """Notes time in which the step had no input to work on."""
+        if self._since is not None:
+            self._wait += seconds
+
+    def step_done(self) -> None:
+        """Notes a finished step."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        else:
+            self._steps += 1
+
+    def pause(self, seconds: float) -> None:
+        """Takes out time spent on evaluation and the like."""
+        if self._since is not None:
+            self._since += seconds
+
+    def report(self, step: int) -> dict[str, float]:
+        """images_per_second, input_wait (share of the time), eta_seconds since the last report."""
+        if self._since is None or self._steps == 0:
+            return {}
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        values = {
+            "images_per_second": self._steps * self._batch_size / seconds,
+            "input_wait": self._wait / seconds,
+            "eta_seconds": (self._total - step) * seconds / self._steps,
+        }
+        self._since, self._steps, self._wait = now, 0, 0.0
+        return values
+
+
+def train_line(step: int, total_steps: int, steps_per_epoch: int, values: dict[str, float]) -> str:
+    """The console line of a train report; `values` as written to metrics.jsonl."""
+    parts = [
+        f"step {step}/{total_steps}",
+        f"epoch {step / steps_per_epoch:.1f}",
+        f"loss {values.get('loss', math.nan):.4f}",
+    ]
+    if "distill" in values:
+        parts.append(f"(base {values['base']:.4f}, distill {values['distill']:.4f})")
+    parts.append(f"lr {values['learning_rate']:.2e}")
+    if "attention_max" in values:
+        parts.append(f"attention max {values['attention_max']:.1f}")
+    if "images_per_second" in values:
+        parts.append(f"{values['images_per_second']:,.0f} images/s")
+        parts.append(f"input wait {100 * values['input_wait']:.0f} %")
+        parts.append(f"ETA {duration(values['eta_seconds'])}")
+    if values["nonfinite_total"]:
+        parts.append(f"{values['nonfinite_total']:.0f} non-finite steps skipped")
+    if "skipped_images" in values:
+        parts.append(f"{values['skipped_images']} unreadable images skipped")
+    return " · ".join(parts)
+
+
+def eval_line(results: dict[str, float]) -> str:
+    """The console line of an evaluation: every top-1, the loss and the count."""
+    shown = [f"{name} {value:.2f}" for name, value in results.items() if "top1" in name]
+    shown += [f"loss {results['loss']:.4f}", f"{results['num_examples']} images"]
+    if "skipped_images" in results:
+        shown.append(f"{results['skipped_images']} unreadable ones left out")
+    return ", ".join(shown)
+
+
+def accuracy_warning(results: dict[str, float]) -> str:
+    """What to say where `top1` is well below `expected_top1`; "" where it is not, or none is known.
+
+    Well below is 2 points, or half of what is expected where that is less: more than repeated runs
+    of one recipe differ by.
+    """
+    expected = results.get("expected_top1")
+    if expected is None or results["top1"] >= expected - min(2.0, expected / 2):
+        return ""
+    return (
+        f"warning: top-1 is {results['top1']:.2f} where the published run had {expected:.2f} "
+        "(config.train.expected_top1); compare the start-up summary with the recipe"
+    )
+
+
+def duration(seconds: float) -> str:
+    """43s, 12m05s or 3h07m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keeps the complete lines up to `step`; a line that a crash cut short goes too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")  # a crash may have cut off nothing but this
+        except (json.JSONDecodeError, KeyError):
+            continue
+    partial = path.with_suffix(".jsonl.tmp")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class _EventFile:
+    """TensorBoard events through the tensorboard package's record writer, without TensorFlow."""
+
+    def __init__(self, workdir: str, step: int):
+        event_pb2, summary_pb2, record_writer = import_tensorboard()
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # Nanoseconds: a run that resumes within a second must not write over the earlier file.
+        path = Path(workdir) / f"events.out.tfevents.{time.time_ns()}"
+        self._writer = record_writer.RecordWriter(path.open("wb"))
+        self._put(file_version="brain.Event:2")
+        # Tells TensorBoard to forget what a killed run wrote from the next step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._put(step=step + 1, session_log=start)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        points = [self._summary.Value(tag=name, simple_value=v) for name, v in values.items()]
+        self._put(step=step, summary=self._summary(value=points))
+        self._writer.flush()
+
+    def _put(self, **fields: object) -> None:
+        event = self._event(wall_time=time.time(), **fields)
+        self._writer.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def import_tensorboard() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """TensorBoard's events, summaries and record writer; raises InputError without the package."""
+    try:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer import record_writer
+    except ImportError as error:
+        raise InputError(
+            "config.train.tensorboard is True, but the tensorboard package is missing; "
+            "pip install 'deit-jax[tensorboard]', or set it to False"
+        ) from error
+    return event_pb2, summary_pb2, record_writer

@@ -1,0 +1,56 @@
+"""A run: its config, what follows from it, and the objects that its parts share."""
+
+import dataclasses
+
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from deit_jax.config.plan import RunPlan
+from deit_jax.models import registry
+from deit_jax.models.network import Network, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked run: nothing in it has cost more than reading the data's index."""
+
+    config: ConfigDict
+    workdir: str
+    plan: RunPlan
+    mesh: Mesh
+    network: Network
+    abstract: Variables  # shapes of the student's weights
+    optimizer: optax.GradientTransformation
+    train_source: object  # deit_jax.data.Source
+    eval_source: object
+    teacher_folder: str | None  # where the recipe's teacher is or will be; None without one
+
+
+def build_model(config: ConfigDict, plan: RunPlan, *, rngs: object = None) -> object:
+    """The run's model, abstract without `rngs`; `info` holds all that prediction needs."""
+    options = {
+        "num_classes": plan.num_classes,
+        "image_size": config.input.image_size,
+        "drop_path_rate": config.model.drop_path_rate,
+        "dtype": config.train.dtype,
+    }
+    if config.model.patch_size:
+        options["patch_size"] = config.model.patch_size
+    if config.model.remat:
+        options["remat"] = True
+    if rngs is None:
+        model = registry.abstract_model(config.model.name, **options)
+    else:
+        model = registry.create_model(config.model.name, **options, rngs=rngs)
+    uncropped = config.input.train_crop == "small"
+    model.info = dataclasses.replace(
+        model.info,
+        class_names=plan.class_names,
+        mean=tuple(config.input.mean),
+        std=tuple(config.input.std),
+        crop_ratio=None if uncropped else config.input.crop_ratio,
+        interpolation=config.input.interpolation,
+        source=f"deit-jax, {config.dataset.source} {config.dataset.name}".rstrip(),
+    )
+    return model

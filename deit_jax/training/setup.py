@@ -1,0 +1,173 @@
+"""Everything before the first step: checks, data, model, teacher, initial state."""
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from deit_jax.checkpoints import model_folder
+from deit_jax.checkpoints.fit import fit
+from deit_jax.checkpoints.training import TrainCheckpoints
+from deit_jax.config.plan import RunPlan, check_batch, plan_run
+from deit_jax.config.validate import validate
+from deit_jax.errors import InputError
+from deit_jax.models import registry
+from deit_jax.models.network import Variables, split_model
+from deit_jax.parallel import cpu_memory, hosts
+from deit_jax.parallel.mesh import make_mesh, state_shardings, to_host, with_shardings
+from deit_jax.training import checks, optim
+from deit_jax.training.metrics import import_tensorboard
+from deit_jax.training.run import Run, build_model
+from deit_jax.training.state import TrainState, new_state
+from deit_jax.training.teacher import check_teacher, teacher_folder
+
+
+def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
+    """Connects the processes and checks everything that can be checked before long work.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      mode: what the run is checked for, as --mode names it; the same on every process.
+
+    Raises:
+      InputError: a field, a file or the data are wrong; one line that says what and how to fix it.
+    """
+    validate(config)
+    if config.train.tensorboard:
+        import_tensorboard()
+    hosts.start(config.distributed)
+    cpu_memory.keep_memory()
+    checks.check_processes(config, workdir, mode=mode)
+    check_batch(config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    check_model(config)
+
+    from deit_jax import data  # TensorFlow: imported by runs alone
+
+    train_source = data.open_source(config.dataset, "train")
+    eval_source = data.open_source(config.dataset, "eval")
+    teacher = teacher_folder(config, workdir)
+    teacher_is_there = None if teacher is None else model_folder.find_model(teacher) is not None
+    checks.check_data(train_source, eval_source, teacher_is_there)
+    plan = plan_run(
+        config,
+        num_train=train_source.num_examples,
+        num_eval=eval_source.num_examples,
+        num_classes=train_source.num_classes,
+        class_names=train_source.class_names,
+        num_devices=jax.device_count(),
+    )
+    mesh = make_mesh(config.parallel.fsdp)
+    run = assemble(config, workdir, plan, mesh, sources=(train_source, eval_source))
+    check_teacher(run)
+    return run
+
+
+def check_model(config: ConfigDict) -> None:
+    """Raises InputError where the model lacks what the recipe asks of it."""
+    if config.train.log_attention and "num_heads" not in registry.model_options(config.model.name):
+        raise InputError(
+            f"config.train.log_attention is True, but config.model.name {config.model.name!r} has "
+            "no attention; set it to False"
+        )
+    if config.distill.kind != "none" and not registry.is_distilled(config.model.name):
+        raise InputError(
+            f"config.distill.kind is {config.distill.kind!r}, but config.model.name "
+            f"{config.model.name!r} has no distillation token; choose a *_distilled_* model, such "
+            "as deit_base_distilled_patch16_224, or --config.distill.kind=none"
+        )
+
+
+def assemble(
+    config: ConfigDict,
+    workdir: str,
+    plan: RunPlan,
+    mesh: Mesh,
+    *,
+    sources: tuple[object, object] = (None, None),
+) -> Run:
+    """Puts a run together from a checked config; without `sources` it can only be compiled."""
+    network, abstract = split_model(build_model(config, plan))
+    return Run(
+        config=config,
+        workdir=workdir,
+        plan=plan,
+        mesh=mesh,
+        network=network,
+        abstract=abstract,
+        optimizer=optim.make_optimizer(abstract.params, config.optimizer),
+        train_source=sources[0],
+        eval_source=sources[1],
+        teacher_folder=teacher_folder(config, workdir),
+    )
+
+
+def _new_state(run: Run, variables: Variables) -> TrainState:
+    return new_state(variables, run.optimizer, ema=run.config.train.ema_decay > 0)
+
+
+def state_layout(run: Run) -> tuple[TrainState, TrainState]:
+    """The shape of every array of the run's state, and its sharding on the mesh."""
+    shapes = jax.eval_shape(lambda variables: _new_state(run, variables), run.abstract)
+    return shapes, state_shardings(run.mesh, shapes)
+
+
+def initial_state(run: Run, checkpoints: TrainCheckpoints) -> tuple[TrainState, object, dict, str]:
+    """The state to start from: the workdir's latest checkpoint, else `init_from`, else scratch.
+
+    Returns:
+      The state on the mesh, its shardings, the best evaluation so far (`top1`, `step`) and a few
+      words on where it came from.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        rngs = nnx.Rngs(params=key)
+        _, variables = split_model(build_model(run.config, run.plan, rngs=rngs))
+        return _new_state(run, variables)
+
+    key = jax.random.key(run.config.train.seed)
+    shapes, shardings = state_layout(run)
+    none_yet = {"top1": -1.0, "step": -1}
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        state, best = checkpoints.restore(with_shardings(shapes, shardings))
+        origin = f"resumed at step {latest}"
+        if run.config.init_from:
+            origin += f" of {run.workdir} (so init_from {run.config.init_from} is not read)"
+        return state, shardings, best, origin
+    # LLVM takes minutes to optimise the hundreds of small random kernels of a large model, which
+    # run once: on CPU devices without optimisation they compile in a quarter of the time.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    start = jax.jit(init, out_shardings=shardings, compiler_options=options)
+    if not run.config.init_from:
+        return start(key), shardings, none_yet, "from scratch"
+    folder = run.config.init_from
+    source, like = model_folder.read_network(folder)
+    variables = model_folder.read_variables(folder, like)
+    checks.check_weights(folder, variables)
+    _, notices = _fit(run, like, source.info, fresh=run.abstract)
+    fresh = to_host(start(key).model) if notices else None  # what is new comes from it
+    variables, notices = _fit(run, variables, source.info, fresh=fresh)
+    begin = jax.jit(lambda v: _new_state(run, v), out_shardings=shardings)
+    return begin(variables), shardings, none_yet, "; ".join([f"weights of {folder}", *notices])
+
+
+def check_start(run: Run, *, training: bool) -> None:
+    """Raises InputError unless the weights of `init_from` fit the model.
+
+    In training they may be made to fit (`surgery.fit`); evaluation needs them as they are, but for
+    another image size.
+    """
+    folder = run.config.init_from
+    try:
+        network, like = model_folder.read_network(folder)
+        model_folder.check_weights(folder, like)
+        _fit(run, like, network.info, fresh=run.abstract if training else None)
+    except InputError as error:
+        raise InputError(f"--config.init_from={folder}: {error}") from error
+
+
+def _fit(
+    run: Run, variables: Variables, info: registry.ModelInfo, *, fresh: Variables | None
+) -> tuple[Variables, list[str]]:
+    return fit(variables, info, run.abstract, run.network.info, fresh=fresh)

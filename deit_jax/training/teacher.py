@@ -1,0 +1,163 @@
+"""The teacher: its recipe, its checks, its weights, its forward pass and its accuracy."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from deit_jax.models import registry
+from deit_jax.models.network import Network, Variables
+from deit_jax.models.registry import ModelInfo
+from deit_jax.training.evaluate import split_evaluator
+
+if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
+    from ml_collections import ConfigDict
+
+import os
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from deit_jax.checkpoints import model_folder
+from deit_jax.config.files import load_config
+from deit_jax.config.validate import validate
+from deit_jax.errors import InputError
+from deit_jax.models.network import split_model
+from deit_jax.parallel.mesh import replicate
+from deit_jax.training import checks
+from deit_jax.training.run import Run, build_model
+
+if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
+    from ml_collections import ConfigDict
+
+
+def teacher_forward(
+    teacher: Network, variables: Variables, images: jax.Array, student: ModelInfo
+) -> jax.Array:
+    """The teacher's logits [B,K] on the student's augmented batch, without gradient.
+
+    The teacher sees what the student sees, mixing and erasing included (reference), moved from the
+    student's to its own mean and standard deviation where they differ. A convolutional teacher
+    sees the student's resolution, as in the reference; a transformer, which knows only its own,
+    the images resized to that by an antialiased cubic filter, which is PIL's bicubic but for its
+    rounding.
+    """
+    size = registry.fixed_size(teacher.info)
+    if size is not None and images.shape[1:3] != (size, size):
+        images = jax.image.resize(images, (len(images), size, size, 3), "cubic")
+    if (teacher.info.mean, teacher.info.std) != (student.mean, student.std):
+        own = [jnp.array(x) for x in (teacher.info.mean, teacher.info.std)]
+        shown = [jnp.array(x) for x in (student.mean, student.std)]
+        images = (images * shown[1] + shown[0] - own[0]) / own[1]
+    heads, _ = teacher(variables, images)
+    return jax.lax.stop_gradient(sum(heads) / len(heads))
+
+
+def teacher_folder(config: ConfigDict, workdir: str) -> str | None:
+    """The model or run folder of the recipe's teacher, there or not; None without distillation."""
+    if config.distill.kind == "none":
+        return None
+    return config.distill.teacher or os.path.join(workdir, "teacher")
+
+
+def teacher_config(config: ConfigDict) -> ConfigDict:
+    """The recipe that trains the teacher, with all that it takes over from the student's.
+
+    See `distill.teacher_config` in `fields`.
+    """
+    teacher = load_config(config.distill.teacher_config)
+    for group in ("dataset", "parallel", "checkpoint", "distributed"):
+        teacher[group] = config[group]
+    # It will see the student's images.
+    for field in ("image_size", "interpolation", "mean", "std", "on_bad_image"):
+        teacher.input[field] = config.input[field]
+    for field in ("batch_size", "dtype", "seed", "tensorboard"):
+        teacher.train[field] = config.train[field]
+    epochs = config.distill.teacher_epochs
+    if epochs:
+        teacher.schedule.epochs = epochs
+        teacher.schedule.warmup_epochs = min(teacher.schedule.warmup_epochs, epochs // 2)
+    return teacher
+
+
+def check_teacher(run: Run) -> None:
+    """Raises InputError unless the teacher fits, or can be trained to fit."""
+    folder, distill = run.teacher_folder, run.config.distill
+    if folder is None:
+        return
+    if model_folder.find_model(folder) is None:
+        # Never trained into a folder that was named: a misspelt one would fill with a run.
+        if distill.teacher or not distill.teacher_config:
+            train_one = (
+                "--config.distill.teacher= trains one in WORKDIR/teacher"
+                if distill.teacher_config
+                else "the recipe to train it with (--config.distill.teacher_config=configs/...)"
+            )
+            raise InputError(
+                f"config.distill.teacher: no model folder at {folder}; name one that exists, or "
+                f"{train_one}"
+            )
+        try:
+            validate(teacher_config(run.config))
+        except InputError as error:
+            raise InputError(
+                f"{distill.teacher_config} (config.distill.teacher_config): {error}"
+            ) from error
+        return
+    info = model_folder.read_info(folder)
+    ours = run.plan
+    if info.num_classes != ours.num_classes:
+        raise InputError(
+            f"config.distill.teacher: {folder} has {info.num_classes} classes, but the data set "
+            f"has {ours.num_classes}; train a teacher on this data set"
+        )
+    if info.class_names and ours.class_names and info.class_names != ours.class_names:
+        pairs = zip(info.class_names, ours.class_names, strict=True)
+        place, (theirs, expected) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+        raise InputError(
+            f"config.distill.teacher: {folder} calls class {place} {theirs!r}, but the data set "
+            f"calls it {expected!r}; its labels mean something else"
+        )
+    _, like = model_folder.read_network(folder)
+    model_folder.check_weights(folder, like)
+
+
+def abstract_teacher(run: Run, default: str = "") -> tuple[Network, Variables] | tuple[None, None]:
+    """The teacher's computation and the shapes of its weights, trained or not; or (None, None).
+
+    `default` names its model where there is neither a folder nor a recipe.
+    """
+    folder, config = run.teacher_folder, run.config
+    if folder is None:
+        return None, None
+    if model_folder.find_model(folder) is not None:
+        return model_folder.read_network(folder, dtype=config.train.dtype)
+    if config.distill.teacher_config:
+        return split_model(build_model(teacher_config(config), run.plan))
+    options = {"num_classes": run.plan.num_classes, "dtype": config.train.dtype}
+    return split_model(registry.abstract_model(default, **options))
+
+
+def load_teacher(run: Run) -> tuple[Network, Variables] | tuple[None, None]:
+    """The frozen teacher on every device of the mesh, or (None, None)."""
+    if run.teacher_folder is None:
+        return None, None
+    check_teacher(run)  # again: it may have been trained since
+    network, like = model_folder.read_network(run.teacher_folder, dtype=run.config.train.dtype)
+    variables = model_folder.read_variables(run.teacher_folder, like)
+    checks.check_weights(run.teacher_folder, variables)
+    return network, replicate(variables, run.mesh)
+
+
+def teacher_accuracy(
+    run: Run, teacher: Network | None, variables: Variables | None
+) -> dict[str, float]:
+    """The teacher's `teacher_top1` on the eval split, at the resolution that it sees in training.
+
+    Nothing without a teacher. One that knows only its own resolution gets whole images of that,
+    not the student's images resized.
+    """
+    if teacher is None:
+        return {}
+    size = registry.fixed_size(teacher.info) or run.config.input.image_size
+    return {"teacher_top1": split_evaluator(run, teacher, size)({"": variables})["top1"]}

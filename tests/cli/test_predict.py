@@ -1,0 +1,318 @@
+"""tools/predict.py: figures against NumPy, its three outputs, and mistakes of every kind."""
+
+import csv
+import dataclasses
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import deit_jax
+from deit_jax.errors import InputError
+from deit_jax.models import imagenet
+from deit_jax.models.network import Network
+
+
+@pytest.fixture(scope="module")
+def tool(repo_root):
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "predict", repo_root / "deit_jax" / "cli" / "predict.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _save(folder, name, class_names, **changes):
+    """A small model in which classes differ by more than a rounding; its folder and itself."""
+    model = deit_jax.create_model(name, num_classes=len(class_names), depth=1, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    for head in (model.head, getattr(model, "head_dist", None)):
+        if head is not None:
+            head.kernel[...] = rng.normal(0, 0.4, head.kernel.shape)
+    model.info = dataclasses.replace(model.info, class_names=class_names, **changes)
+    deit_jax.save_model(folder, model)
+    return str(folder), model
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A distilled model of seven classes, two of them WordNet ids."""
+    names = ("n01440764", "n15075141", "ant", "bee, small", "cat", "dog", "eel")
+    return _save(tmp_path_factory.mktemp("d") / "model", "deit_testing_distilled", names)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A model with one head that crops; three classes."""
+    folder = tmp_path_factory.mktemp("p") / "model"
+    return _save(folder, "deit_testing", ("a", "b", "c"), crop_ratio=0.875)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of seven pictures of several kinds and sizes, with other things between them."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    (root / "sub" / "deeper").mkdir(parents=True)
+    (root / "folder.jpg").mkdir()
+    (root / "notes.txt").write_text("no picture")
+    names = ("b.jpg", "a.PNG", "sub/c.webp", "sub/deeper/d.JPEG", "e.bmp", "f.gif", "g.tiff")
+    for number, name in enumerate(names):
+        coarse = rng.integers(0, 256, (3, 3, 3), np.uint8)
+        picture = Image.fromarray(coarse).resize((40 + 9 * number, 50), Image.Resampling.BICUBIC)
+        picture.save(root / name)
+    return root
+
+
+def _softmax(logits):
+    exponents = np.exp(np.float64(logits) - np.max(logits))
+    return exponents / exponents.sum()
+
+
+def _expected(model, file):
+    """The probabilities of the mean and of each head, for one picture on its own."""
+    heads = [np.asarray(h)[0] for h in model.heads(deit_jax.preprocess(model, file))]
+    return _softmax(np.mean(heads, 0)), [_softmax(head) for head in heads]
+
+
+def _check(found, probabilities, class_names, topk):
+    order = np.argsort(-probabilities)[:topk]
+    assert [one["index"] for one in found] == order.tolist()
+    assert [one["class"] for one in found] == [class_names[i] for i in order]
+    assert [one["name"] for one in found] == [imagenet.readable(class_names[i]) for i in order]
+    np.testing.assert_allclose(
+        [one["probability"] for one in found], probabilities[order], rtol=1e-4, atol=1e-6
+    )
+
+
+def _sorted_photos(root):
+    return sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".txt")
+
+
+def test_json_of_a_folder_has_every_pictures_own_figures(tool, distilled, photos, capsys):
+    folder, model = distilled
+    # Seven pictures in batches of three: two full ones and one filled up.
+    status = tool.main(
+        ["--model", folder, str(photos), "--json", "--topk", "4", "--batch_size", "3"]
+    )
+    out, err = capsys.readouterr()
+    assert status == 0
+    assert "7/7" in err, "a folder has a progress bar"
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["file"] for line in lines] == list(map(str, _sorted_photos(photos)))
+    assert len(lines) == 7
+    best = []
+    for line in lines:
+        mean, heads = _expected(model, line["file"])
+        _check(line["predictions"], mean, model.info.class_names, 4)
+        assert list(line["heads"]) == ["class", "distillation"]
+        for found, want in zip(line["heads"].values(), heads, strict=True):
+            _check(found, want, model.info.class_names, 4)
+        best.append(mean.max())
+    assert np.diff(np.sort(best)).min() > 1e-3, "no two pictures look alike to the model"
+
+
+def test_text_of_one_picture(tool, distilled, photos, capsys):
+    folder, model = distilled
+    file = photos / "b.jpg"
+    assert tool.main(["--model", folder, str(file), "--topk", "99"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "", "one picture has no progress bar"
+    names = list(map(imagenet.readable, model.info.class_names))
+    mean, heads = _expected(model, file)
+    want = [
+        f"{rank:4} {100 * mean[i]:7.2f} %  {names[i]}"
+        for rank, i in enumerate(np.argsort(-mean), 1)
+    ]
+    for head, p in zip(("class", "distillation"), heads, strict=True):
+        want.append(f"     {100 * p.max():6.2f} %  {names[p.argmax()]}  ({head} head)")
+    assert out.splitlines() == [str(file), *want]
+    assert len(want) == 7 + 2
+
+
+def test_one_head_and_several_files_in_the_order_given(tool, plain, photos, capsys):
+    folder, model = plain
+    files = [str(photos / name) for name in ("e.bmp", "a.PNG")]
+    assert tool.main(["--model", folder, *files, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == files
+    for line in lines:
+        assert set(line) == {"file", "predictions"}
+        _check(line["predictions"], _expected(model, line["file"])[0], ("a", "b", "c"), 3)
+    assert tool.main(["--model", folder, *files]) == 0
+    assert "head" not in capsys.readouterr().out
+
+
+def test_csv_on_stdout_and_in_a_file_agree_with_json(tool, distilled, photos, tmp_path, capsys):
+    folder, _ = distilled
+    file = tmp_path / "found.csv"
+    common = ["--model", folder, str(photos), "--topk", "2"]
+    assert tool.main(common) == 0
+    on_stdout = capsys.readouterr().out
+    assert tool.main([*common, "--json", "--csv", str(file)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert file.read_text() == on_stdout
+    assert tool.main([*common, "--csv", str(file)]) == 0
+    assert capsys.readouterr().out == ""
+    assert file.read_text() == on_stdout
+    assert list(tmp_path.iterdir()) == [file]
+
+    rows = list(csv.reader(io.StringIO(on_stdout)))
+    columns = ("1", "2", "class-head", "distillation-head")
+    assert rows[0] == ["file"] + [f"{k}-{c}" for c in columns for k in ("name", "probability")]
+    assert len(rows) == 1 + len(lines) == 8
+    for row, line in zip(rows[1:], lines, strict=True):
+        found = line["predictions"] + [line["heads"][h][0] for h in ("class", "distillation")]
+        want = [str(one[key]) for one in found for key in ("name", "probability")]
+        assert row == [line["file"], *want]
+
+
+def test_one_compilation_of_the_smallest_batch(tool, plain, photos, capsys, monkeypatch):
+    shapes, call = [], Network.__call__
+
+    def counted(self, variables, images, key=None):
+        shapes.append(images.shape)
+        return call(self, variables, images, key)
+
+    monkeypatch.setattr(Network, "__call__", counted)
+    common = ["--model", plain[0], "--json"]
+    assert tool.main([*common, str(photos), "--batch_size", "3"]) == 0
+    assert tool.main([*common, str(photos / "b.jpg")]) == 0
+    assert shapes == [(3, 32, 32, 3), (1, 32, 32, 3)]
+
+
+def test_an_unreadable_picture_is_named_and_the_others_predicted(
+    tool, plain, photos, tmp_path, capsys
+):
+    folder, model = plain
+    for number, source in enumerate(_sorted_photos(photos)[:5]):
+        Image.open(source).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes((photos / "a.PNG").read_bytes()[:100])
+    (tmp_path / "3.png").write_text("no picture")
+    (tmp_path / "5.png").symlink_to(tmp_path / "gone.png")
+    out = tmp_path / "found.csv"
+    status = tool.main(
+        ["--model", folder, str(tmp_path), "--json", "--batch_size", "3", "--csv", str(out)]
+    )
+    found, err = capsys.readouterr()
+    assert status == 1
+    lines = [json.loads(line) for line in found.splitlines()]
+    assert [Path(line["file"]).name for line in lines] == ["0.png", "2.png", "4.png"]
+    for line in lines:  # each its own, though others before them in the batch are missing
+        _check(line["predictions"], _expected(model, line["file"])[0], ("a", "b", "c"), 3)
+    for number in (1, 3, 5):
+        assert err.count(f"{tmp_path / f'{number}.png'}: ") == 1
+    assert "Traceback" not in err
+    assert len(out.read_text().splitlines()) == 1 + 3
+
+
+def test_any_failure_of_a_decoder_is_a_line(tool, plain, photos, capsys, monkeypatch):
+    def broken(image):
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(image)
+        raise ValueError("bad\ndata")
+
+    monkeypatch.setattr("deit_jax.preprocessing._load", broken)
+    assert tool.main(["--model", plain[0], str(photos / "b.jpg")]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"{photos / 'b.jpg'}: cannot be read as an image (bad data)\n"
+
+
+def test_linked_folders_are_searched(tool, photos, tmp_path):
+    (tmp_path / "link").symlink_to(photos)
+    found = tool.find_images([str(tmp_path)])
+    assert [p.relative_to(tmp_path / "link") for p in found] == [
+        p.relative_to(photos) for p in _sorted_photos(photos)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["b.jpg", "gone.jpg"], "gone.jpg: no such image file or folder; check the path"),
+        (["b.jpg", "empty"], "empty holds no image: expected files .jpg"),
+        (["b.jpg", "--topk", "0"], "--topk is 0, expected 1 or more"),
+        (["b.jpg", "--topk", "five"], "argument --topk: invalid int value: 'five'"),
+        (["b.jpg", "--batch_size", "-1"], "--batch_size is -1, expected 1 or more"),
+        (["b.jpg", "--csv", "gone/x.csv"], "--csv gone/x.csv: its folder is missing"),
+        (["b.jpg", "--csv", "empty"], "--csv empty is a folder, expected the file"),
+        (["b.jpg", "--colour"], "unrecognized arguments: --colour"),
+        ([], "arguments are required: IMAGE"),
+    ],
+)
+def test_mistakes_are_one_line_before_the_model_is_loaded(
+    tool, photos, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("b.jpg").write_bytes((photos / "b.jpg").read_bytes())
+    Path("empty").mkdir()
+    monkeypatch.setattr(deit_jax, "load_model", lambda path: pytest.fail("loaded"), raising=False)
+    assert tool.main(["--model", "model", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_models_that_cannot_predict(tool, photos, tmp_path, capsys):
+    picture = str(photos / "b.jpg")
+
+    def error(folder):
+        assert tool.main(["--model", str(folder), picture, "--csv", str(tmp_path / "x.csv")]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert not (tmp_path / "x.csv").exists(), "a CSV has its name only when complete"
+        return err
+
+    assert "is no model folder" in error(tmp_path)
+    good, model = _save(tmp_path / "model", "deit_testing", ("a", "b"))
+    description = json.loads((tmp_path / "model" / "model.json").read_text())
+    for changes, message in (
+        ({"class_names": ["a"]}, "1 class names for 2 classes"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic'"),
+        ({"crop_ratio": 2}, 'has 2 as "crop_ratio"'),
+    ):
+        text = json.dumps(description | changes)
+        (tmp_path / "model" / "model.json").write_text(text)
+        assert message in error(good)
+    model.head.bias[...] = np.full(2, np.nan, np.float32)
+    deit_jax.save_model(good, model)
+    assert "the logits are not finite" in error(good)
+
+
+def test_classes_without_names_have_their_numbers(tool, tmp_path, photos):
+    model = deit_jax.create_model("deit_testing", num_classes=2, depth=1, rngs=nnx.Rngs(0))
+    (result,) = tool.predict(model, [photos / "b.jpg"], topk=2, batch_size=16)
+    assert {one["name"] for one in result["predictions"]} == {"class 0", "class 1"}
+    with pytest.raises(InputError, match="no model folder"):
+        deit_jax.load_model(tmp_path)
+
+
+def test_runs_by_itself_and_stops_with_its_reader(repo_root, run_python, distilled, photos):
+    tool = repo_root / "deit_jax" / "cli" / "predict.py"
+    run = run_python(tool, "--model", distilled[0], photos / "b.jpg", env={"PYTHONPATH": ""})
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.splitlines()[0] == str(photos / "b.jpg")
+    help_text = run_python(tool, "--help")
+    assert help_text.returncode == 0
+    assert "--batch_size" in help_text.stdout
+
+    command = [sys.executable, str(tool), "--model", distilled[0], str(photos)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert "Error" not in err

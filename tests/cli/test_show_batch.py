@@ -1,0 +1,292 @@
+"""tools/show_batch.py draws what a train step computes, and what PIL makes of RandAugment."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from deit_jax import data
+from deit_jax.config.files import load_config
+from deit_jax.config.plan import plan_run
+from deit_jax.config.randaugment_policy import OPERATIONS
+from deit_jax.models.network import Variables
+from deit_jax.training import loop, mixing
+from deit_jax.training.state import new_state
+from deit_jax.training.step import make_train_step
+
+SEED, STEP, BATCH, GROUP, CLASSES = 3, 7, 16, 4, 10
+FLAGS = {
+    "train.seed": SEED,
+    "train.batch_size": BATCH,
+    "mixing.group_size": GROUP,
+    "mixing.cutmix_alpha": 1.0,
+    "mixing.prob": 0.7,
+    "mixing.random_erasing": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def tool(repo_root):
+    """The tool as a module."""
+    file = repo_root / "deit_jax" / "cli" / "show_batch.py"
+    spec = importlib.util.spec_from_file_location("show_batch", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def drawn(tool, monkeypatch):
+    """What was drawn last, besides the drawing: tiles, captions, title and columns."""
+    calls, draw = {}, tool.draw
+
+    def recorded(tiles, captions, **how):
+        calls.update(how, tiles=tiles, captions=captions)
+        return draw(tiles, captions, **how)
+
+    monkeypatch.setattr(tool, "draw", recorded)
+    return calls
+
+
+class _Camera:
+    """Stands for a network: keeps the images in its statistics, and its logits are parameters.
+
+    With logits of zero the gradient of the mean cross-entropy is (1/K - targets) / B.
+    """
+
+    info = None
+
+    def __call__(self, variables, images, key=None, *, axis_name=None):
+        return (variables.params["logits"],), {"images": images}
+
+
+def _seen_in_training(repo_root):
+    """Images, targets and labels of STEP, taken out of a train step that the loop would run."""
+    config = load_config(str(repo_root / "configs" / "digits.py"))
+    config.update_from_flattened_dict(FLAGS)
+    source = data.open_source(config.dataset, "train")
+    plan = plan_run(
+        config,
+        num_train=source.num_examples,
+        num_eval=0,
+        num_classes=source.num_classes,
+        class_names=source.class_names,
+        num_devices=1,
+    )
+    setup = SimpleNamespace(config=config, plan=plan, train_source=source)
+    batch = next(loop._batches(setup, STEP))
+    keep = optax.GradientTransformation(lambda _: jnp.zeros((BATCH, CLASSES)), _keep_gradient)
+    train_step = jax.jit(make_train_step(config, plan, _Camera(), keep))
+    blank = jnp.zeros((BATCH, 32, 32, 3))
+    model = Variables({"logits": jnp.zeros((BATCH, CLASSES))}, {"images": blank})
+    state = new_state(model, keep, ema=False).replace(step=jnp.int32(STEP))
+    state, metrics = train_step(state, None, batch)
+    assert np.isfinite(metrics["loss"])
+    targets = 1 / CLASSES - BATCH * np.asarray(state.opt_state, np.float64)
+    return np.asarray(state.model.batch_stats["images"], np.float64), targets, batch["label"]
+
+
+def _keep_gradient(gradients, state, params):
+    return gradients, gradients["logits"]
+
+
+def _flags(tmp_path):
+    flags = [f"--config.{name}={value}" for name, value in FLAGS.items()]
+    return ["--config=configs/digits.py", *flags, "--out", str(tmp_path / "out.png")]
+
+
+def test_the_drawn_batch_is_that_of_the_train_step(
+    tool, drawn, repo_root, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(repo_root)
+    assert tool.main([*_flags(tmp_path), f"--step={STEP}", "--count=99"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out.png'}: ")
+    images, targets, labels = _seen_in_training(repo_root)
+
+    exact = 255 * (images * 0.5 + 0.5)  # the recipe's mean and deviation
+    tiles = np.stack(drawn["tiles"])
+    assert tiles.shape == (BATCH, 32, 32, 3)
+    assert tiles.dtype == np.uint8
+    assert np.abs(tiles - exact.clip(0, 255)).max() < 0.501
+    assert (exact > 256).any(), "the noise of erasing is among them"
+
+    # The draws, from the keys as the step derives them.
+    key = jax.random.fold_in(jax.random.key(SEED), STEP)
+    mix_key = jax.random.split(jax.random.split(key)[0])[1]
+    draw = mixing.draw_mix(
+        mix_key,
+        BATCH // GROUP,
+        (32, 32),
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
+        prob=0.7,
+        switch_prob=0.5,
+    )
+    kinds = set()
+    for row, (classes, (group, mixed)) in enumerate(drawn["captions"]):
+        number, place = divmod(row, GROUP)
+        lam, own = float(draw.lam[number]), labels[row]
+        partner = labels[number * GROUP + GROUP - 1 - place]
+        kind = "cutmix" if draw.use_cutmix[number] else "mixup"
+        kinds.add(kind if lam < 1 else "")
+        assert group == f"group {number}"
+        assert mixed == (f"{kind} {lam:.2f}" if lam < 1 else "not mixed")
+        shares = [text.split() for text in classes]
+        weights = {int(name): float(share) for name, share in shares}
+        want = {own: 1.0} if own == partner or lam == 1 else {own: lam, partner: 1 - lam}
+        assert weights == pytest.approx(want, abs=0.0051)
+        assert next(iter(weights)) == own
+        assert sum(weights.values()) == pytest.approx(1)
+        smooth = sum(share * np.eye(CLASSES)[name] for name, share in want.items())
+        np.testing.assert_allclose(targets[row], 0.9 * smooth + 0.1 / CLASSES, atol=1e-6)
+    assert kinds == {"", "mixup", "cutmix"}, "choose a step that has all of them"
+    assert drawn["title"][:4] == ["digits", f"step {STEP}", f"seed {SEED}", f"{BATCH} of 16 images"]
+
+
+def test_a_part_of_the_batch_is_its_first_rows(tool, drawn, repo_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(repo_root)
+    found = []
+    for count in (BATCH, 5):
+        assert tool.main([*_flags(tmp_path), f"--count={count}"]) == 0
+        found.append((np.stack(drawn["tiles"]), drawn["captions"]))
+    np.testing.assert_array_equal(found[1][0], found[0][0][:5])
+    assert found[1][1] == found[0][1][:5]
+    assert "step 0" in drawn["title"]
+
+
+def test_the_sheet_is_pils(tool, drawn, repo_root, sample_images, tmp_path, monkeypatch):
+    """Cells of several operations at their place, of a photograph and in timm's arithmetic."""
+    monkeypatch.chdir(repo_root)
+    file = min(sample_images.glob("train/*/*.JPEG"))
+    flags = ["--config=configs/digits.py", "--out", str(tmp_path / "sheet.png")]
+    assert tool.main([*flags, "--randaugment", "rand-m9-inc1", str(file)]) == 0
+    assert drawn["columns"] == 9
+    starts = range(0, 9 * len(OPERATIONS), 9)
+    rows, captions = (
+        {name: drawn[what][i : i + 9] for name, i in zip(OPERATIONS, starts, strict=True)}
+        for what in ("tiles", "captions")
+    )
+    picture = Image.open(file).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+
+    def shear(level):
+        how = {"resample": Image.Resampling.BICUBIC, "fillcolor": (128, 128, 128)}
+        matrix = (1, 0.3 * level / 10, 0, 0, 1, 0)
+        return picture.transform(picture.size, Image.Transform.AFFINE, matrix, **how)
+
+    signed = (-10, -7.5, -5, -2.5, 0, 2.5, 5, 7.5, 10)
+    for level, color, sheared in zip(signed, rows["Color"], rows["ShearX"], strict=True):
+        enhanced = ImageEnhance.Color(picture).enhance(max(0.1, 1 + 0.9 * level / 10))
+        np.testing.assert_array_equal(color, enhanced)
+        difference = np.abs(np.int32(sheared) - np.asarray(shear(level), int))
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 1e-3
+    assert [c for ((c,),) in captions["ShearX"]] == [f"ShearX {level:g}" for level in signed]
+    # Without sign or level there are gaps.
+    for level, posterized in zip(signed[4:8], rows["Posterize"][4:8], strict=True):
+        bits = 4 - int(level * 0.4)
+        np.testing.assert_array_equal(posterized, ImageOps.posterize(picture, bits))
+    assert rows["Posterize"][:4] == [None] * 4
+    np.testing.assert_array_equal(rows["Invert"][4], ImageOps.invert(picture))
+    assert [cell is None for cell in rows["Invert"]] == [place != 4 for place in range(9)]
+    assert captions["Invert"][4] == [["Invert"]]
+
+
+def test_the_sheets_own_picture(tool, drawn, repo_root, tmp_path, monkeypatch):
+    """By default the first training image, and without a recipe 224 pixels and ImageNet's mean."""
+    monkeypatch.chdir(repo_root)
+    seen = []
+    monkeypatch.setattr(
+        tool, "contact_sheet", lambda image, policy, how: seen.append((image, policy, how)) or CELLS
+    )
+    out = ["--out", str(tmp_path / "sheet.png"), "--randaugment", "rand-m9"]
+    assert tool.main([*out, "--config=configs/digits.py"]) == 0
+    source = data.open_source(load_config("configs/digits.py").dataset, "train")
+    digit = Image.fromarray(source.fetch(0)[0].numpy())
+    np.testing.assert_array_equal(seen[0][0], digit.resize((32, 32), Image.Resampling.BICUBIC))
+    assert "digits:0" in drawn["title"]
+
+    Image.new("RGB", (300, 260), (9, 200, 30)).save(tmp_path / "plain.png")
+    assert tool.main([*out, str(tmp_path / "plain.png")]) == 0
+    image, policy, how = seen[1]
+    np.testing.assert_array_equal(image, np.full((224, 224, 3), (9, 200, 30)))
+    assert not policy.increasing
+    assert how.mean == (0.485, 0.456, 0.406)
+
+
+CELLS = [("one", np.zeros((32, 32, 3), np.uint8))] * 2
+
+
+def test_tiles_are_enlarged_and_nothing_is_written_over_them(tool):
+    rng = np.random.default_rng(0)
+    tiles = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(5)]
+    tiles[1] = None
+    captions = [[["a name " * 9, "b 0.5"], ["group 1", "mixup 0.5"]]] * 5
+    title = [f"piece {number}" for number in range(20)]
+    sheet = np.asarray(tool.draw(tiles, captions, title=title, columns=2))
+    side, gap = 192, tool.MARGIN
+    assert sheet.shape[1] == gap + 2 * (side + gap)
+    places = {}
+    for number, tile in enumerate(tiles):
+        if tile is None:
+            continue
+        large = np.kron(tile, np.ones((3, 3, 1), np.uint8))
+        x = gap + number % 2 * (side + gap)
+        column = sheet[:, x : x + side]
+        fits = [y for y in range(len(sheet) - side + 1) if (column[y, :9] == large[0, :9]).all()]
+        assert any((column[y : y + side] == large).all() for y in fits)
+        places[number] = fits[0]
+    assert places[2] == places[3]
+    assert places[4] - places[2] == places[2] - places[0] > side + 3 * 14
+    below = sheet[places[4] + side : places[4] + side + 60]
+    assert (below[:, : gap + side] < 100).any(), "there is a caption"
+    assert (below[:, gap + side :] == 255).all(), "which stays below its image"
+    assert (sheet[places[0] : places[2], gap + side + 1 :] == 255).all(), "a gap is empty"
+
+
+DIGITS = "--config=configs/digits.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: --out"),
+        (["--out", "x.png"], "--config is missing"),
+        ([DIGITS, "--out", "x.jpg"], "ends in .png"),
+        ([DIGITS, "--out", "nowhere/x.png"], "--out nowhere/x.png: its folder is missing"),
+        ([DIGITS, "--out", "x.png", "--config.train.sed=1"], "no such config field: 'sed'"),
+        ([DIGITS, "--out", "x.png", "--config.train.seed=a"], "config.train.seed=a"),
+        ([DIGITS, "--out", "x.png", "--config.train.seed=-1"], "config.train.seed is -1"),
+        (["--config=configs/no.py", "--out", "x.png"], "configs/no.py"),
+        ([DIGITS, "--out", "x.png", "cat.jpg"], "'cat.jpg' without --randaugment"),
+        ([DIGITS, "--out", "x.png", "--cnt=3"], "--cnt"),
+        ([DIGITS, "--out", "x.png", "--count=0"], "--count is 0"),
+        (
+            [DIGITS, "--out", "x.png", "--step=1320"],
+            "--step is 1320, but training has",
+        ),
+        ([DIGITS, "--out", "x.png", "--config.train.batch_size=2000"], "only 1438 images"),
+        (["--out", "x.png", "--randaugment", "rand-m9"], "--config or an IMAGE is missing"),
+        ([DIGITS, "--out", "x.png", "--randaugment", "rand-q9"], "'q9'"),
+        ([DIGITS, "--out", "x.png", "--randaugment", "rand-m9", "--step=1"], "--step has no"),
+        (["--out", "x.png", "--randaugment", "rand-m9", "no.jpg"], "no.jpg: no such image"),
+    ],
+)
+def test_a_mistake_is_one_line(tool, repo_root, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(repo_root)
+    assert tool.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_help(run_python):
+    finished = run_python("tools/show_batch.py", "--help", env={"PYTHONPATH": ""})
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "--config.GROUP.FIELD=VALUE" in finished.stdout

@@ -1,0 +1,122 @@
+"""The simple random crop against torchvision's Resize and RandomCrop on PIL images."""
+
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from scipy import stats
+
+from deit_jax.data.crop import crop_at, draw_offset, simple_random_crop
+from deit_jax.errors import InputError
+from tests.data.conftest import picture
+from tests.oracles.torchvision_ops import import_torchvision
+
+transforms = import_torchvision().transforms
+_MODES = {
+    "bicubic": transforms.InterpolationMode.BICUBIC,
+    "bilinear": transforms.InterpolationMode.BILINEAR,
+}
+
+
+@functools.cache
+def _crop(size, interpolation, pad):
+    """(image, top, left) → uint8 [size, size, 3], traced once for images of any shape."""
+    scalar = tf.TensorSpec((), tf.int32)
+    return tf.function(
+        lambda image, top, left: crop_at(
+            image, tf.stack([top, left]), size=size, interpolation=interpolation, pad=pad
+        ),
+        input_signature=[tf.TensorSpec((None, None, 3), tf.uint8), scalar, scalar],
+    )
+
+
+def _check(image, size, interpolation="bicubic", pad=4, places=None):
+    """Compares with torchvision at the corners and in the middle, or at the given places."""
+    resized = transforms.Resize(size, interpolation=_MODES[interpolation])(Image.fromarray(image))
+    crop = transforms.RandomCrop(size, padding=pad, padding_mode="reflect")
+    rooms = [side + 2 * pad - size for side in (resized.height, resized.width)]
+    for y, x in places or [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5), (0.1, 0.8)]:
+        top, left = (int(share * room) for share, room in zip((y, x), rooms, strict=True))
+        crop.get_params = lambda *_, top=top, left=left: (top, left, size, size)
+        got = _crop(size, interpolation, pad)(image, top, left)
+        np.testing.assert_array_equal(got, crop(resized), err_msg=f"{image.shape} {top} {left}")
+
+
+@pytest.mark.parametrize("size", [224, 96, 33])
+def test_equals_torchvision_on_photographs(jpegs, size):
+    rng = np.random.default_rng(size)
+    for path in jpegs[::3]:
+        image = np.asarray(Image.open(path).convert("RGB"))
+        _check(image, size, places=[*rng.uniform(0, 1.001, (2, 2)), (0, 1)])
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 7), (9, 1), (20, 31), (32, 32), (32, 47), (3, 400), (400, 3)]
+)
+def test_equals_torchvision_on_small_and_narrow_images(shape):
+    _check(picture(0, *shape), 32)
+
+
+def test_equals_torchvision_on_a_very_wide_image():
+    wide = picture(1, 3, 20_000)
+    _check(wide, 16, places=[(0, 0), (1, 1), (0.5, 0.3)])
+    _check(np.ascontiguousarray(wide.transpose(1, 0, 2)), 16, places=[(0, 0), (1, 1), (0.3, 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "pad"), [("bilinear", 4), ("bicubic", 0), ("bicubic", 7)]
+)
+def test_other_interpolation_and_border(interpolation, pad):
+    _check(picture(2, 50, 61), 32, interpolation, pad)
+
+
+def test_the_long_side_is_truncated():
+    # 224 · 500 / 375 = 298.67 goes to 298: the last place is 298 + 8 - 224.
+    offsets = _offsets((375, 500), 224, 3000)
+    assert offsets.max(axis=0).tolist() == [8, 298 + 8 - 224]
+
+
+def _offsets(shape, size, count):
+    seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([tf.constant(5, tf.int64), i]))
+    drawn = seeds.map(lambda seed: draw_offset(seed, tf.constant(shape), size=size, pad=4))
+    return next(drawn.batch(count).as_numpy_iterator())
+
+
+@pytest.mark.parametrize("shape", [(32, 40), (77, 64)])
+def test_every_place_is_equally_likely(shape):
+    offsets = _offsets(shape, 32, 20_000)
+    sides = [32 * side // min(shape) + 8 - 32 + 1 for side in shape]
+    assert offsets.min() == 0
+    places = np.bincount(np.ravel_multi_index(offsets.T, sides), minlength=np.prod(sides))
+    assert stats.chisquare(places).pvalue > 1e-3
+
+
+def test_a_function_of_the_seed_eagerly_and_in_a_parallel_map():
+    image = tf.constant(picture(3, 45, 60))
+    seeds = [tf.constant([7, i], tf.int64) for i in range(24)]
+    dataset = tf.data.Dataset.from_tensor_slices(seeds)
+
+    def crop(seed):
+        return simple_random_crop(image, seed, size=32, interpolation="bicubic")
+
+    runs = [
+        list(dataset.map(crop, num_parallel_calls=calls).as_numpy_iterator()) for calls in (1, 4)
+    ]
+    np.testing.assert_array_equal(*runs)
+    for seed, mapped in zip(seeds[:8], runs[0], strict=False):
+        np.testing.assert_array_equal(crop(seed), mapped)
+        offset = draw_offset(seed, tf.constant((45, 60)), size=32, pad=4)
+        np.testing.assert_array_equal(_crop(32, "bicubic", 4)(image, *offset), mapped)
+    assert len({result.tobytes() for result in runs[0]}) > 15
+
+
+def test_a_border_wider_than_the_image_is_refused():
+    with pytest.raises(InputError, match=r"config.input.image_size is 4 and config.input.pad 4"):
+        simple_random_crop(
+            tf.constant(picture(4, 8, 8)),
+            tf.constant([0, 0], tf.int64),
+            size=4,
+            interpolation="bicubic",
+        )

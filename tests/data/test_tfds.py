@@ -1,0 +1,198 @@
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from deit_jax.data import open_source
+from deit_jax.data import tfds as tfds_source
+from deit_jax.errors import InputError
+from tests.data.conftest import picture
+
+_COUNT = 11
+
+
+def _store(folder, file_format, files, *, features=None, name="toy"):
+    features = features or tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(names=["elk", "fox", "owl"]),
+            "note": tfds.features.Text(),
+        }
+    )
+    examples = [
+        {key: value for key, value in zip(("image", "label", "note"), row, strict=True)
+         if key in features}
+        for row in ((str(file), number % 3, "unused") for number, file in enumerate(files))
+    ]  # fmt: skip
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name,
+        version="1.2.0",
+        features=features,
+        split_datasets={
+            "train": list(enumerate(examples)),
+            "test": list(enumerate(examples[:2])),
+        },
+        data_dir=str(folder),
+        file_format=file_format,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    paths = [folder / f"{number}.jpg" for number in range(_COUNT)]
+    for number, path in enumerate(paths):
+        Image.fromarray(picture(number, 20 + number, 30)).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, files):
+    """Format → data_dir with the same images."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("tfrecord", "array_record")}
+    for kind, folder in folders.items():
+        _store(folder, kind, files)
+    return folders
+
+
+@pytest.fixture
+def config(dataset_config):
+    dataset_config.update({"source": "tfds", "name": "toy", "eval_split": "test"})
+    return dataset_config
+
+
+def _open_eval(config, name):
+    config.eval_split = name
+    return open_source(config, "eval")
+
+
+def _examples(source):
+    """Bytes and label of every example, read inside a tf.data graph by several threads."""
+    dataset = tf.data.Dataset.range(source.num_examples).map(source.fetch, num_parallel_calls=4)
+    return [(data, int(label)) for data, label in dataset.as_numpy_iterator()]
+
+
+def _refused(config, split="train"):
+    with pytest.raises(InputError) as caught:
+        open_source(config, split)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_both_formats_give_the_bytes_of_the_files_in_tfds_order(config, stored, files, kind):
+    config.root = str(stored[kind])
+    source = open_source(config, "train")
+    assert (source.num_examples, source.num_classes) == (_COUNT, 3)
+    assert source.class_names == ("elk", "fox", "owl")
+    assert source.encoded
+    assert source.example_id(4) == "train:4"
+    examples = _examples(source)
+    want = {path.read_bytes(): number % 3 for number, path in enumerate(files)}
+    assert dict(examples) == want
+    # TFDS's readers decode, each its own way: every image has another height, so compare shapes.
+    builder = tfds.builder("toy", data_dir=config.root)
+    read = builder.as_dataset if kind == "tfrecord" else builder.as_data_source
+    for (data, label), row in zip(examples, read(split="train"), strict=True):
+        assert tuple(tf.io.extract_jpeg_shape(data)) == row["image"].shape
+        assert label == row["label"]
+    assert open_source(config, "eval").num_examples == 2
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_subsplits_and_fractions(config, stored, kind):
+    config.root = str(stored[kind])
+    whole = _examples(open_source(config, "train"))
+    config.train_split, config.eval_split = "train[:60%]", "train[60%:]"
+    parts = [open_source(config, split) for split in ("train", "eval")]
+    assert _examples(parts[0]) + _examples(parts[1]) == whole
+    assert parts[1].example_id(1) == "train[60%:]:1"
+    config.train_split = "train+test"
+    assert _examples(open_source(config, "train")) == whole + _examples(_open_eval(config, "test"))
+    config.train_split, config.train_fraction = "train", 0.5
+    half = open_source(config, "train")
+    numbers = [int(half.example_id(i).removeprefix("train:")) for i in range(half.num_examples)]
+    assert len(set(numbers)) == round(_COUNT / 2)
+    assert _examples(half) == [whole[number] for number in numbers]
+    config.train_fraction = 0.01
+    assert open_source(config, "train").num_examples == 1
+
+
+def test_a_version_can_be_asked_for(config, stored):
+    config.root = str(stored["tfrecord"])
+    config.name = "toy:1.*.*"
+    assert open_source(config, "train").num_examples == _COUNT
+    config.name = "toy:2.*.*"
+    assert "no such prepared data set" in _refused(config)
+
+
+def test_errors_say_where_we_looked_and_what_there_is(config, stored, tmp_path):
+    config.root = str(tmp_path)
+    config.name = "imagenet2012"  # known to TFDS, but not prepared
+    message = _refused(config)
+    assert str(tmp_path) in message
+    assert len(message) < 300
+    config.name = ""
+    assert "name is empty" in _refused(config)
+    config.name = "no good!"
+    assert "'no good!'" in _refused(config)
+    config.name, config.root = "toy", str(stored["tfrecord"])
+    config.eval_split = "validation"
+    message = _refused(config, "eval")
+    assert "eval_split is 'validation'" in message
+    assert "train, test" in message
+    config.num_classes = 2
+    assert "has 3 classes" in _refused(config)
+    config.num_classes = 4
+    assert open_source(config, "train").num_classes == 4
+
+
+def test_features_must_hold_an_image_and_a_class(config, tmp_path, files):
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(encoding_format="jpeg"), "label": tfds.features.Text()}
+    )
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="odd",
+        version="1.0.0",
+        features=features,
+        split_datasets={"train": [(0, {"image": str(files[0]), "label": "x"})]},
+        data_dir=str(tmp_path),
+    )
+    config.name, config.root = "odd", str(tmp_path)
+    message = _refused(config)
+    assert "label (Text)" in message
+    assert "expected image (Image) and label (ClassLabel)" in message
+
+
+def test_a_file_cut_short_is_named(config, tmp_path, files):
+    _store(tmp_path, "tfrecord", files)
+    config.root = str(tmp_path)
+    (path,) = tmp_path.glob("toy/1.2.0/toy-train*")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    message = _refused(config)
+    assert str(path) in message
+    assert f"expected {_COUNT}" in message
+    path.unlink()
+    assert str(path) in _refused(config)
+
+
+def test_large_scans_are_remembered_until_a_file_changes(config, tmp_path, files, monkeypatch):
+    _store(tmp_path / "data", "tfrecord", files)
+    config.root = str(tmp_path / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tfds_source, "_CACHE_FROM", 1)
+    scans = []
+    scan = tfds_source._scan
+    monkeypatch.setattr(tfds_source, "_scan", lambda *a: scans.append(a) or scan(*a))
+    first = _examples(open_source(config, "train"))
+    assert len(scans) == 1
+    assert _examples(open_source(config, "train")) == first
+    assert len(scans) == 1
+    (path,) = (tmp_path / "data").glob("toy/1.2.0/toy-train*")
+    os.utime(path, (path.stat().st_mtime + 10,) * 2)
+    np.testing.assert_equal(_examples(open_source(config, "train")), first)
+    assert len(scans) == 2

@@ -1,0 +1,40 @@
+"""Every family against PyTorch through the converter; the tool's --all does the whole zoo."""
+
+import numpy as np
+import pytest
+
+from experiments import verify_parity
+
+
+@pytest.fixture
+def pictures(sample_images):
+    return verify_parity._pictures(sample_images)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_tiny_patch16_224",
+        "regnety_002",
+    ],
+)
+def test_small_models(name, pictures):
+    row = verify_parity.compare(name, pictures[:1], num_random=1)
+    assert row.logits <= row.limit == 2e-5
+    assert row.features <= row.limit
+
+
+def test_a_difference_is_seen(monkeypatch, capsys, sample_images):
+    """With one bias off by a thousandth the tool ends with 1 and names the model."""
+    read = verify_parity.from_torch.from_tensors
+
+    def spoilt(tensors, **more):
+        bias = tensors["head.bias"] + np.float32(1e-3)
+        return read({**tensors, "head.bias": bias}, **more)
+
+    monkeypatch.setattr(verify_parity.from_torch, "from_tensors", spoilt)
+    status = verify_parity.main(["deit_tiny_patch16_224", "--images", str(sample_images)])
+    assert status == 1
+    assert "beyond the limit: deit_tiny_patch16_224" in capsys.readouterr().out

@@ -1,0 +1,102 @@
+"""Ten steps of every kind of training beside the reference's; the tool does the real models."""
+
+import numpy as np
+import pytest
+import torch
+
+from deit_jax import trees
+from deit_jax.convert import mapping, vit_keys
+from deit_jax.models import registry
+from deit_jax.models.network import split_model
+from deit_jax.training import optim
+from experiments import verify_training
+from tests.oracles import timm_models, torch_training
+
+MODELS = {
+    "deit": "deit_testing",
+    "distilled": "deit_testing_distilled",
+    "deit3": "deit3_testing",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Torch's threads wait for one another longer than such small models compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def compare(case: str) -> verify_training.Row:
+    student = MODELS[verify_training.CASES[case].student]
+    small = {"num_steps": 10, "image_size": 16, "batch_size": 8, "depth": 2}
+    return verify_training.compare(case, student, "regnety_testing", **small)
+
+
+@pytest.mark.parametrize("case", verify_training.CASES)
+def test_training_is_the_reference_step_by_step(case):
+    row = compare(case)
+    assert row.within_limits
+    # In so few steps there is no more than rounding, while loss and weights moved.
+    assert row.loss_errors.max() < 1e-5
+    assert row.effective < 2e-6
+    assert row.moved > 1e-2
+    assert row.losses[-1] < 0.95 * row.losses[0]
+
+
+def test_a_run_beyond_a_limit_is_named(monkeypatch, tmp_path, capsys):
+    good = verify_training.Row(
+        case="",
+        model="deit_testing",
+        losses=np.ones(2),
+        loss_errors=np.zeros(2),
+        rate_error=0.0,
+        moved=0.1,
+        weights=0.0,
+        effective=0.0,
+        ema=0.0,
+    )
+    assert good.within_limits
+    assert not good._replace(effective=2e-4).within_limits
+    beyond = {
+        "weights": np.nan,
+        "ema": 2e-3,
+        "rate_error": 1e-8,
+        "loss_errors": np.array([2e-5, 0.0]),
+    }
+    rows = (
+        good._replace(case=case, **{field: value})
+        for case, (field, value) in zip(verify_training.CASES, beyond.items(), strict=True)
+    )
+    monkeypatch.setattr(verify_training, "compare", lambda *_, **__: next(rows))
+    report = tmp_path / "report.md"
+    assert verify_training.main(["--write", str(report)]) == 1
+    assert f"beyond the limits: {', '.join(verify_training.CASES)}" in capsys.readouterr().out
+    assert "| DeiT III | deit_testing | 1.0000 → 1.0000 | 2.0e-05 |" in report.read_text()
+    assert verify_training.main(["--steps", "15"]) == 2
+    assert "--steps is 15" in capsys.readouterr().err
+
+
+VITS = [name for name in registry.list_models() if "embed_dim" in registry.model_options(name)]
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_parameters_that_decay_are_the_references(name):
+    """By PyTorch's names; two blocks stand for all. The counts of whole models: test_optim.py."""
+    _, like = split_model(registry.abstract_model(name, depth=2))
+    keys = {tensor.leaf: tensor.key for tensor in mapping.tensors_of(like, vit_keys.TIMM)}
+    options = registry.model_options(name) | {"depth": 2}
+    options.pop("drop_path_mode", None)
+    with torch.device("meta"):
+        oracle = timm_models.fresh_vit(**options)
+
+    def decayed(**more) -> set[str]:
+        mask = trees.flat(optim.decay_mask(like.params, **more))
+        return {keys[f"params/{leaf}"] for leaf, decays in mask.items() if decays}
+
+    assert len(keys) == len(list(oracle.parameters()))
+    assert decayed() == torch_training.decayed_names(oracle)
+    of_timm = torch_training.decayed_names(oracle, oracle.no_weight_decay())
+    assert decayed(decay_dist_token=False) == of_timm
+    assert ("dist_token" in decayed() - of_timm) == registry.is_distilled(name)

@@ -1,0 +1,206 @@
+"""Single-image preprocessing against torchvision on PIL images, bit for bit."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deit_jax.errors import InputError
+from deit_jax.inference.preprocess import preprocess
+from tests.oracles.torchvision_ops import import_torchvision
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """On busy machines torch's threads wait for one another far longer than this work takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def info(**changes):
+    defaults = {
+        "image_size": 32,
+        "crop_ratio": 0.875,
+        "interpolation": "bicubic",
+        "mean": MEAN,
+        "std": STD,
+    }
+    return SimpleNamespace(**(defaults | changes))
+
+
+def recipe_image() -> Image.Image:
+    """The 400×300 test image of the recipe's vectors."""
+    y, x = np.mgrid[:300, :400]
+    channels = [x * 255 // 399, y * 255 // 299, (x + y) % 256]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def torchvision_chain(image: Image.Image, i: SimpleNamespace) -> np.ndarray:
+    transforms = import_torchvision().transforms
+    mode = transforms.InterpolationMode(i.interpolation)
+    if i.crop_ratio is None:
+        geometry = [transforms.Resize((i.image_size, i.image_size), interpolation=mode)]
+    else:
+        short = int(i.image_size / i.crop_ratio)
+        geometry = [
+            transforms.Resize(short, interpolation=mode),
+            transforms.CenterCrop(i.image_size),
+        ]
+    chain = [*geometry, transforms.ToTensor(), transforms.Normalize(i.mean, i.std)]
+    tensor = transforms.Compose(chain)(image.convert("RGB"))
+    return tensor.permute(1, 2, 0).numpy()[None]
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_ratio", "mean", "std", "pixel"),
+    [
+        (224, 0.875, 0.218612, 1.106813, (-1.3815396, -1.7556022, -0.2881045)),
+        (384, 1.0, 0.216512, 1.189862, (-1.5870366, -2.0357141, -0.9329847)),
+    ],
+)
+def test_recipe_vectors(size, crop_ratio, mean, std, pixel):
+    got = preprocess(info(image_size=size, crop_ratio=crop_ratio), recipe_image())
+    assert got.shape == (1, size, size, 3)
+    assert got.dtype == np.float32
+    assert got.mean(dtype=np.float64) == pytest.approx(mean, abs=1e-6)
+    assert got.std(dtype=np.float64, ddof=1) == pytest.approx(std, abs=1e-6)
+    np.testing.assert_allclose(got[0, 0, 0], pixel, atol=1e-6)
+
+
+def test_bit_equal_to_torchvision_for_odd_sizes():
+    # 57 → 36 wide leaves halves such as 10.5 and 1.5 to round; 20×90 is enlarged.
+    for width, height in ((57, 33), (33, 57), (36, 36), (37, 61), (99, 40), (20, 90), (90, 21)):
+        for changes in ({}, {"crop_ratio": 1.0}, {"crop_ratio": 0.9, "image_size": 33}):
+            image, i = noise(width, height), info(**changes)
+            np.testing.assert_array_equal(preprocess(i, image), torchvision_chain(image, i))
+
+
+def test_bit_equal_for_other_interpolations_and_whole_image():
+    image = noise(71, 45)
+    for changes in (
+        {"interpolation": "bilinear"},
+        {"interpolation": "lanczos"},
+        {"crop_ratio": None},
+        {"crop_ratio": None, "image_size": 80, "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)},
+    ):
+        i = info(**changes)
+        np.testing.assert_array_equal(preprocess(i, image), torchvision_chain(image, i))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
+def test_every_mode_is_converted_to_rgb(mode):
+    image = noise(50, 41).convert("L" if mode in ("LA", "I;16") else "RGB").convert(mode)
+    np.testing.assert_array_equal(preprocess(info(), image), torchvision_chain(image, info()))
+
+
+def test_path_array_pil_and_model_agree(tmp_path: Path):
+    image = noise(60, 45)
+    path = tmp_path / "image.png"
+    image.save(path)
+    want = preprocess(info(), image)
+    model = SimpleNamespace(info=info())
+    for source in (path, str(path), np.asarray(image)):
+        np.testing.assert_array_equal(preprocess(model, source), want)
+    grey = image.convert("L")
+    np.testing.assert_array_equal(preprocess(info(), np.asarray(grey)), preprocess(info(), grey))
+
+
+@pytest.fixture(scope="module")
+def hundred_jpegs(sample_images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The pictures near here, up to 100; what is missing is made: odd sizes, grey, CMYK."""
+    files = sorted(sample_images.rglob("*.JPEG"))[:100]
+    folder = tmp_path_factory.mktemp("jpegs")
+    rng = np.random.default_rng(0)
+    for number in range(100 - len(files)):
+        width, height = map(int, rng.integers(90, 700, 2))
+        coarse = Image.fromarray(rng.integers(0, 256, (7, 8, 3), np.uint8))
+        picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(picture, int) + rng.integers(-20, 21, (height, width, 3))
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        files.append(folder / f"{number}.JPEG")
+        picture.convert(("RGB", "L", "RGB", "CMYK")[number % 4]).save(files[-1], quality=90)
+    return files
+
+
+@pytest.mark.parametrize(("size", "crop_ratio"), [(224, 0.875), (224, 0.9), (224, 1.0), (384, 1.0)])
+def test_bit_equal_on_a_hundred_jpegs(hundred_jpegs, size, crop_ratio):
+    read = import_torchvision().datasets.folder.pil_loader
+    i = info(image_size=size, crop_ratio=crop_ratio)
+    assert len(hundred_jpegs) == 100
+    for path in hundred_jpegs:
+        np.testing.assert_array_equal(
+            preprocess(i, path), torchvision_chain(read(path), i), err_msg=str(path)
+        )
+
+
+def _jpeg_with_orientation(path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(300, 200).save(path, exif=exif)
+    with Image.open(path) as saved:
+        assert saved.getexif()[0x0112] == orientation
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("rgba.png", lambda path: _half_transparent().save(path)),
+        ("grey.jpg", lambda path: noise(300, 200).convert("L").save(path)),
+        ("cmyk.jpg", lambda path: noise(300, 200).convert("CMYK").save(path)),
+        # The reference ignores EXIF: a picture taken sideways stays so.
+        ("sideways.jpg", lambda path: _jpeg_with_orientation(path, 6)),
+        ("upside_down.jpg", lambda path: _jpeg_with_orientation(path, 3)),
+    ],
+)
+def test_bit_equal_to_the_references_loader_on_other_files(tmp_path: Path, name, write):
+    write(tmp_path / name)
+    read = import_torchvision().datasets.folder.pil_loader
+    for changes in ({"image_size": 224}, {"crop_ratio": None}):
+        i = info(**changes)
+        want = torchvision_chain(read(tmp_path / name), i)
+        np.testing.assert_array_equal(preprocess(i, tmp_path / name), want)
+
+
+def _half_transparent() -> Image.Image:
+    image = noise(300, 200)
+    image.putalpha(noise(300, 200).getchannel("R"))
+    return image
+
+
+def test_bad_files_and_arrays_give_one_clear_line(tmp_path: Path):
+    text = tmp_path / "notes.jpg"
+    text.write_text("not an image")
+    png = tmp_path / "cut.png"
+    noise(60, 45).save(png)
+    png.write_bytes(png.read_bytes()[:2000])
+    cases = [
+        (tmp_path / "missing.jpg", "no such image file"),
+        (text, "cannot be read as an image"),
+        (png, "cannot be read as an image"),
+        (tmp_path, "cannot be read as an image"),
+        (np.zeros((8, 8, 3), np.float32), r"float32 array of shape \(8, 8, 3\): expected uint8"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "without a batch axis"),
+        (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
+        (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),
+        (None, "object array"),
+    ]
+    for source, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            preprocess(info(), source)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="interpolation is 'cubic': expected one of"):
+        preprocess(info(interpolation="cubic"), noise(8, 8))
+    with pytest.raises(InputError, match=r"crop_ratio is 1\.5"):
+        preprocess(info(crop_ratio=1.5), noise(8, 8))

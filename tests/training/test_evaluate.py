@@ -1,0 +1,137 @@
+"""Evaluation: hand-computed accuracies of a network whose logits are known, and a NumPy oracle."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deit_jax.models.registry import ModelInfo
+from deit_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from deit_jax.training.evaluate import evaluate, make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lookup:
+    """A network whose logits are rows of its "weights": pixel 0 of an image is the row's number."""
+
+    info: ModelInfo
+
+    def __call__(self, tables, images):
+        rows = jnp.round(images[:, 0, 0, 0]).astype(int)
+        return tuple(table[rows] for table in tables), {}
+
+
+def _network(num_classes):
+    # Normalising by these leaves the pixel values as they are.
+    info = ModelInfo("lookup", num_classes, 1, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    return _Lookup(info)
+
+
+def _batch(rows, labels, mask=None):
+    return {
+        "image": np.broadcast_to(np.uint8(rows)[:, None, None, None], (len(rows), 1, 1, 3)).copy(),
+        "label": np.int32(labels),
+        "mask": np.float32([1] * len(rows) if mask is None else mask),
+    }
+
+
+def _run(weights, batches, num_classes):
+    mesh = make_mesh()
+    step = jax.jit(make_eval_step(_network(num_classes)), out_shardings=replicated(mesh))
+    weights = {prefix: tuple(map(jnp.asarray, tables)) for prefix, tables in weights.items()}
+    return evaluate(step, weights, batches, batch_sharding(mesh))
+
+
+def _one_hot_table(winners, num_classes, height=10.0):
+    """Logits where row i ranks classes winners[i], winners[i]+1, ... downwards."""
+    ranks = (np.arange(num_classes)[None] - np.array(winners)[:, None]) % num_classes
+    return np.float32(height) - ranks.astype(np.float32)
+
+
+def test_accuracies_and_loss_by_hand():
+    """Eight classes; the label is at rank 0, 1, 4, 5 and 7 of its row: 1 of 5, and 3 of 5."""
+    table = _one_hot_table([0, 0, 0, 0, 0], 8)
+    results = _run({"": (table,)}, [_batch([0, 1, 2], [0, 1, 4]), _batch([3, 4], [5, 7])], 8)
+    normaliser = np.log(np.exp(-np.arange(8.0)).sum())
+    assert set(results) == {"top1", "top5", "loss", "num_examples"}
+    assert results["top1"] == 20.0
+    assert results["top5"] == 60.0
+    assert results["num_examples"] == 5
+    assert results["loss"] == pytest.approx(np.mean([0, 1, 4, 5, 7]) + normaliser, rel=1e-6)
+
+
+def test_the_two_heads_alone_and_their_mean():
+    """Class head wins rows 0 and 1, distillation head row 2; their mean is right on row 0 alone."""
+    labels = [0, 1, 2]
+    class_head = np.float32([[4, 0, 0], [0, 1, 0], [5, 0, 0]])
+    dist_head = np.float32([[0, 1, 0], [3, 0, 0], [0, 0, 1]])
+    results = _run({"": (class_head, dist_head)}, [_batch([0, 1, 2], labels)], 3)
+    assert results["top1_cls"] == pytest.approx(200 / 3)
+    assert results["top1_dist"] == pytest.approx(100 / 3)
+    assert results["top1"] == pytest.approx(100 / 3)
+    mean = (class_head.astype(float) + dist_head) / 2
+    losses = np.log(np.exp(mean).sum(-1)) - mean[np.arange(3), labels]
+    assert results["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
+def test_ema_weights_are_reported_under_their_prefix():
+    raw, averaged = _one_hot_table([1, 1], 6), _one_hot_table([0, 1], 6)
+    results = _run({"": (raw, raw), "ema_": (averaged, averaged)}, [_batch([0, 1], [0, 1])], 6)
+    names = {"top1", "top5", "loss", "top1_cls", "top1_dist"}
+    assert set(results) == names | {f"ema_{name}" for name in names} | {"num_examples"}
+    assert (results["top1"], results["ema_top1"]) == (50.0, 100.0)
+    assert (results["top1_dist"], results["ema_top1_dist"]) == (50.0, 100.0)
+    assert (results["top5"], results["ema_top5"]) == (50.0, 100.0)
+    assert results["ema_loss"] < results["loss"] < 10  # a mean, not a percentage
+
+
+def test_padded_rows_never_count_even_where_their_logits_are_not_numbers():
+    table = _one_hot_table([0, 1, 2, 0], 6)
+    table[3] = np.nan
+    plain = _run({"": (table,)}, [_batch([0, 1], [0, 1]), _batch([2], [3])], 6)
+    padded = _run(
+        {"": (table,)},
+        [_batch([0, 1, 3], [0, 1, 0], [1, 1, 0]), _batch([2, 3, 3], [3, 0, 0], [1, 0, 0])],
+        6,
+    )
+    assert plain == padded
+    assert padded["num_examples"] == 3
+    assert padded["top1"] == pytest.approx(200 / 3)
+
+
+def test_fewer_than_five_classes():
+    table = _one_hot_table([0, 0, 0], 3)
+    results = _run({"": (table,)}, [_batch([0, 1, 2], [0, 1, 2])], 3)
+    assert results["top1"] == pytest.approx(100 / 3)
+    assert results["top5"] == 100.0
+
+
+def test_random_logits_follow_numpy_and_repeats_are_equal_to_the_bit():
+    rng = np.random.default_rng(0)
+    tables = [rng.normal(size=(200, 11)).astype(np.float32) * 3 for _ in range(2)]
+    labels = rng.integers(0, 11, 200)
+    batches = []
+    for start in range(0, 208, 16):
+        rows = np.arange(start, start + 16)
+        real = rows < 200
+        rows = np.where(real, rows, 0)
+        batches.append(_batch(rows, labels[rows], real))
+    first = _run({"": tuple(tables)}, batches, 11)
+    assert first == _run({"": tuple(tables)}, batches, 11)
+
+    logits = (tables[0].astype(np.float64) + tables[1]) / 2
+    ranks = np.argsort(-logits, axis=1)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(200), labels]
+    assert first == pytest.approx(
+        {
+            "num_examples": 200,
+            "top1": 100 * np.mean(ranks[:, 0] == labels),
+            "top5": 100 * np.mean((ranks[:, :5] == labels[:, None]).any(1)),
+            "loss": losses.mean(),
+            "top1_cls": 100 * np.mean(tables[0].argmax(1) == labels),
+            "top1_dist": 100 * np.mean(tables[1].argmax(1) == labels),
+        },
+        rel=1e-6,
+    )

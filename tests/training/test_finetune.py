@@ -1,0 +1,123 @@
+"""Fine-tuning, end to end: another resolution with a teacher, a new token, other classes."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from configs import digits
+from deit_jax import trees
+from deit_jax.checkpoints import model_folder
+from deit_jax.training import loop
+
+CLASSES = (5, 6, 7, 8, 9)
+
+
+def recipe(epochs):
+    """The recipe of the digits without its noise, which so few epochs would only suffer from."""
+    config = digits.get_config()
+    config.model.drop_path_rate = 0.0
+    config.mixing.random_erasing = config.mixing.prob = config.mixing.smoothing = 0.0
+    config.train.ema_decay = 0.0
+    config.schedule.epochs = epochs
+    config.schedule.warmup_epochs = 1
+    config.train.log_every_steps = 1
+    config.train.eval_every_epochs = 0
+    config.checkpoint.every_epochs = 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A plain DeiT of digits at 32 pixels: its run folder and its final report."""
+    workdir = tmp_path_factory.mktemp("base")
+    return workdir, loop.train(recipe(epochs=10), str(workdir))
+
+
+@pytest.fixture(scope="module")
+def five_classes(tmp_path_factory):
+    """Some digits from 5 to 9 as files."""
+    root = tmp_path_factory.mktemp("five")
+    images, labels = load_digits(return_X_y=True)
+    for label in CLASSES:
+        own = images[labels == label].reshape(-1, 8, 8)[:60]
+        for split, part in (("train", own[:48]), ("val", own[48:])):
+            (root / split / str(label)).mkdir(parents=True)
+            for number, grey in enumerate(part):
+                file = root / split / str(label) / f"{number}.png"
+                Image.fromarray(np.uint8(grey * (255 / 16))).convert("RGB").save(file)
+    return root
+
+
+def lines(workdir, split):
+    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in every if line["split"] == split]
+
+
+def assert_learns(workdir):
+    losses = [line["loss"] for line in lines(workdir, "train")]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def weights(workdir):
+    _, like = model_folder.read_network(workdir)
+    return trees.flat(model_folder.read_variables(workdir, like).params)
+
+
+def test_twice_the_resolution_with_a_token_and_a_teacher(base, tmp_path, capsys):
+    """What the reference refuses: distillation while fine-tuning, here from a plain model.
+
+    The teacher is a transformer of the old resolution, which the step resizes the images to.
+    """
+    folder, report = base
+    config = recipe(epochs=4)
+    config.init_from = config.distill.teacher = str(folder)
+    config.model.name = "deit_testing_distilled"
+    config.input.image_size = 64
+    config.distill.kind = "hard"
+    config.optimizer.lr = 1e-3
+    config.train.log_attention = True
+    config.train.expected_top1 = ((4, 100.0),)
+    final = loop.train(config, str(tmp_path / "run"))
+    printed = capsys.readouterr().out
+    assert "pos_embed resized from 4×4 to 8×8" in printed
+    assert "dist_token newly" in printed
+    assert "it sees the images resized to 32×32" in printed
+    assert_learns(tmp_path / "run")
+    assert final["teacher_top1"] == report["top1"]  # with its own pixels, as on its own
+    assert final["top1"] > report["top1"] > 50  # better than the model it began from
+    assert final["top1_dist"] > 50
+    train = lines(tmp_path / "run", "train")
+    assert train[-1]["teacher_agreement"] > 0.6 > train[0]["teacher_agreement"]
+    assert all(0 < line["attention_max"] < 100 for line in train)
+    (evaluation,) = lines(tmp_path / "run", "eval")
+    assert evaluation["expected_top1"] == 100.0
+    assert ("warning: top-1 is" in printed) == (final["top1"] < 98)
+
+
+def test_other_classes_by_attention_alone(base, five_classes, tmp_path, capsys):
+    """Five classes and a new head; all but attention, head and positions stays to the bit."""
+    folder, _ = base
+    config = recipe(epochs=12)
+    config.init_from = str(folder)
+    config.dataset.source = "folder"
+    config.dataset.root = str(five_classes)
+    config.dataset.eval_split = "val"
+    config.optimizer.trainable = ".*/attn/.* head/.* pos_embed"
+    config.train.batch_size = 40
+    config.train.accumulate_steps = 2
+    final = loop.train(config, str(tmp_path / "run"))
+    printed = capsys.readouterr().out
+    before, after = weights(folder), weights(tmp_path / "run")
+    same = {name for name in after if np.array_equal(before[name], after[name])}
+    trains = {name for name in after if "/attn/" in name or "head" in name or name == "pos_embed"}
+    assert same == set(after) - trains
+    count = sum(after[name].size for name in trains)
+    assert f"({count:,} of them train)" in printed
+    assert "40 images over all devices in 2 micro-batches" in printed
+    assert "head newly" in printed
+    assert_learns(tmp_path / "run")
+    assert final["top1"] > 75  # chance is 20
+    assert model_folder.read_info(tmp_path / "run").class_names == tuple(map(str, CLASSES))

@@ -1,0 +1,215 @@
+"""Whole runs in one process: folders of images, stopping, faults and what a run leaves behind."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import deit_jax
+from configs import digits, folder
+from deit_jax.checkpoints import model_folder
+from deit_jax.checkpoints.fit import resize_pos_embed
+from deit_jax.checkpoints.training import TrainCheckpoints
+from deit_jax.config.files import load_config
+from deit_jax.models import registry
+from deit_jax.models.network import split_model
+from deit_jax.training import loop
+from deit_jax.training.setup import check, check_start, initial_state
+from tests import kill_and_resume
+
+QUICK_TEACHER = """
+from configs import folder_teacher
+
+def get_config():
+    config = folder_teacher.get_config()
+    config.model.name = "regnety_testing"
+    config.schedule.warmup_epochs = 1
+    return config
+"""
+
+
+@pytest.fixture
+def folder_config(tmp_path, sample_images):
+    """configs/folder.py with models small enough for a test."""
+    recipe = tmp_path / "recipes" / "quick_teacher.py"
+    recipe.parent.mkdir()
+    recipe.write_text(QUICK_TEACHER)
+    config = folder.get_config()
+    config.model.name = "deit_testing_distilled"
+    config.dataset.root = str(sample_images)
+    config.input.image_size = 32
+    config.distill.teacher_config = str(recipe)
+    config.distill.teacher_epochs = 2
+    config.optimizer.lr = 2e-3
+    config.schedule.epochs = 8
+    config.schedule.warmup_epochs = 1
+    config.train.batch_size = 16
+    config.train.dtype = "float32"
+    config.train.log_every_steps = 1
+    config.train.eval_every_epochs = 4
+    config.train.tensorboard = True
+    config.checkpoint.every_epochs = 4
+    return config
+
+
+def lines(workdir, split):
+    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in every if line["split"] == split]
+
+
+@pytest.fixture
+def broken_images(tmp_path, sample_images):
+    """The sample with an empty file more in either split."""
+    images = tmp_path / "images"
+    for path in sample_images.glob("*/*/*.JPEG"):
+        link = images / path.relative_to(sample_images)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    for split in ("train", "val"):
+        next((images / split).iterdir()).joinpath("empty.JPEG").touch()
+    return images
+
+
+def test_a_folder_of_images_trains_teacher_and_student(
+    tmp_path, folder_config, broken_images, capsys
+):
+    """Loss falls, every eval image counts once, and the workdir holds what DESIGN promises.
+
+    Images that cannot be read are left out and counted, also for the teacher.
+    """
+    workdir, images = tmp_path / "run", broken_images
+    folder_config.dataset.root = str(images)
+    folder_config.input.on_bad_image = "skip"
+    report = loop.train(folder_config, str(workdir))
+    assert report["num_examples"] == sum(1 for _ in (images / "val").rglob("*.JPEG")) - 1
+    for run in (workdir, workdir / "teacher"):
+        assert lines(run, "final")[-1]["skipped_images"] == 1
+    assert lines(workdir, "train")[-1]["skipped_images"] == 1
+    losses = [line["loss"] for line in lines(workdir, "train")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert lines(workdir, "final")[-1] == {"split": "final", "step": len(losses)} | report
+    assert set(report) == {
+        "top1", "top5", "top1_cls", "top1_dist", "loss", "num_examples", "teacher_top1",
+        "skipped_images",
+    }  # fmt: skip
+    model = deit_jax.load_model(workdir / "model")
+    assert model.info.class_names == tuple(sorted(p.name for p in (images / "train").iterdir()))
+    assert (workdir / "best" / "model.json").is_file()
+    assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
+    assert list(workdir.glob("events.out.tfevents.*"))
+    printed = capsys.readouterr().out
+    for word in (
+        "parameters", "steps", "peak rate", "distinct", "images/s", "ETA", "input wait",
+        "1 unreadable images skipped", "1 unreadable ones left out",
+    ):  # fmt: skip
+        assert word in printed, word
+
+
+def quick_digits():
+    config = digits.get_config()
+    config.schedule.epochs = 3
+    config.schedule.warmup_epochs = 1
+    config.train.log_every_steps = 1
+    config.train.eval_every_epochs = 0
+    config.checkpoint.every_epochs = 0
+    return config
+
+
+def test_a_run_that_diverges_stops_with_a_report(tmp_path):
+    """An absurd rate: the run names step, seed and examples, and keeps a state that can be read."""
+    config = quick_digits()
+    config.optimizer.lr = 1e30
+    config.train.max_nonfinite_steps = 3
+    with pytest.raises(
+        loop.NonFiniteLoss, match=r"steps \d+ to \d+ \(seed 0\).*digits:\d+, digits"
+    ):
+        loop.train(config, str(tmp_path))
+    for name, array in kill_and_resume.final_arrays(tmp_path).items():
+        assert np.isfinite(array).all(), name
+    assert not (tmp_path / "model").exists()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
+    """Exit 0 with a message; the next start resumes at that very step."""
+    command = [
+        sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path}",
+        "--config.schedule.epochs=3", "--config.schedule.warmup_epochs=1",
+        "--config.train.log_every_steps=1",
+        "--config.checkpoint.every_epochs=0", "--config.train.eval_every_epochs=0",
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    stopped = int(rest.split("saved at step ")[1].split(";")[0])
+    config = load_config(str(root / "configs/digits.py"))
+    config.schedule.epochs, config.schedule.warmup_epochs = 3, 1
+    config.train.log_every_steps = 1
+    config.checkpoint.every_epochs = config.train.eval_every_epochs = 0
+    loop.train(config, str(tmp_path))
+    assert f"resumed at step {stopped}" in capsys.readouterr().out
+    assert [line["step"] for line in lines(tmp_path, "train")] == list(range(1, 3 * 22 + 1))
+    assert 3 <= stopped < 3 * 22
+
+
+def test_fine_tuning_starts_from_the_given_weights(tmp_path, capsys):
+    """init_from: the first evaluation is that of the folder; the workdir's own checkpoint wins."""
+    config = quick_digits()
+    loop.train(config, str(tmp_path / "first"))
+    config.init_from = str(tmp_path / "first")
+    started = loop.evaluate_only(config, str(tmp_path / "second"))
+    first = lines(tmp_path / "first", "final")[-1]
+    assert started["loss"] == first["loss"]
+    config.init_from = str(tmp_path / "gone")
+    capsys.readouterr()
+    resumed = loop.train(config, str(tmp_path / "first"))
+    assert resumed["loss"] == first["loss"]
+    assert f"(so init_from {tmp_path / 'gone'} is not read)" in capsys.readouterr().out
+
+
+def test_fine_tuning_makes_weights_fit(tmp_path):
+    """Another resolution, other classes, and a distillation token that the start does not have."""
+    config = quick_digits()
+    config.model.name = "deit_testing_distilled"
+    network, like = split_model(
+        registry.abstract_model(
+            "deit_testing", num_classes=4, image_size=64, patch_size=config.model.patch_size
+        )
+    )
+    rng = np.random.default_rng(0)
+    start = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), like)
+    model_folder.write_model(tmp_path / "start", start, network.info)
+    config.init_from = str(tmp_path / "start")
+    setup = check(config, str(tmp_path / "run"))
+    with contextlib.closing(TrainCheckpoints(setup.workdir, keep=1)) as checkpoints:
+        check_start(setup, training=True)
+        state, _, _, origin = initial_state(setup, checkpoints)
+        config.init_from = ""
+        scratch, *_ = initial_state(setup, checkpoints)
+    for words in ("pos_embed resized from 8×8 to 4×4", "head newly", "dist_token newly"):
+        assert words in origin
+    params, fresh, want = state.model.params, scratch.model.params, start.params
+    for name in ("head", "head_dist", "dist_token"):
+        jax.tree.map(np.testing.assert_array_equal, params[name], fresh[name])
+    for name in ("blocks", "norm", "patch_embed", "cls_token"):
+        jax.tree.map(np.testing.assert_array_equal, params[name], want[name])
+    resized = resize_pos_embed(want["pos_embed"], grid=(4, 4), num_prefix=1)
+    np.testing.assert_array_equal(np.delete(params["pos_embed"], 1, axis=1), resized)
+    np.testing.assert_array_equal(params["pos_embed"][:, 1], fresh["pos_embed"][:, 1])

@@ -1,0 +1,375 @@
+"""Schedule, decay groups, AdamW, LAMB, SGD and EMA against timm and torch."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+from deit_jax import trees
+from deit_jax.errors import InputError
+from deit_jax.models.registry import abstract_model
+from deit_jax.training import optim
+from tests.oracles import torch_training
+from tests.oracles.torchvision_ops import import_torchvision
+
+WARMUP = {"warmup_epochs": 5, "warmup_lr": 1e-6}
+
+
+def config(**changes):
+    defaults = {
+        "name": "adamw",
+        "weight_decay": 0.05,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "momentum": 0.9,
+        "clip_norm": 0.0,
+        "decay_dist_token": True,
+        "trainable": "",
+    }
+    return SimpleNamespace(**(defaults | changes))
+
+
+@pytest.mark.parametrize(
+    ("peak", "low", "epochs", "known"),
+    [
+        (1e-3, 1e-5, 300, {0: 1e-6, 1: 1e-6, 2: 2.008e-4, 151: 5.05e-4, 299: 1.01086e-5}),
+        (3e-3, 1e-5, 800, {5: 2.4002e-3, 6: 2.99971e-3, 400: 1.51087e-3, 799: 1.00461e-5}),
+        (1e-5, 1e-5, 20, {2: 2.8e-6, 5: 8.2e-6, 6: 1e-5, 19: 1e-5}),
+        (5e-6, 5e-6, 30, {2: 1.8e-6, 5: 4.2e-6, 6: 5e-6, 29: 5e-6}),
+        (3e-4, 1e-5, 50, {2: 6.08e-5, 6: 2.92903e-4, 25: 1.64105e-4, 49: 1.11434e-5}),
+    ],
+)
+def test_learning_rate_follows_the_reference_loop(peak, low, epochs, known):
+    per_epoch = 7
+    rates = optim.learning_rate(
+        jnp.arange(epochs * per_epoch),
+        steps_per_epoch=per_epoch,
+        epochs=epochs,
+        peak_lr=peak,
+        min_lr=low,
+        **WARMUP,
+    )
+    assert rates.dtype == jnp.float32
+    schedule = SimpleNamespace(epochs=epochs, min_lr=low, **WARMUP)
+    want = np.repeat(torch_training.rates(peak, schedule), per_epoch)
+    np.testing.assert_allclose(rates, want, rtol=0, atol=1e-9)
+    for epoch, value in known.items():
+        assert rates[epoch * per_epoch] == pytest.approx(value, rel=1e-5)
+
+
+def test_learning_rate_per_step_has_no_lag():
+    def rate(step):
+        return optim.learning_rate(
+            step,
+            steps_per_epoch=4,
+            epochs=10,
+            peak_lr=1.0,
+            min_lr=0.1,
+            per_epoch=False,
+            **WARMUP,
+        )
+
+    np.testing.assert_allclose(rate(2), 1e-6 + 0.5 * (1 - 1e-6) / 5, rtol=1e-6)
+    np.testing.assert_allclose(rate(0), 1e-6, rtol=1e-6)
+    # The cosine has been running since step 0; at epoch 7.5 of 10 it stands at cos(0.75 π).
+    np.testing.assert_allclose(rate(30), 0.1 + 0.45 * (1 + math.cos(0.75 * math.pi)), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(rate)(40), 0.1, rtol=1e-6)
+    no_warmup = optim.learning_rate(
+        0,
+        steps_per_epoch=4,
+        epochs=10,
+        warmup_epochs=0,
+        warmup_lr=1e-6,
+        peak_lr=0.3,
+        min_lr=0.0,
+    )
+    assert no_warmup == pytest.approx(0.3)
+
+
+def abstract_params(name: str) -> dict:
+    return nnx.to_pure_dict(nnx.state(abstract_model(name), nnx.Param))
+
+
+def small_params() -> dict:
+    shapes = {
+        "cls_token": (1, 1, 6),
+        "dist_token": (1, 1, 6),
+        "pos_embed": (1, 5, 6),
+        "patch_embed": {"proj": {"kernel": (2, 2, 3, 6), "bias": (6,)}},
+        "blocks": {
+            0: {
+                "norm1": {"scale": (6,), "bias": (6,)},
+                "attn": {"qkv": {"kernel": (6, 18), "bias": (18,)}},
+                "ls1": {"gamma": (6,)},
+            }
+        },
+        "head": {"kernel": (6, 4), "bias": (4,)},
+    }
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def names_where(mask: dict, value: bool) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(mask)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in leaves
+        if leaf is value
+    }
+
+
+def test_decay_mask_by_name():
+    kernels = {"patch_embed/proj/kernel", "blocks/0/attn/qkv/kernel", "head/kernel"}
+    mask = optim.decay_mask(small_params())
+    assert names_where(mask, True) == kernels | {"dist_token"}
+    assert len(names_where(mask, False)) == 8
+    assert names_where(optim.decay_mask(small_params(), decay_dist_token=False), True) == kernels
+    with pytest.raises(InputError, match="'blocks/0/rel_bias'"):
+        optim.decay_mask({"blocks": {0: {"rel_bias": jnp.zeros(3)}}})
+
+
+@pytest.mark.parametrize(
+    ("name", "undecayed", "decayed", "undecayed_elements"),
+    [
+        ("deit_tiny_patch16_224", 102, 50, 69_544),
+        ("deit_small_patch16_224", 102, 50, 138_088),
+        ("deit_base_patch16_224", 102, 50, 275_176),
+        ("deit_tiny_distilled_patch16_224", 103, 52, 70_736),
+        ("deit_small_distilled_patch16_224", 103, 52, 139_472),
+        ("deit_base_distilled_patch16_224", 103, 52, 276_944),
+        ("deit3_small_patch16_224", 126, 50, 146_920),
+        ("deit3_medium_patch16_224", 126, 50, 195_560),
+        ("deit3_base_patch16_224", 126, 50, 292_840),
+        ("deit3_large_patch16_224", 246, 98, 574_440),
+        ("deit3_huge_patch14_224", 326, 130, 948_200),
+    ],
+)
+def test_decay_groups_have_the_counts_of_the_reference(
+    name, undecayed, decayed, undecayed_elements
+):
+    params = abstract_params(name)
+    mask = jax.tree.leaves(optim.decay_mask(params))
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    assert mask.count(False) == undecayed
+    assert mask.count(True) == decayed
+    kept = sum(size for size, decays in zip(sizes, mask, strict=True) if not decays)
+    assert kept == undecayed_elements
+
+
+ATTENTION_ONLY = ".*/attn/.* head/.* pos_embed"
+
+
+def test_attention_alone_trains_as_many_parameters_as_in_the_reference():
+    """--attn-only of the reference, counted there for DeiT III-B."""
+    params = abstract_params("deit3_base_patch16_224")
+    mask = optim.trainable_mask(params, ATTENTION_ONLY)
+    assert trees.param_count(params) == 86_585_320
+    assert trees.param_count(trees.select(params, mask)) == 29_267_944
+    assert all(jax.tree.leaves(optim.trainable_mask(params, "")))
+
+
+def test_a_pattern_that_trains_nothing_is_named():
+    with pytest.raises(InputError, match=r"optimizer\.trainable is '.*' matches no parameter") as e:
+        optim.trainable_mask(small_params(), "head/.* kernel")
+    assert "'kernel'" in str(e.value)
+    with pytest.raises(InputError, match=r"'kernel' matches no parameter"):
+        optim.make_optimizer(small_params(), config(trainable="kernel"))
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_frozen_parameters_keep_every_bit_and_the_others_do_not_notice(name):
+    """The rest trains as it would alone: no norm, no moment and no decay counts what is frozen."""
+    params = small_params()
+
+    def part(tree):
+        blocks = {0: {"attn": tree["blocks"][0]["attn"]}}
+        return {"pos_embed": tree["pos_embed"], "blocks": blocks, "head": tree["head"]}
+
+    settings = {"name": name, "clip_norm": 1.0, "weight_decay": 0.5}
+    rng = np.random.default_rng(1)
+    grads = [
+        jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape)), part(params)) for _ in range(3)
+    ]
+    zeros = jax.tree.map(np.zeros_like, params)
+    block = zeros["blocks"][0]
+    full = [zeros | g | {"blocks": {0: block | g["blocks"][0]}} for g in grads]
+    got = trees.flat(run(config(**settings, trainable=ATTENTION_ONLY), params, full, [0.1] * 3))
+    want = trees.flat(run(config(**settings), part(params), grads, [0.1] * 3))
+    for leaf, before in trees.flat(params).items():
+        np.testing.assert_array_equal(got[leaf], want.get(leaf, before), err_msg=leaf)
+    state = optim.make_optimizer(params, config(**settings, trainable=ATTENTION_ONLY)).init(params)
+    moments = 1 if name == "sgd" else 2
+    stored = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert stored == moments * trees.param_count(part(params))
+
+
+def test_regnet_decays_exactly_its_matrices_and_convolutions():
+    params = abstract_params("regnety_testing")
+    mask = optim.decay_mask(params)
+    by_rank = jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # the rule for torch's tensors
+    assert mask == by_rank
+
+
+def run(settings, params, grads, rates):
+    """Train with one gradient and one rate a step."""
+    optimizer = optim.make_optimizer(params, settings)
+
+    @jax.jit
+    def step(params, state, grad, rate):
+        updates, state = optimizer.update(grad, state, params)
+        return optim.apply_updates(params, updates, rate), state
+
+    state = optimizer.init(params)
+    for grad, rate in zip(grads, rates, strict=True):
+        params, state = step(params, state, grad, rate)
+    return params
+
+
+def torch_optimizer(name: str, groups: list[dict], lr: float) -> torch.optim.Optimizer:
+    """What the reference trained with; timm's LAMB stands in for apex's, which needs CUDA."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    import_torchvision()
+    from timm.optim import Lamb
+
+    return Lamb(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+
+
+def run_torch(params, mask, grads, *, name, lr, weight_decay, clip_norm):
+    """Train a flat copy of `params` in torch; the mask is the weight-decay group."""
+    leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in jax.tree.leaves(params)]
+    decays = jax.tree.leaves(mask)
+    groups = [
+        {
+            "params": [p for p, d in zip(leaves, decays, strict=True) if d == group],
+            "weight_decay": weight_decay if group else 0.0,
+        }
+        for group in (True, False)
+    ]
+    optimizer = torch_optimizer(name, groups, lr[0])
+    for rate, grad in zip(lr, grads, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for leaf, g in zip(leaves, jax.tree.leaves(grad), strict=True):
+            leaf.grad = torch.tensor(np.asarray(g))
+        if clip_norm and name != "lamb":  # LAMB clips on its own
+            torch.nn.utils.clip_grad_norm_(leaves, clip_norm)
+        optimizer.step()
+    return [x.detach().numpy() for x in leaves]
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_decay", "clip_norm"),
+    [
+        ("adamw", 0.05, 0.0),
+        ("adamw", 0.05, 1.5),
+        ("lamb", 0.05, 1.0),
+        ("lamb", 0.0, 1.0),  # apex: no decay, no ratio
+        ("sgd", 0.05, 0.0),
+        ("sgd", 0.05, 1.5),
+    ],
+)
+def test_optimizers_equal_torch_for_ten_steps(name, weight_decay, clip_norm):
+    start = small_params()
+    start["head"]["kernel"] *= 0  # its first ratio of norms would be 0 / ‖u‖
+    rng = np.random.default_rng(1)
+    sizes = [1.0] * 9 + [1e-3]  # the last gradient is too small to be clipped
+    grads = [
+        jax.tree.map(lambda p, s=size: np.float32(s * rng.normal(size=p.shape)), start)
+        for size in sizes
+    ]
+    rates = [1e-3 * (1 + i % 3) for i in range(10)]
+    settings = config(name=name, weight_decay=weight_decay, clip_norm=clip_norm)
+    params = run(settings, start, grads, rates)
+    want = run_torch(
+        start,
+        optim.decay_mask(start),
+        grads,
+        name=name,
+        lr=rates,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+    )
+    for got, expected in zip(jax.tree.leaves(params), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=3e-7)
+
+
+def test_adamw_recipe_vector_and_unknown_name():
+    params = {"kernel": jnp.ones(1)}
+    got = run(config(), params, [{"kernel": jnp.full(1, 0.5)}], [1e-3])["kernel"][0]
+    assert got == pytest.approx(0.998950005, abs=6e-8)
+    with pytest.raises(InputError, match=r"optimizer\.name is 'adam': expected adamw, lamb, sgd"):
+        optim.make_optimizer(params, config(name="adam"))
+
+
+def test_lamb_recipe_vector():
+    """Two steps of apex's kernel, restated in float64; the gradients' norm of 1.747 is clipped."""
+    index = np.arange(6, dtype=np.float32).reshape(2, 3)
+    params = {"kernel": jnp.sin(index), "bias": jnp.array([0.5, -0.5])}
+    grads = {"kernel": jnp.cos(index), "bias": jnp.array([0.3, -0.1])}
+    params = run(config(name="lamb", clip_norm=1.0), params, [grads] * 2, [0.01] * 2)
+    want = [-0.0142973, 0.8265721, 0.9229447, 0.1553165, -0.7419641, -0.9725361]
+    np.testing.assert_allclose(params["kernel"].ravel(), want, atol=2e-7)
+    np.testing.assert_allclose(params["bias"], [0.48, -0.48], atol=2e-7)
+
+
+def test_a_ratio_of_lamb_belongs_to_a_tensor_of_the_reference():
+    """Every decayed leaf is one tensor there, so that the norms are taken over the same numbers."""
+    params = abstract_params("deit_testing")
+    block = params["blocks"][0]
+    assert block["attn"]["qkv"]["kernel"].shape == (64, 192)  # q, k and v in one, as in torch
+    assert len(jax.tree.leaves(params["blocks"])) == 4 * 12  # not stacked over the blocks
+
+
+def test_ema_closed_form():
+    decay, steps = 0.99, 200
+    start, target = jnp.array([1.0, -2.0]), jnp.array([3.0, 5.0])
+    step = jax.jit(lambda e: optim.ema_update(e, {"w": target}, decay))
+    ema = {"w": start}
+    for _ in range(steps):
+        ema = step(ema)
+    want = decay**steps * np.asarray(start) + (1 - decay**steps) * np.asarray(target)
+    np.testing.assert_allclose(ema["w"], want, rtol=1e-5)
+
+
+def test_ema_does_not_drift_over_a_long_run():
+    # decay and 1 - decay rounded to float32 sum to 1 + 5e-9: as plain weights they bias every
+    # average by 1e-4. Single values carry rounding noise of that size, so compare the mean.
+    steps, decay = 60_000, 0.99996
+    rng = np.random.default_rng(0)
+    size, speed = rng.normal(size=2000).astype(np.float32), np.linspace(1e-5, 1e-4, 2000)
+    exact = size.astype(np.float64)
+    for i in range(steps):
+        exact = decay * exact + (1 - decay) * size * (1 + 0.5 * np.sin(i * speed))
+
+    def step(i, ema):
+        target = size * (1 + 0.5 * jnp.sin(i * jnp.float32(speed)))
+        return optim.ema_update(ema, target, decay)
+
+    got = np.asarray(jax.lax.fori_loop(0, steps, step, jnp.asarray(size)), np.float64)
+    assert abs(np.mean(got / exact - 1)) < 2e-5
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_optimizer_runs_on_shapes_and_under_jit(name):
+    params = small_params()
+    shapes = jax.eval_shape(lambda: params)
+    optimizer = optim.make_optimizer(shapes, config(name=name, clip_norm=1.0))
+    state = jax.jit(optimizer.init)(params)
+    updates, _ = jax.jit(optimizer.update)(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
+    assert isinstance(optimizer, optax.GradientTransformation)

@@ -1,0 +1,54 @@
+"""The training step under jax.pmap over eight CPU devices, beside the one over the mesh."""
+
+import json
+
+import pytest
+
+from configs import digits
+from deit_jax.config.validate import validate
+from deit_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, run_python):
+    """What tests/device_check.py found."""
+    env = {"JAX_NUM_CPU_DEVICES": "8"}
+    done = run_python("tests/device_check.py", "pmap", tmp_path_factory.mktemp("runs"), env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_both_backends_train_alike(found):
+    """Twenty losses within 1e-6: erasing, mixing, drop-path and micro-batches draw the same."""
+    mesh, pmap = found["losses"]["mesh"], found["losses"]["pmap"]
+    assert len(mesh) == 20
+    assert mesh[-1] < mesh[0] - 0.5
+    assert pmap == pytest.approx(mesh, rel=1e-6)
+    assert "step under pmap" in found["summary"]["pmap"]
+    assert "pmap" not in found["summary"]["mesh"]
+
+
+def test_a_checkpoint_goes_on_under_the_other(found):
+    """Saved after ten steps of one backend, ten more of the other."""
+    for backend in ("mesh", "pmap"):
+        assert found["continued"][backend] == pytest.approx(found["losses"]["mesh"][10:], rel=1e-6)
+
+
+def test_the_state_is_donated(found):
+    """No device holds two states."""
+    assert found["donated"]
+
+
+def test_batch_norm_sees_the_whole_batch(found):
+    """Output, gradient and running statistics, where no device's images are like the others'."""
+    assert found["batch_norm"] < 1e-5
+
+
+def test_what_pmap_cannot_do_is_refused():
+    config = digits.get_config()
+    config.parallel.backend, config.parallel.fsdp = "pmap", 2
+    with pytest.raises(InputError, match=r"config.parallel.fsdp is 2, .* is 'pmap'"):
+        validate(config)
+    config.parallel.backend = "jit"
+    with pytest.raises(InputError, match=r"config.parallel.backend is 'jit', .* mesh, pmap"):
+        validate(config)

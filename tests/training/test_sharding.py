@@ -1,0 +1,107 @@
+"""State sharded over fsdp, and checkpoints that go on over other devices and processes."""
+
+import concurrent.futures
+import dataclasses
+import json
+import re
+
+import pytest
+
+from deit_jax.parallel.mesh import make_mesh
+from tests import several
+
+SCRIPT = "tests/device_check.py"
+
+
+def devices(count):
+    return {"JAX_NUM_CPU_DEVICES": str(count)}
+
+
+def output(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(root, run_python):
+    """What training over 8 × 1, 4 × 2, 2 × 4 and 1 × 8 devices found."""
+    return output(run_python(SCRIPT, "shard", root, env=devices(8)))
+
+
+def test_the_mesh_does_not_change_the_losses(trained):
+    """Within 1e-5, with all that is drawn, a teacher, clipping and LAMB's norms."""
+    one = trained["losses"]["1"]
+    assert len(one) == 6
+    assert one[-1] < one[0] - 0.1
+    for fsdp in ("2", "8"):
+        assert trained["losses"][fsdp] == pytest.approx(one, rel=1e-5)
+
+
+def test_every_device_holds_its_share_of_the_large_arrays(trained):
+    """The MLPs' kernels, which alone are large here: weights, two moments and the average."""
+    large = [n for name, n in trained["arrays"].items() if re.search(r"fc\d/kernel$", name)]
+    assert len(large) == 16
+    rest = sum(trained["arrays"].values()) - sum(large)
+    for fsdp in (1, 2, 4, 8):
+        share = rest + sum(large) // fsdp
+        assert trained["bytes"][str(fsdp)] == [share] * 8
+        assert f"state     {share / 2**20:,.1f} MiB on each" in trained["summary"][str(fsdp)]
+    whole = f"of {sum(trained['arrays'].values()) / 2**20:,.1f} in all"
+    assert whole in trained["summary"]["8"]
+    assert " in all" not in trained["summary"]["1"]
+
+
+def test_a_checkpoint_goes_on_over_another_mesh(trained):
+    """Saved on 8 × 1, read on 2 × 4: the same bits, and the losses of the run that went on."""
+    assert trained["restored"] == trained["state"]
+    assert "resumed at step 3" in trained["summary"]["4"]
+    assert "data 2 × fsdp 4" in trained["summary"]["4"]
+    assert trained["losses"]["4"] == pytest.approx(trained["losses"]["1"][3:], rel=1e-5)
+
+
+def test_a_checkpoint_moves_between_processes(trained, root, run_python):
+    """8 devices of one process → one of one, and → 4 of two → one: the same bits and next batch."""
+    coordinator = f"127.0.0.1:{several.free_port()}"
+
+    def process(number):
+        flags = ("restore", root, "saved", "4", coordinator, str(number))
+        return run_python(SCRIPT, *flags, env=devices(2), timeout=200)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        both = [output(done) for done in pool.map(process, (0, 1))]
+    assert "fsdp 4 on 4 cpu device(s), 2 process(es)" in both[0]["summary"]
+    alone = [
+        output(run_python(SCRIPT, "restore", root, name, "1", env=devices(1)))
+        for name in ("saved", "by_two")
+    ]
+    for one in alone:
+        assert "fsdp 1 on 1 cpu device(s), 1 process(es)" in one["summary"]
+    for found in (*both, *alone):
+        assert "resumed at step 3" in found["summary"]
+        assert ", in groups of 8; " in found["summary"]
+        assert found["state"] == trained["state"]
+        assert found["batch"] == trained["batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "made up"
+
+
+def test_a_mesh_of_several_hosts_is_in_the_order_of_processes():
+    """Also where every host is a slice of its own, as GPUs are, and JAX lists them otherwise."""
+    devices = [_Device(number, number // 2, number // 2) for number in (2, 0, 3, 1)]
+    mesh = make_mesh(2, devices)
+    assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3]
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2}

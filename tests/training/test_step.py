@@ -1,0 +1,190 @@
+"""The train step: what it skips, what it averages, and what it leaves alone."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import digits_distill
+from deit_jax import trees
+from deit_jax.checkpoints import model_folder
+from deit_jax.config.plan import plan_run
+from deit_jax.models import registry
+from deit_jax.models.network import Network, Variables, split_model
+from deit_jax.training import optim
+from deit_jax.training.state import new_state
+from deit_jax.training.step import make_train_step
+from deit_jax.training.teacher import teacher_forward
+
+
+class Parts(NamedTuple):
+    """What a step is built from."""
+
+    config: ConfigDict
+    network: Network
+    variables: Variables
+    teacher: Network
+    teacher_variables: Variables
+    batch: dict
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Soft distillation with every noise on."""
+    config = digits_distill.get_config()
+    config.distill.kind = "soft"
+    config.model.drop_path_rate = 0.1
+    config.mixing.random_erasing = 0.25
+    config.train.batch_size = 8
+    config.schedule.per_epoch = False
+    options = {"num_classes": 10, "depth": 2, "drop_path_rate": 0.1}
+    model = registry.create_model("deit_testing_distilled", **options, rngs=nnx.Rngs(0))
+    teacher = registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
+        "label": rng.integers(0, 10, 8).astype(np.int32),
+    }
+    return Parts(config, *split_model(model), *split_model(teacher), batch)
+
+
+def build(parts, **changes):
+    """The compiled step and its first state; `changes` are fields, dots written as "__"."""
+    config = parts.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    plan = plan_run(config, num_train=64, num_eval=8, num_classes=10, class_names=(), num_devices=1)
+    optimizer = optim.make_optimizer(parts.variables.params, config.optimizer)
+    teacher = None if config.distill.kind == "none" else parts.teacher
+    step = make_train_step(config, plan, parts.network, optimizer, teacher=teacher)
+    return jax.jit(step), new_state(parts.variables, optimizer, ema=True)
+
+
+@pytest.fixture(scope="module")
+def engine(parts):
+    """The step as it is, its first state, a teacher and a batch."""
+    return *build(parts), parts.teacher_variables, parts.batch
+
+
+def equal(left, right):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), left, right))
+
+
+def test_every_part_of_the_state_moves(engine):
+    step, state, teacher, batch = engine
+    after, metrics = step(step(state, teacher, batch)[0], teacher, batch)
+    assert int(after.step) == 2
+    assert set(metrics) >= {"loss", "base", "distill", "teacher_agreement", "learning_rate"}
+    for part in ("model", "ema", "opt_state"):
+        assert not equal(getattr(after, part), getattr(state, part)), part
+    before = trees.flat(state.model.params)
+    still = [k for k, v in trees.flat(after.model.params).items() if jnp.array_equal(v, before[k])]
+    assert not still
+
+
+def test_parameters_that_do_not_train_stay_to_the_bit(parts, engine):
+    """Their gradient is cut off in the step: not even the gradient's norm has them."""
+    step, state = build(parts, optimizer__trainable=".*/attn/.* head.* pos_embed")
+    teacher, batch = parts.teacher_variables, parts.batch
+    after, metrics = step(step(state, teacher, batch)[0], teacher, batch)
+    before = trees.flat(state.model.params)
+    still = {k for k, v in trees.flat(after.model.params).items() if jnp.array_equal(v, before[k])}
+    trains = {k for k in before if "/attn/" in k or k.startswith("head") or k == "pos_embed"}
+    assert still == set(before) - trains
+    assert equal(after.ema.params["norm"], state.ema.params["norm"])
+    step, state = engine[:2]
+    _, full = step(step(state, teacher, batch)[0], teacher, batch)
+    assert 0 < float(metrics["grad_norm"]) < float(full["grad_norm"])
+
+
+def test_cosub_trains_two_submodels_of_each_image(parts):
+    """Without stochastic depth both are the model: base is that of bce, cosub its own entropy."""
+    changes = {"distill__kind": "none", "train__loss": "bce", "mixing__smoothing": 0.0}
+    quiet = registry.abstract_model("deit_testing_distilled", num_classes=10, depth=2)
+    alone = parts._replace(network=split_model(quiet)[0])
+    step, state = build(alone, **changes)
+    _, plain = step(state, None, parts.batch)
+    step, state = build(alone, **changes, train__cosub=True)
+    after, metrics = step(state, None, parts.batch)
+    assert float(metrics["base"]) == pytest.approx(float(plain["base"]), rel=1e-6)
+    both = 0.5 * float(metrics["base"]) + 0.5 * float(metrics["cosub"])
+    assert float(metrics["loss"]) == pytest.approx(both, rel=1e-6)
+    assert not equal(after.model.params["head"], state.model.params["head"])
+    # Each submodel is its own teacher here, so that only the labels move anything.
+    assert float(metrics["grad_norm"]) == pytest.approx(0.5 * float(plain["grad_norm"]), rel=1e-4)
+    step, state = build(parts, **changes, train__cosub=True)
+    _, noisy = step(state, None, parts.batch)
+    assert float(noisy["grad_norm"]) != pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
+
+
+def test_loss_is_the_weighted_sum_of_its_parts(engine):
+    step, state, teacher, batch = engine
+    _, metrics = step(state, teacher, batch)
+    expected = 0.5 * float(metrics["base"]) + 0.5 * float(metrics["distill"])
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_step_number_alone_draws_the_noise(engine):
+    """The same step repeats itself to the bit; another step with equal weights does not."""
+    step, state, teacher, batch = engine
+    first, again = step(state, teacher, batch), step(state, teacher, batch)
+    assert equal(first[0], again[0])
+    _, later = step(state.replace(step=jnp.int32(1)), teacher, batch)
+    assert float(later["loss"]) != float(first[1]["loss"])
+
+
+def test_a_nonfinite_step_is_skipped_and_counted(engine):
+    """NaN from the teacher changes nothing but the counters; the next good step resets one."""
+    step, state, teacher, batch = engine
+    poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), teacher)
+    after, metrics = step(state, poisoned, batch)
+    for part in ("model", "ema", "opt_state"):
+        assert equal(getattr(after, part), getattr(state, part)), part
+    assert not np.isfinite(float(metrics["loss"]))
+    assert (int(after.step), int(after.nonfinite_steps), int(after.nonfinite_total)) == (1, 1, 1)
+    after, _ = step(after, teacher, batch)
+    assert (int(after.step), int(after.nonfinite_steps), int(after.nonfinite_total)) == (2, 0, 1)
+    unpoisoned, _ = step(state.replace(step=jnp.int32(1)), teacher, batch)
+    assert equal(after.model, unpoisoned.model)
+
+
+def test_the_teacher_sees_its_own_normalisation():
+    """A teacher with another mean and std gets the pixels it would have got on its own."""
+    teacher, variables = split_model(
+        registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(1))
+    )
+    info = registry.model_info("deit_testing", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    pixels = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+    shown = (pixels - np.array(info.mean)) / np.array(info.std)
+    own = (pixels - np.array(teacher.info.mean)) / np.array(teacher.info.std)
+    expected = teacher(variables, jnp.asarray(own, jnp.float32))[0][0]
+    found = teacher_forward(teacher, variables, jnp.asarray(shown, jnp.float32), info)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("student_size", [24, 48])
+def test_a_transformer_teacher_sees_its_own_resolution(student_size):
+    """The student's images resized as torch's antialiased bicubic does, which is PIL's."""
+    teacher, variables = split_model(
+        registry.create_model("deit_testing", num_classes=10, depth=1, rngs=nnx.Rngs(1))
+    )
+    info = registry.model_info("deit_testing", image_size=student_size)
+    pixels = np.random.default_rng(0).normal(size=(2, student_size, student_size, 3))
+    planes = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
+    resized = torch.nn.functional.interpolate(planes, (32, 32), mode="bicubic", antialias=True)
+    expected = teacher(variables, jnp.asarray(resized.numpy().transpose(0, 2, 3, 1)))[0][0]
+    found = teacher_forward(teacher, variables, jnp.asarray(pixels, jnp.float32), info)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ema_model_folder_says_so(tmp_path, engine):
+    """The weights' origin travels with them."""
+    info = registry.model_info("deit_testing_distilled", num_classes=10, weights="ema")
+    info = dataclasses.replace(info, overrides=(("depth", 2),))
+    model_folder.write_model(tmp_path / "model_ema", engine[1].ema, info)
+    assert model_folder.load_model(tmp_path / "model_ema").info.weights == "ema"
