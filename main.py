@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_flags
 
 from deit_jax.checkpoints.training import silence_orbax
 from deit_jax.config.flags import config_errors
-from deit_jax.errors import InputError, TransientError
+from deit_jax.errors import InputError, NonFiniteLoss, Preempted, TransientError
 from deit_jax.parallel import hosts
 from deit_jax.planning import forecast
 from deit_jax.training import loop
@@ -18,7 +18,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe: FILE.py or FILE.py:RUN.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; run again on it to resume.")
-_MODES = {"train": loop.train, "eval": loop.evaluate_only, "plan": forecast.plan}
+_MODES = {"train": loop.train, "eval": loop.evaluate, "plan": forecast.plan}
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -36,10 +36,10 @@ def main(argv: Sequence[str]) -> None:
     except TransientError as error:
         hosts.let_others_end_it()
         _fail(str(error), status=error.exit_status)
-    except (InputError, loop.NonFiniteLoss) as error:  # the same again would come of the same steps
+    except (InputError, NonFiniteLoss) as error:
         _fail(str(error))
-    except loop.Interrupted as error:
-        hosts.leave(f"deit-jax: {hosts.label()}{error}")
+    except Preempted as error:
+        hosts.leave(f"deit-jax: {hosts.label()}{error}", status=error.exit_status)
     except Exception as error:
         hosts.let_others_end_it()
         if isinstance(error, OSError) and error.errno:  # a disk that is full or does not answer

@@ -1,4 +1,4 @@
-"""The one exception type for mistakes a person can fix, and how programs end with it."""
+"""The exceptions that end a command with one line, each with its exit status."""
 
 import os
 import re
@@ -14,13 +14,25 @@ class InputError(ValueError):
     the likely fix. `main.py` and the tools print it without a traceback and exit non-zero.
     """
 
-    exit_status = 2  # of main.py: what no repetition of the run mends
+    exit_status = 2  # no retry mends it
 
 
 class TransientError(InputError):
-    """What may mend itself: a process that is not there yet, a disk that does not answer."""
+    """A transient failure worth retrying: a peer that is not up yet, a disk timeout."""
 
     exit_status = 1
+
+
+class Preempted(Exception):
+    """A run was told to stop (SIGTERM) and has saved its state; the same command goes on."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: run me again
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient; the last good state is saved."""
+
+    exit_status = 2  # retrying would fail the same way
 
 
 def brief(error: BaseException, width: int = 200) -> str:

@@ -263,15 +263,15 @@ def crash(error: BaseException) -> NoReturn:
     fail("it crashed; see its traceback", status=1, said=trace)
 
 
-def leave(text: str = "") -> NoReturn:
-    """Ends this process at once, with status 0 and a line that says why; the others do likewise.
+def leave(text: str = "", *, status: int = 0) -> NoReturn:
+    """Ends this process at once, with a line that says why; the others do likewise.
 
     Python's own end waits for threads that have nothing left to do, and JAX aborts a process whose
     end comes after that of process 0.
     """
     _claim_the_end()
     log(text, on=bool(text))
-    _leave(0)
+    _leave(status)
 
 
 def _claim_the_end() -> None:

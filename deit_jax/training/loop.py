@@ -16,7 +16,7 @@ from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.config.files import changed_fields, write_config
 from deit_jax.console import log
-from deit_jax.errors import InputError
+from deit_jax.errors import InputError, NonFiniteLoss, Preempted
 from deit_jax.models.network import Network, Variables
 from deit_jax.parallel import hosts, preemption
 from deit_jax.parallel.mesh import batch_sharding, replicated, to_global
@@ -38,14 +38,6 @@ from deit_jax.training.teacher import load_teacher, teacher_accuracy, teacher_co
 _STEPS_IN_FLIGHT = 2  # more gain nothing, and collectives on CPU devices can deadlock
 
 
-class Interrupted(Exception):
-    """A run was asked to stop (SIGTERM) and saved its state; the message says how to go on."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient; the last good state is saved."""
-
-
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Trains, resumes or finishes the run of `workdir`, and its teacher where there is none yet.
 
@@ -55,7 +47,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
     Raises:
       InputError: before any long work, if the config, the data or the workdir are wrong.
-      Interrupted: after SIGTERM, with the state saved.
+      Preempted: after SIGTERM, with the state saved.
       NonFiniteLoss: see `train.max_nonfinite_steps`.
 
     SIGTERM before the first step ends the process, and a second one, more than a second later, does
@@ -77,7 +69,7 @@ def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[
         return _train(run, checkpoints, stop)
 
 
-def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, float]:
+def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Evaluates the latest checkpoint of `workdir` (or `init_from`); reports as `train` does."""
     run = check(config, workdir, mode="eval")
     if not holds_checkpoint(workdir) and not config.init_from:
@@ -177,9 +169,7 @@ def _train(
                 checkpoints.save(state, run.network.info, step=step, best=best, top1=top1)
             progress.pause(time.perf_counter() - begin)
             if stop and not last:
-                raise Interrupted(
-                    f"stopped and saved at step {step}; run the same command to go on"
-                )
+                raise Preempted(f"stopped and saved at step {step}; run the same command to go on")
             if window.failed is not None:
                 checkpoints.save(state, run.network.info, step=step, best=best, top1=None)
                 raise NonFiniteLoss(window.failed)

@@ -201,7 +201,7 @@ def _save_checkpoint(workdir, name, **options):
 
 def test_checkpoint_of_another_model_in_the_workdir(digits, tmp_path):
     _save_checkpoint(tmp_path / "run", "deit3_testing")
-    for run in (loop.train, loop.evaluate_only):
+    for run in (loop.train, loop.evaluate):
         message = _refusal(digits, tmp_path / "run", run)
         assert str(tmp_path / "run" / "checkpoints" / "3") in message
         assert "name 'deit3_testing', but the config asks for 'deit_testing'" in message
@@ -262,7 +262,7 @@ def test_parameters_to_train_that_the_model_does_not_have(digits, tmp_path):
     [
         ("", loop.train, "no model folder"),
         ("deit3_testing", loop.train, "unexpected params/blocks/0/ls1/gamma"),
-        ("deit_testing", loop.evaluate_only, "10 classes, where deit_testing has 4"),
+        ("deit_testing", loop.evaluate, "10 classes, where deit_testing has 4"),
     ],
 )
 def test_weights_to_start_from_that_do_not_fit(digits, tmp_path, name, run, words):
@@ -289,7 +289,7 @@ def test_batch_larger_than_the_train_split(digits, tmp_path):
 def test_evaluation_of_a_workdir_without_a_checkpoint(digits, tmp_path, leftover):
     if leftover:  # a run that was killed in its first save
         (tmp_path / "run" / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-    message = _refusal(digits, tmp_path / "run", loop.evaluate_only)
+    message = _refusal(digits, tmp_path / "run", loop.evaluate)
     assert f"--workdir={tmp_path / 'run'} holds no checkpoint" in message
     assert (tmp_path / "run").exists() == leftover
 

@@ -18,6 +18,7 @@ from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.fit import resize_pos_embed
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.config.files import load_config
+from deit_jax.errors import NonFiniteLoss
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.training import loop
@@ -127,9 +128,7 @@ def test_a_run_that_diverges_stops_with_a_report(tmp_path):
     config = quick_digits()
     config.optimizer.lr = 1e30
     config.train.max_nonfinite_steps = 3
-    with pytest.raises(
-        loop.NonFiniteLoss, match=r"steps \d+ to \d+ \(seed 0\).*digits:\d+, digits"
-    ):
+    with pytest.raises(NonFiniteLoss, match=r"steps \d+ to \d+ \(seed 0\).*digits:\d+, digits"):
         loop.train(config, str(tmp_path))
     for name, array in kill_and_resume.final_arrays(tmp_path).items():
         assert np.isfinite(array).all(), name
@@ -137,7 +136,7 @@ def test_a_run_that_diverges_stops_with_a_report(tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
-    """Exit 0 with a message; the next start resumes at that very step."""
+    """Status 75 with a message; the next start resumes at that very step."""
     command = [
         sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path}",
         "--config.schedule.epochs=3", "--config.schedule.warmup_epochs=1",
@@ -157,7 +156,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
                 process.send_signal(signal.SIGTERM)
                 break
         rest = process.stdout.read()
-    assert process.returncode == 0
+    assert process.returncode == 75
     stopped = int(rest.split("saved at step ")[1].split(";")[0])
     config = load_config(str(root / "configs/digits.py"))
     config.schedule.epochs, config.schedule.warmup_epochs = 3, 1
@@ -174,7 +173,7 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path, capsys):
     config = quick_digits()
     loop.train(config, str(tmp_path / "first"))
     config.init_from = str(tmp_path / "first")
-    started = loop.evaluate_only(config, str(tmp_path / "second"))
+    started = loop.evaluate(config, str(tmp_path / "second"))
     first = lines(tmp_path / "first", "final")[-1]
     assert started["loss"] == first["loss"]
     config.init_from = str(tmp_path / "gone")
