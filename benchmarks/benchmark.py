@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from deit_jax.config.flags import Parser, parse  # noqa: E402
 from deit_jax.errors import InputError, exit_status  # noqa: E402
-from deit_jax.planning.reports import write_section  # noqa: E402
+from deit_jax.planning.markdown import write_section  # noqa: E402
 
 # Each module has a docstring for --help, USAGE, add_arguments(parser), run(arguments) → a report
 # for JSON, and markdown(report, command) → the lines of its section.

@@ -39,7 +39,7 @@ from benchmarks import pipelines
 from benchmarks.turns import WARM_UP, Cost, measure
 from deit_jax.config.validate import validate
 from deit_jax.errors import InputError
-from deit_jax.planning import reports
+from deit_jax.planning import markdown as reports
 
 USAGE = "%(prog)s input --config=FILE [--config.GROUP.FIELD=VALUE ...] --data ROOT [options]"
 KINDS = ("train", "three_augment", "eval")
@@ -117,7 +117,7 @@ def run(arguments: Namespace) -> Report:
         "date": str(datetime.date.today()),
         "cpu": reports.processor(),
         "python": platform.python_version(),
-        "versions": reports.versions(PACKAGES),
+        "versions": reports.versions(*PACKAGES),
         "cores": arguments.cores,
         "rounds": arguments.rounds,
         "images": arguments.images,

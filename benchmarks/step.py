@@ -39,7 +39,7 @@ from benchmarks import programs
 from benchmarks.programs import Program, Turn, Work
 from deit_jax.errors import InputError
 from deit_jax.parallel import cpu_memory
-from deit_jax.planning import reports
+from deit_jax.planning import markdown as reports
 
 PARTS = ("train", "infer", "teacher")
 USAGE = "%(prog)s train|infer|teacher --model NAME [options]"
@@ -164,7 +164,7 @@ def _report(work: Work, ours: Program, turns: list[Turn], on_cpu: bool) -> Repor
         **work._asdict(),
         "date": str(datetime.date.today()),
         "device": f"{jax.device_count()} × {_device()}",
-        "versions": {"python": platform.python_version(), **reports.versions(PACKAGES)},
+        "versions": {"python": platform.python_version(), **reports.versions(*PACKAGES)},
         **figures,
         "mfu": achieved / peak if peak else None,
         "tflops_per_second": achieved / 1e12,

@@ -1,16 +1,16 @@
-"""What the makers state of their accelerators, for estimates before a run."""
+"""What the makers state about their accelerators, for estimates before a run."""
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """Figures of one device as JAX counts them; 0 where we do not know.
+    """Figures of one device as JAX counts them; 0 where they are not in this table.
 
     Attributes:
-      tflops: dense bfloat16 products, 10^12 FLOP/s.
+      tflops: dense bfloat16 matmuls, 10^12 FLOP/s.
       memory: GiB of device memory.
       bandwidth: of that memory, 10^9 bytes/s.
-      ring: 10^9 bytes/s that a device sends both ways around a ring of devices: on a TPU over
+      ring: 10^9 bytes/s that a device sends in both directions of a ring of devices: on a TPU over
         the links of one axis of the torus, on a GPU over NVLink within a host.
     """
 
@@ -20,8 +20,8 @@ class Chip(NamedTuple):
     ring: float = 0
 
 
-# By a part of the name that JAX gives the device; the first that fits counts. A device of TPU v2
-# and v3 is a core, half a chip: half of the chip's 46 and 123 TFLOP/s, 16 and 32 GiB.
+# By a part of the name that JAX gives the device; the first match counts. A device of TPU v2 and
+# v3 is a core, half a chip: half of the chip's 46 and 123 TFLOP/s, 16 and 32 GiB.
 CHIPS = {
     "H100 PCIe": Chip(756), "H100 NVL": Chip(835), "H100": Chip(989, 80, 3350, 450),
     "H200": Chip(989, 141, 4800, 450), "B200": Chip(2250, 180, 8000, 900), "A100": Chip(312),
@@ -32,5 +32,5 @@ CHIPS = {
 
 
 def find(device_kind: str) -> Chip | None:
-    """The chip that JAX calls `device_kind`, None where the table has none."""
+    """Returns the chip that JAX calls `device_kind`, None where the table has none."""
     return next((chip for part, chip in CHIPS.items() if part in device_kind), None)

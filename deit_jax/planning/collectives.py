@@ -1,4 +1,8 @@
-"""What crosses between devices in a compiled program, read from its optimised HLO text."""
+"""Reads from the optimised HLO text of a compiled program what its devices send one another.
+
+The text is no interface: another XLA may write it in another way. tests/planning has every form
+that the compilers for CPU, GPU and TPU have printed so far.
+"""
 
 import math
 import re
@@ -15,17 +19,19 @@ _CALLED = re.compile(
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_ONCE = "loop, counted once"  # where the text does not say how often the loop runs
 
 
 class Collective(NamedTuple):
-    """One operation between devices.
+    """One collective operation.
 
     Attributes:
       kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute".
       bytes: of the whole array on one device: of the result, for a reduce-scatter of the operand.
-      devices: how many take part in one exchange.
-      where: "step", or "loop" and "branch" for what runs several times, or not always.
-      times: how often a step runs it, as far as the text says; a TPU's says it of no loop.
+      devices: how many take part in each group.
+      where: "step", "loop", "loop, counted once" (the text, a TPU's always, does not say how often
+        it runs) or "branch" (does not always run).
+      times: how often a step runs it.
     """
 
     kind: str
@@ -36,7 +42,7 @@ class Collective(NamedTuple):
 
 
 def read(text: str, num_devices: int) -> list[Collective]:
-    """The collectives of a program in the order in which it calls them.
+    """Returns the collectives of a program, in the order in which it calls them.
 
     Args:
       text: `compiled.as_text()`.
@@ -47,7 +53,7 @@ def read(text: str, num_devices: int) -> list[Collective]:
 
 
 def table(found: list[Collective]) -> list[dict]:
-    """Rows of like operations: kind, where, devices, and count and bytes of all in a step."""
+    """Sums operations that are alike: kind, where, devices, and count and bytes in a step."""
     rows: dict[tuple, dict] = {}
     for one in found:
         row = {"kind": one.kind, "where": one.where, "devices": one.devices}
@@ -58,7 +64,7 @@ def table(found: list[Collective]) -> list[dict]:
 
 
 def ring_seconds(found: list[Collective], bytes_per_second: float) -> float:
-    """How long the exchanges take one after the other, each as a ring over its devices."""
+    """Estimates how long the collectives take one after the other, as rings over their devices."""
     seconds = 0.0
     for one in found:
         share = (one.devices - 1) / one.devices
@@ -88,15 +94,18 @@ def _visit(
     seen: set[tuple[str, str]],
     fused: bool = False,
 ) -> Iterator[Collective]:
-    """`seen` holds the kinds and channels of the exchanges in fusions so far."""
+    """Yields the collectives of a computation and of those it calls.
+
+    `seen` holds kind and channel of the collectives in fusions so far: the TPU compiler spreads
+    one over several fusions that hide it.
+    """
     for line in bodies.get(name, ()):
         if match := _OPERATION.match(line):
-            # The TPU compiler spreads one exchange over several fusions that hide it.
             channel = _CHANNEL.search(line)
             part = (match[2], channel[1]) if fused and channel else None
             if part not in seen:
                 one = _collective(match, line, num_devices)
-                if name.startswith("all-reduce-scatter"):  # its way to write a reduce-scatter
+                if name.startswith("all-reduce-scatter"):  # how a TPU program writes one
                     one = one._replace(kind="reduce-scatter")
                 yield one._replace(where=where, times=times)
             if part is not None:
@@ -105,7 +114,7 @@ def _visit(
             place, often = where, times
             if role in ("body", "condition"):
                 trips = _TRIPS.search(line)
-                place, often = "loop", times * (int(trips[1]) if trips else 1)
+                place, often = ("loop", times * int(trips[1])) if trips else (_ONCE, times)
             elif role.endswith(("computation", "computations")):
                 place = "branch"
             for called in re.findall(r"[\w.\-]+", names):
@@ -127,7 +136,7 @@ def _collective(match: re.Match, line: str, num_devices: int) -> Collective:
 
 
 def _group(line: str) -> int | None:
-    """How many devices take part in one exchange, None where the operation names no groups."""
+    """How many devices are in a group, None where the operation names no groups."""
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(groups[1])
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):

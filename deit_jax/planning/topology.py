@@ -1,0 +1,103 @@
+"""Plans for a TPU slice that is not here: the TPU compiler needs no TPU."""
+
+import os
+import shlex
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import jax
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from deit_jax.config.plan import check_batch, plan_run
+from deit_jax.config.validate import validate
+from deit_jax.errors import InputError, brief
+from deit_jax.models import registry
+from deit_jax.parallel.mesh import make_mesh
+from deit_jax.planning import chips, forecast, markdown, report
+from deit_jax.training.setup import assemble, check_model
+
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+
+def forecast_slice(
+    config: ConfigDict, topology: str, *, teacher: str, num_train: int, num_classes: int
+) -> report.Report:
+    """Compiles a recipe's training step for a slice; takes minutes and reads no data.
+
+    Args:
+      config: the recipe.
+      topology: "KIND:SHAPE", such as "v5e:4x4".
+      teacher: model of the teacher where the recipe names none.
+      num_train: images of the train split.
+      num_classes: classes of the data.
+
+    Returns:
+      The forecast, `topology`, `date` and `versions`.
+
+    Raises:
+      InputError: the recipe is wrong, the slice is unknown, or the compiler is not installed.
+    """
+    devices = _devices(topology)
+    validate(config)
+    hosts = len({device.process_index for device in devices})
+    check_batch(config, num_devices=len(devices), num_processes=hosts)
+    check_model(config)
+    registry.model_options(teacher)  # raises for an unknown name
+    plan = plan_run(
+        config,
+        num_train=num_train,
+        num_eval=0,
+        num_classes=num_classes,
+        class_names=(),
+        num_devices=len(devices),
+    )
+    run = assemble(config, "", plan, make_mesh(config.parallel.fsdp, devices))
+    chip = chips.find(devices[0].device_kind)
+    limit = int(chip.memory * report.GIB) if chip else None
+    return forecast.forecast(run, limit=limit, teacher=teacher) | {
+        "topology": topology,
+        "date": str(date.today()),
+        "versions": markdown.versions(*_PACKAGES),
+    }
+
+
+def _devices(topology: str) -> list[jax.Device]:
+    """The devices of a slice, as the TPU compiler describes them."""
+    if find_spec("libtpu") is None:
+        raise InputError(
+            f"--topology {topology} needs the TPU compiler, which is not installed: "
+            f"pip install 'jax[tpu]=={version('jax')}'"
+        )
+    # Only the compiler is used: no TPU of this machine, no metadata of a cloud, no lock against
+    # other processes.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # jaxlib and libtpu document no type
+        raise InputError(
+            f"--topology {topology}: the TPU compiler knows no such slice ({brief(error)}); "
+            "expected KIND:SHAPE, such as v5e:4x4, v6e:4x4 or v4:2x2x4"
+        ) from error
+
+
+def lines(found: report.Report, command: str) -> Iterator[str]:
+    """Yields the Markdown section of a slice's forecast; the first line is the heading."""
+    fsdp, flags = found["mesh"]["fsdp"], os.environ.get("LIBTPU_INIT_ARGS")
+    ways = [f"fsdp {fsdp}"] if fsdp > 1 else []
+    ways += [*report.memory_savers(found)]
+    if flags:  # the TPU compiler takes them from the environment
+        ways.append("the compiler's flags below")
+        command = f"LIBTPU_INIT_ARGS={shlex.quote(flags)} {command}"
+    how = f", with {', '.join(ways)}" if ways else ""
+    yield f"## {found['model']}, {found['batch']} images, on {found['topology']}{how}"
+    yield ""
+    yield f"`{command}`"
+    yield ""
+    yield f"{found['date']}; {markdown.listed(found['versions'])}."
+    yield ""
+    yield from report.lines(found)
