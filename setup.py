@@ -1,9 +1,11 @@
 """Package metadata and dependencies of deit-jax. Tool settings live in pyproject.toml."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
 DEMO = ["scikit-learn>=1.5"]  # its handwritten digits are the data of the main demonstration
 TORCH = ["torch>=2.11,<2.14", "huggingface_hub>=0.30"]
 TPU = ["jax[tpu]>=0.10.2,<0.12"]
@@ -11,14 +13,15 @@ TENSORBOARD = ["tensorboard>=2.19"]
 
 setup(
     name="deit-jax",
-    version="0.1.0",
+    version=runpy.run_path(str(ROOT / "deit_jax" / "__init__.py"))["__version__"],
     description="DeiT and DeiT III in JAX: train, distil and evaluate vision transformers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["deit_jax", "deit_jax.*"]),
-    package_data={"deit_jax.models": ["imagenet_classes.txt"]},
+    packages=[*find_packages(include=["deit_jax", "deit_jax.*"]), "deit_jax.configs"],
+    package_dir={"deit_jax.configs": "configs"},  # the recipes
+    package_data={"deit_jax": ["py.typed"], "deit_jax.models": ["imagenet_classes.txt"]},
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12.6,<0.14",
@@ -59,7 +62,6 @@ setup(
         ],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

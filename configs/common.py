@@ -23,9 +23,9 @@ def choose(runs: Mapping[str, Row], run: str, file: str) -> Row:
       InputError: there is no such run.
     """
     if run not in runs:
-        name = f"configs/{Path(file).name}"
+        name = Path(file).stem
         raise InputError(
-            f"{name} has no run {run!r}, only {', '.join(runs)}; choose one, as in "
+            f"recipe {name} has no run {run!r}, only {', '.join(runs)}; choose one, as in "
             f"--config={name}:{next(iter(runs))}"
         )
     return runs[run]

@@ -14,8 +14,9 @@ Command: python main.py --config=configs/deit.py:ti --workdir=DIR \\
 
 from ml_collections import ConfigDict
 
-from configs import common
 from deit_jax.config.fields import default_config
+
+from . import common
 
 RUNS = {  # model, and the images of one GPU, which share a draw of mixup and cutmix
     "ti": ("deit_tiny_patch16_224", 256),

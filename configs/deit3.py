@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import common
+from . import common
 
 
 class _Run(NamedTuple):

@@ -10,7 +10,7 @@ or mixing groups of 256 were each reported to cost 2.5 points or more.
 
 from ml_collections import ConfigDict
 
-from configs import deit
+from . import deit
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ Expected: 83.4 % top-1 (published: 83.372), 87.3 M parameters; the teacher reach
 
 from ml_collections import ConfigDict
 
-from configs import deit_distill
+from . import deit_distill
 
 
 def get_config() -> ConfigDict:

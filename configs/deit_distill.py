@@ -15,8 +15,9 @@ Hardware of the published runs: 16 GPUs, 64 images each; the teacher reaches 82.
 
 from ml_collections import ConfigDict
 
-from configs import common
 from deit_jax.config.fields import default_config
+
+from . import common
 
 RUNS = {  # model, epochs
     "ti": ("deit_tiny_distilled_patch16_224", 300),

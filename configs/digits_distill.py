@@ -6,7 +6,7 @@ Command: python main.py --config=configs/digits_distill.py --workdir=runs/digits
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from . import digits
 
 
 def get_config() -> ConfigDict:
@@ -15,5 +15,5 @@ def get_config() -> ConfigDict:
     config.model.name = "deit_testing_distilled"
     config.distill.kind = "hard"
     config.distill.alpha = 0.5
-    config.distill.teacher_config = "configs/digits_teacher.py"
+    config.distill.teacher_config = "digits_teacher.py"
     return config

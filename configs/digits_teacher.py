@@ -5,7 +5,7 @@ Command: python main.py --config=configs/digits_teacher.py --workdir=DIR
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from . import digits
 
 
 def get_config() -> ConfigDict:

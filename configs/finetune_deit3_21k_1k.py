@@ -17,7 +17,7 @@ Confidence in the settings: published commands.
 
 from ml_collections import ConfigDict
 
-from configs import common, deit3_21k
+from . import common, deit3_21k
 
 RUNS = {"s": 0.05, "b": 0.15, "l": 0.4, "h": 0.45}  # stochastic depth
 

@@ -18,8 +18,9 @@ Hardware of the published run: 16 GPUs, 32 images each.
 
 from ml_collections import ConfigDict
 
-from configs import common
 from deit_jax.config.fields import default_config
+
+from . import common
 
 RUNS = {"b": "deit_base_patch16_384", "b_distilled": "deit_base_distilled_patch16_384"}
 

@@ -28,8 +28,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import common
 from deit_jax.config.fields import default_config
+
+from . import common
 
 
 class _Task(NamedTuple):

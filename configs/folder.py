@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.input.auto_augment = ""
     config.input.repeats = 1
     config.distill.kind = "hard"
-    config.distill.teacher_config = "configs/folder_teacher.py"
+    config.distill.teacher_config = "folder_teacher.py"
     config.optimizer.lr = 2.5e-4
     config.schedule.epochs = 100
     config.train.batch_size = 256

@@ -5,7 +5,7 @@ Command: python main.py --config=configs/folder_teacher.py --config.dataset.root
 
 from ml_collections import ConfigDict
 
-from configs import folder
+from . import folder
 
 
 def get_config() -> ConfigDict:

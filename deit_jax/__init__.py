@@ -2,14 +2,19 @@
 
 import importlib
 
+__version__ = "0.1.0"  # setup.py reads it
+
 _HOME = {
     "InputError": "deit_jax.errors",
     "create_model": "deit_jax.models.registry",
+    "evaluate": "deit_jax.training.loop",
     "list_models": "deit_jax.models.registry",
     "load_checkpoint": "deit_jax.checkpoints.model_folder",
+    "load_config": "deit_jax.config.files",
     "load_model": "deit_jax.checkpoints.model_folder",
     "save_model": "deit_jax.checkpoints.model_folder",
     "preprocess": "deit_jax.inference.preprocess",
+    "train": "deit_jax.training.loop",
 }
 __all__ = sorted(_HOME)
 

@@ -32,7 +32,7 @@ from tests import small_main
 _NO_BEST = {"top1": -1.0, "step": -1}
 
 
-def recipe(root: Path, *, backend: str = "mesh", fsdp: int = 1) -> ConfigDict:
+def recipe(root: Path, *, backend: str = "jit", fsdp: int = 1) -> ConfigDict:
     """Distillation with everything on that is drawn, or that sums over all parameters."""
     config = digits_distill.get_config()
     config.model.drop_path_rate = 0.1
@@ -149,7 +149,7 @@ def restore(root: Path, name: str, fsdp: int, *process: str) -> dict:
 def pmap(root: Path) -> dict:
     """Twenty steps of each backend, saved after ten and gone on with by the other."""
     found = {"losses": {}, "continued": {}, "summary": {}}
-    for backend in ("mesh", "pmap"):
+    for backend in ("jit", "pmap"):
         config = recipe(root, backend=backend)
         config.train.accumulate_steps = 2
         with opened(config, root / backend) as run:
@@ -159,7 +159,7 @@ def pmap(root: Path) -> dict:
             before = jax.tree.leaves(run.state)
             found["losses"][backend] += run.losses(10)
             found["donated"] = all(x.is_deleted() for x in before)
-    for backend, other in (("mesh", "pmap"), ("pmap", "mesh")):
+    for backend, other in (("jit", "pmap"), ("pmap", "jit")):
         config = recipe(root, backend=backend)
         config.train.accumulate_steps = 2
         with opened(config, root / other) as run:

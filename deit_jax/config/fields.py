@@ -1,7 +1,7 @@
 """Every field a recipe may set, with its meaning and its value for DeiT-B; recipes change a copy.
 
 A config holds choices only. Steps, warm-up steps, group sizes and the like are computed from them
-after the command line is parsed (`deit_jax.config.plan_run`), so an override can never leave a
+after the command line is parsed (`deit_jax.config.plan.plan_run`), so an override can never leave a
 derived number behind.
 """
 
@@ -138,8 +138,8 @@ def default_config() -> ConfigDict:
     config.train.tensorboard = False  # also write TensorBoard events (extra: tensorboard)
 
     config.parallel = ConfigDict()
-    # One program over all devices, or the same one on each, averaging by itself: equal results.
-    config.parallel.backend = "mesh"  # mesh | pmap (fsdp 1 only)
+    # jit: one program over all devices; pmap: one program per device. Results agree.
+    config.parallel.backend = "jit"  # jit | pmap (fsdp 1 only)
     config.parallel.fsdp = 1  # devices that share one copy of the parameters
 
     config.checkpoint = ConfigDict()
@@ -167,7 +167,8 @@ def _check_structure(config: ConfigDict, default: ConfigDict, where: str) -> Non
     for name in default:
         if name not in config:
             raise InputError(
-                f"{where}.{name} is missing; start recipes from deit_jax.fields.default_config()"
+                f"{where}.{name} is missing; start recipes from default_config() of "
+                "deit_jax.config.fields"
             )
     for name in config:
         if name not in default:

@@ -1,45 +1,193 @@
-"""Recipes and configs as files: reading, writing and comparing them."""
+"""Recipes and configs as files: finding, reading, writing and comparing them."""
 
+import difflib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
+import re
 import sys
+import traceback
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from deit_jax.config.fields import default_config
+from deit_jax.console import log_error
 from deit_jax.errors import InputError
 
+CONFIG_FILE = "config.json"  # of a run folder
+_FILE_AND_RUN = re.compile(r"(.+\.py)(?::(.*))?", re.DOTALL)
+_LOADED = itertools.count()
 
-def load_config(recipe: str) -> ConfigDict:
-    """Reads a recipe, "FILE.py" or "FILE.py:RUN", and returns its `get_config()`.
+
+def load_config(recipe: str | os.PathLike) -> ConfigDict:
+    """Returns the config of a recipe or of a run.
+
+    Args:
+      recipe: "FILE.py" or "FILE.py:RUN"; a packaged recipe with or without its run, such as
+        "deit_b_distill" or "deit3:l_400"; a run's config.json; or a run folder that holds one. A
+        packaged name wins over a folder of that name, which is then written as ./NAME.
 
     Raises:
-      InputError: no such file or run, or the file defines no `get_config`.
+      InputError: there is no such recipe, run or file, or it is damaged.
     """
-    path, colon, run = recipe.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"config file {path} does not exist; recipes live in configs/")
-    root = str(file.resolve().parent.parent)  # recipes import one another as configs.NAME
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    spec = importlib.util.spec_from_file_location(f"_recipe_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise InputError(f"config file {path} defines no get_config()")
-    if not colon:
-        return module.get_config()
-    if not inspect.signature(module.get_config).parameters:
-        raise InputError(f"config file {path} has one run only, not {run!r}; leave out ':{run}'")
-    return module.get_config(run)
+    text = find_recipe(os.fspath(recipe), ".")
+    match = _FILE_AND_RUN.fullmatch(text)
+    name, colon, run = text.partition(":")
+    if match is None and name in packaged_recipes():
+        return _run_recipe(packaged_recipes()[name], text, run if colon else None)
+    if match is not None and os.path.isfile(match[1]):
+        return _run_recipe(Path(match[1]), text, match[2])
+    path = Path(text)
+    if path.suffix == ".json":
+        return _read_config(path)
+    if path.is_dir():
+        if (path / CONFIG_FILE).is_file():
+            return _read_config(path / CONFIG_FILE)
+        raise InputError(f"{recipe} is no run folder: it holds no {CONFIG_FILE}")
+    names = sorted(packaged_recipes())
+    wrong = Path(match[1]).stem if match else name
+    close = difflib.get_close_matches(wrong, names)
+    raise InputError(
+        f"there is no recipe {recipe}; "
+        + (f"did you mean {', '.join(close)}? " if close else "")
+        + f"Packaged recipes: {', '.join(names)}. Name one of them, FILE.py, a run folder or its "
+        f"{CONFIG_FILE}"
+    )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Returns the files of the recipes that come with deit-jax, by name.
+
+    An installed package has them in its folder configs/, a clone beside the package.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if files := sorted(folder.glob("*.py")):
+            return {file.stem: file for file in files if file.stem != "common"}
+    return {}
+
+
+def find_recipe(recipe: str, folder: str | os.PathLike) -> str:
+    """Returns a name of the recipe that holds in every working folder.
+
+    Args:
+      recipe: as for `load_config`.
+      folder: what its path is relative to: the folder of the recipe that names this one, or the
+        working folder.
+
+    Returns:
+      NAME or NAME:RUN of a packaged recipe, which NAME.py and configs/NAME.py also are where
+      `folder` has no such file; else the absolute path, with its run.
+    """
+    packaged = packaged_recipes()
+    if recipe.partition(":")[0] in packaged:
+        return recipe
+    match = _FILE_AND_RUN.fullmatch(recipe)
+    path, run = (match[1], match[2]) if match else (recipe, None)
+    file = Path(os.path.abspath(Path(folder, path)))
+    ours = packaged.get(file.stem) if match else None
+    by_name = not file.exists() and Path(path).parent in (Path("."), Path("configs"))
+    if ours is not None and (by_name or file.resolve() == ours):
+        path = file.stem
+    elif match or file.exists():
+        path = str(file)
+    return path if run is None else f"{path}:{run}"
+
+
+def _run_recipe(file: Path, recipe: str, run: str | None) -> ConfigDict:
+    """Returns what a recipe's `get_config()` or `get_config(run)` does.
+
+    `from . import NAME` in a recipe finds NAME.py beside it, else the packaged recipe. Every call
+    reads the files anew.
+    """
+    package = types.ModuleType(f"_deit_jax_recipes_{next(_LOADED)}")
+    folders = [file.absolute().parent, *(path.parent for path in packaged_recipes().values())]
+    package.__path__ = list(dict.fromkeys(map(str, folders)))
+    sys.modules[package.__name__] = package
+    try:
+        spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file.stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = _call(module, recipe, run)
+        if not isinstance(config, ConfigDict):
+            raise InputError(f"recipe {recipe}: get_config() returns {config!r}, no ConfigDict")
+        if config.distill.teacher_config:
+            found = find_recipe(config.distill.teacher_config, file.absolute().parent)
+            config.distill.teacher_config = found
+        return upgrade(config)
+    except InputError:
+        raise
+    except Exception as error:  # a recipe is a program, which may fail in any way
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"recipe {recipe} fails at {at.filename}:{at.lineno}: {reason}") from error
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
+            del sys.modules[name]
+
+
+def _call(module: types.ModuleType, recipe: str, run: str | None) -> ConfigDict:
+    get_config: Callable[..., ConfigDict] | None = getattr(module, "get_config", None)
+    if get_config is None:
+        raise InputError(f"recipe {recipe} defines no get_config()")
+    if run is None:
+        return get_config()
+    if not inspect.signature(get_config).parameters:
+        raise InputError(f"recipe {recipe} has one run only, not {run!r}; leave out ':{run}'")
+    return get_config(run)
+
+
+def _read_config(file: Path) -> ConfigDict:
+    """Reads a run's config.json, and says what another version of deit-jax left out of it.
+
+    Raises:
+      InputError: it cannot be read, or has a field that this version does not know.
+    """
+    try:
+        tree = upgrade(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is damaged ({error}); start from a recipe again") from error
+    config = default_config()
+    missing = []
+    found, known = _flatten(tree), _flatten(config.to_dict())
+    if unknown := sorted(found.keys() - known.keys()):
+        raise InputError(
+            f"{file} has fields that this version of deit-jax does not know: {', '.join(unknown)}; "
+            "use the version that wrote it, or remove them if the run does without"
+        )
+    with config.ignore_type():  # a wrong one is found by `validate`
+        for name, default in known.items():
+            if name in found:
+                config.update_from_flattened_dict({name: _tuples(found[name])})
+            else:
+                missing.append(f"{name} = {default!r}")
+    if missing:
+        log_error(f"note: {file} lacks fields, which get their defaults: {', '.join(missing)}")
+    return config
+
+
+def _tuples(value: object) -> object:
+    """JSON has lists in place of tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def upgrade(config: ConfigDict | dict) -> ConfigDict | dict:
+    """Gives values of earlier versions their present names, in place, and returns the config."""
+    if config.get("parallel", {}).get("backend") == "mesh":
+        config["parallel"]["backend"] = "jit"
+    return config
 
 
 def write_config(config: ConfigDict, workdir: str) -> None:
     """Writes WORKDIR/config.json in one atomic step."""
-    file = Path(workdir) / "config.json"
+    file = Path(workdir) / CONFIG_FILE
     partial = file.with_suffix(".json.tmp")
     with partial.open("w", encoding="utf-8") as opened:
         opened.write(config.to_json(indent=2, sort_keys=True) + "\n")
@@ -49,12 +197,12 @@ def write_config(config: ConfigDict, workdir: str) -> None:
 
 
 def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
-    """Lines "field: old → new" for what differs from the config of WORKDIR's last start.
+    """Returns lines "field: old → new" for what differs from the config of WORKDIR's last start.
 
     None without that config, or if it is damaged: it is a record, which nothing depends on.
     """
     try:
-        old = _recipe((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+        old = _recipe((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, AttributeError):
         return []
     new = recipe_fields(config)
@@ -63,7 +211,7 @@ def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
 
 
 def recipe_fields(config: ConfigDict) -> dict[str, object]:
-    """The fields by name, GROUP.FIELD, with their values as JSON has them.
+    """Returns the fields by name, GROUP.FIELD, with their values as JSON has them.
 
     Without `distributed`, which says what the processes are and not what they do.
     """
@@ -71,7 +219,7 @@ def recipe_fields(config: ConfigDict) -> dict[str, object]:
 
 
 def _recipe(text: str) -> dict[str, object]:
-    tree = json.loads(text)
+    tree = upgrade(json.loads(text))
     tree.pop("distributed", None)
     return _flatten(tree)
 

@@ -1,16 +1,23 @@
-"""Command lines that take a recipe, `--config=FILE --config.GROUP.FIELD=VALUE`, besides their own.
+"""Command lines that take a config: --config=RECIPE --config.GROUP.FIELD=VALUE, besides their own.
 
 Whatever is wrong with them is an InputError of one line.
 """
 
 import argparse
-import contextlib
-from collections.abc import Iterator
+import ast
+import os
+import re
+from pathlib import Path
 from typing import NoReturn
 
-from absl import flags
+from ml_collections import ConfigDict
 
+from deit_jax.config.fields import check_structure, default_config
+from deit_jax.config.files import CONFIG_FILE, find_recipe, load_config, upgrade
 from deit_jax.errors import InputError
+
+_FLAG = re.compile(r"--?(no)?config((?:\.[^=]*)?)(?:=(.*))?", re.DOTALL)
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,61 +44,106 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parses the recipe's flags, and with `parser` all others.
+    """Parses --config and its fields, and with `parser` all other flags.
+
+    Without --config, a parser with --workdir takes the config of the run in that folder.
 
     Returns:
-      The arguments, with the recipe as `config` (a locked ConfigDict, overrides applied) and its
-      file as `config_file`; both None without `--config`.
+      The arguments of `parser`, with the config as `config` (a locked ConfigDict, overrides
+      applied) and its name, as the user wrote it, as `config_file`; both None without a config,
+      which a parser with --workdir never returns.
 
     Raises:
-      InputError: a flag, a field or the file is wrong.
+      InputError: a flag, a field or a file is wrong.
     """
-    from ml_collections import config_flags  # not needed by tools without a recipe
-
-    values = flags.FlagValues()
-    with config_errors():
-        config_flags.DEFINE_config_file(
-            "config", None, flag_values=values, lock_config=True, sys_argv=argv
-        )
-        _, *rest = values([parser.prog, *argv], known_only=True)
-        if values.config is not None:
-            values.config.lock()  # locked already: any use raises for a file that is missing
+    recipe, overrides, rest = _split(argv)
     arguments = parser.parse_args(rest)
-    arguments.config = values.config
-    arguments.config_file = values["config"].config_filename if values.config else None
+    workdir = getattr(arguments, "workdir", None)
+    arguments.config, arguments.config_file = None, recipe
+    if recipe is not None:
+        arguments.config = load_config(recipe)
+    elif workdir and (Path(workdir) / CONFIG_FILE).is_file():
+        arguments.config_file = os.path.join(workdir, CONFIG_FILE)
+        arguments.config = load_config(arguments.config_file)
+    elif workdir or overrides:
+        where = f", and --workdir={workdir} holds no {CONFIG_FILE} of a run" if workdir else ""
+        raise InputError(
+            f"--config is missing{where}; name a recipe, as in --config=deit_b or --config=FILE.py"
+        )
+    if arguments.config is not None:
+        _override(arguments.config, overrides)
+        arguments.config.lock()
     return arguments
 
 
-@contextlib.contextmanager
-def config_errors() -> Iterator[None]:
-    """Turns what absl and ml_collections raise for wrong flags and fields into InputErrors."""
+def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], list[str]]:
+    """Splits a command line into the recipe, the overrides (GROUP.FIELD, text) and the rest."""
+    recipe, overrides, rest = None, [], []
+    tokens = iter(argv)
+    for token in tokens:
+        match = _FLAG.fullmatch(token)
+        if match is None:
+            rest.append(token)
+            continue
+        no, name, text = match[1], match[2].removeprefix(".").replace("-", "_"), match[3]
+        switch = isinstance(_default(name), bool) if name else False
+        if switch and text is None:
+            text = str(not no)
+        elif no:
+            raise InputError(f"{token}: only a field that is True or False can be switched off so")
+        elif text is None:
+            text = next(tokens, None)
+            if text is None:
+                raise InputError(f"{token} lacks its value; write {token}=VALUE")
+        if name:
+            overrides.append((name, text))
+        else:
+            recipe = text
+    return recipe, overrides, rest
+
+
+def _default(name: str) -> object:
+    """The default of config.NAME, a group's too; None where there is no such field."""
+    value = default_config()
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, ConfigDict) else None
+    return value
+
+
+def _override(config: ConfigDict, overrides: list[tuple[str, str]]) -> None:
+    check_structure(config)
+    for name, text in overrides:
+        default = _default(name)
+        if default is None:
+            raise InputError(f"no field config.{name}")
+        if isinstance(default, ConfigDict):
+            raise InputError(
+                f"config.{name} is a group of fields, {', '.join(sorted(default))}; set them one "
+                f"by one, as in --config.{name}.{sorted(default)[0]}=VALUE"
+            )
+        value = _parse_value(name, text, default)
+        if name == "distill.teacher_config" and value:
+            value = find_recipe(value, ".")
+        with config.ignore_type():  # numbers of a tuple may be int for float
+            config.update_from_flattened_dict({name: value})
+    upgrade(config)
+
+
+def _parse_value(name: str, text: str, default: object) -> object:
+    """Reads a field's value as its type; how long a tuple must be, `validate` checks."""
     try:
-        yield
-    except InputError:  # a recipe's own
-        raise
-    except flags.Error as error:
-        raise InputError(_one_line(error)) from error
-    except (AttributeError, KeyError) as error:
-        cause = error.args[0]
-        if isinstance(cause, KeyError):  # the text of a KeyError is its message in quotes
-            cause = cause.args[0]
-        raise InputError(f"no such config field: {' '.join(str(cause).split())}") from error
-    except (TypeError, ValueError) as error:
-        message = " ".join(str(error).split())
-        raise InputError(f"config field of another type: {message}") from error
-    except OSError as error:
-        message = str(error).splitlines()[-1].strip()
-        raise InputError(f"--config: {message}; recipes live in configs/") from error
+        if isinstance(default, bool):
+            return _BOOLEANS[text.lower()]
+        if isinstance(default, tuple):
+            return _tuple(ast.literal_eval(text))
+        return type(default)(text)
+    except (KeyError, ValueError, TypeError, SyntaxError):
+        kinds = {bool: "True or False", int: "a whole number", float: "a number"}
+        kind = kinds.get(type(default), "numbers in brackets")
+        raise InputError(
+            f"config.{name} is {text!r}, but must be {kind}, such as {default!r}"
+        ) from None
 
 
-def _one_line(error: flags.Error) -> str:
-    """What a recipe said when it refused; ml_collections repeats it below a traceback."""
-    where, in_recipe, _ = str(error).partition(": Error whilst parsing config file")
-    if not in_recipe:
-        return " ".join(str(error).split())
-    cause = error
-    while cause.__context__ is not None:
-        cause = cause.__context__
-    if isinstance(cause, TypeError) and str(cause).startswith("get_config() takes 0 "):
-        return f"{where}: the file has one run only; leave out its last colon and what follows"
-    return str(cause) if isinstance(cause, InputError) else f"{where}: {cause}"
+def _tuple(value: object) -> object:
+    return tuple(map(_tuple, value)) if isinstance(value, (list, tuple)) else value

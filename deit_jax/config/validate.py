@@ -21,7 +21,7 @@ _CHOICES = {
     "optimizer.name": ("adamw", "lamb", "sgd"),
     "train.loss": ("cross_entropy", "bce"),
     "train.dtype": ("bfloat16", "float32"),
-    "parallel.backend": ("mesh", "pmap"),
+    "parallel.backend": ("jit", "pmap"),
 }
 _AT_LEAST_ONE = (
     "input.image_size", "input.repeats", "mixing.group_size", "schedule.epochs",

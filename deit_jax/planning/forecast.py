@@ -83,7 +83,7 @@ def forecast(run: Run, *, limit: int | None, teacher: str = "") -> Report:
     if config.parallel.backend == "pmap":
         raise InputError(
             "config.parallel.backend is 'pmap', which cannot be compiled ahead of time; it needs "
-            "the same memory as jit: plan with --config.parallel.backend=mesh"
+            "the same memory as jit: plan with --config.parallel.backend=jit"
         )
     network, variables = abstract_teacher(run, teacher)
     step, arguments = abstract_step(run, network, variables)

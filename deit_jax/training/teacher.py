@@ -91,7 +91,7 @@ def check_teacher(run: Run) -> None:
             train_one = (
                 "--config.distill.teacher= trains one in WORKDIR/teacher"
                 if distill.teacher_config
-                else "the recipe to train it with (--config.distill.teacher_config=configs/...)"
+                else "the recipe to train it with (--config.distill.teacher_config=RECIPE)"
             )
             raise InputError(
                 f"config.distill.teacher: no model folder at {folder}; name one that exists, or "

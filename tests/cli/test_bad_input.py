@@ -168,7 +168,7 @@ def test_teacher_that_is_not_there(distilling, tmp_path):
 
 def test_a_teacher_is_never_trained_into_a_folder_that_was_named(distilling, tmp_path):
     """It may be misspelt, or hold something else."""
-    distilling.distill.teacher_config = "configs/digits_teacher.py"
+    distilling.distill.teacher_config = "digits_teacher"
     message = _refusal(distilling, tmp_path / "run")
     assert f"config.distill.teacher: no model folder at {tmp_path / 'teacher'}" in message
     assert "--config.distill.teacher= trains one in WORKDIR/teacher" in message
@@ -316,11 +316,14 @@ _DIGITS = "--config=configs/digits.py"
     [
         ([_DIGITS, "--config.optimizer.lrr=1"], ["lrr"]),
         ([_DIGITS, "--config.schedule.epochs=2.5"], ["config.schedule.epochs", "2.5"]),
-        ([_DIGITS, "--config.model={'name': 'deit_testing'}"], ["config.model.", "is missing"]),
-        (["--config=configs/nowhere.py"], ["--config", "configs/nowhere.py"]),
-        (["--config=configs/deit3.py:xl"], ["configs/deit3.py has no run 'xl', only ti, s, m"]),
-        (["--config=configs/digits.py:b"], ["--config=configs/digits.py:b", "has one run only"]),
-        ([_DIGITS, "stray"], ["'stray'", "--config.GROUP.FIELD=VALUE"]),
+        (
+            [_DIGITS, "--config.model={'name': 'deit_testing'}"],
+            ["config.model ", "group of fields", "--config.model."],
+        ),
+        (["--config=configs/nowhere.py"], ["configs/nowhere.py", "deit_b_distill"]),
+        (["--config=configs/deit3.py:xl"], ["deit3 has no run 'xl', only ti, s, m"]),
+        (["--config=configs/digits.py:b"], ["digits:b", "has one run only"]),
+        ([_DIGITS, "stray"], ["stray", "see --help"]),
         ([_DIGITS, "--config.train.batch_size=60"], ["config.train.batch_size is 60", "8 devices"]),
         (
             [_DIGITS, "--config.dataset.source=folder", "--config.dataset.root=nowhere"],

@@ -20,18 +20,18 @@ def found(tmp_path_factory, run_python):
 
 def test_both_backends_train_alike(found):
     """Twenty losses within 1e-6: erasing, mixing, drop-path and micro-batches draw the same."""
-    mesh, pmap = found["losses"]["mesh"], found["losses"]["pmap"]
-    assert len(mesh) == 20
-    assert mesh[-1] < mesh[0] - 0.5
-    assert pmap == pytest.approx(mesh, rel=1e-6)
+    jit, pmap = found["losses"]["jit"], found["losses"]["pmap"]
+    assert len(jit) == 20
+    assert jit[-1] < jit[0] - 0.5
+    assert pmap == pytest.approx(jit, rel=1e-6)
     assert "step under pmap" in found["summary"]["pmap"]
-    assert "pmap" not in found["summary"]["mesh"]
+    assert "pmap" not in found["summary"]["jit"]
 
 
 def test_a_checkpoint_goes_on_under_the_other(found):
     """Saved after ten steps of one backend, ten more of the other."""
-    for backend in ("mesh", "pmap"):
-        assert found["continued"][backend] == pytest.approx(found["losses"]["mesh"][10:], rel=1e-6)
+    for backend in ("jit", "pmap"):
+        assert found["continued"][backend] == pytest.approx(found["losses"]["jit"][10:], rel=1e-6)
 
 
 def test_the_state_is_donated(found):
@@ -49,6 +49,6 @@ def test_what_pmap_cannot_do_is_refused():
     config.parallel.backend, config.parallel.fsdp = "pmap", 2
     with pytest.raises(InputError, match=r"config.parallel.fsdp is 2, .* is 'pmap'"):
         validate(config)
-    config.parallel.backend = "jit"
-    with pytest.raises(InputError, match=r"config.parallel.backend is 'jit', .* mesh, pmap"):
+    config.parallel.backend = "shmap"
+    with pytest.raises(InputError, match=r"config.parallel.backend is 'shmap', .* jit, pmap"):
         validate(config)
