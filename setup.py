@@ -31,12 +31,14 @@ setup(
         "optax>=0.2.8,<0.4",
         "orbax-checkpoint>=0.12,<0.14",
         "pillow>=13",  # the resize of the input pipeline follows its order of passes, new in 13
+        "pooch>=1.8",  # downloads of published weights
         "safetensors>=0.5",
         # The input pipeline touches no accelerator: the CPU build is enough where it exists.
         "tensorflow-cpu>=2.20,<2.23; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.20,<2.23; platform_system != 'Linux' or platform_machine != 'x86_64'",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66",
+        "urllib3>=2",  # from 2 on a download that is cut short is an error
     ],
     extras_require={
         "demo": DEMO,

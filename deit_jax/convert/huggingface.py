@@ -15,20 +15,21 @@ from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 from deit_jax.models.network import Variables
 
 LAYER_NORM_EPS = 1e-6
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_FILES = {"config.json", "preprocessor_config.json", _WEIGHTS[0]}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that a folder has
+CONFIGS = ("config.json", "preprocessor_config.json")
+_FILES = {*CONFIGS, WEIGHTS[0]}
 _INFO = "deit_jax"
 
 
 def weights_file(folder: Path) -> Path:
     """The file with the weights in a folder. Raises InputError without one."""
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
     if (folder / "model.json").is_file():
         raise InputError(f"{folder} is a model folder of deit-jax already; use it as it is")
     raise InputError(
-        f"{folder}: none of {', '.join(_WEIGHTS)} in it; name the file with the weights itself"
+        f"{folder}: none of {', '.join(WEIGHTS)} in it; name the file with the weights itself"
     )
 
 
@@ -191,7 +192,7 @@ def write_folder(folder: Path, variables: Variables, info: ModelInfo) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
             fresh = Path(beside, "new")
-            torch_files.write(fresh / _WEIGHTS[0], tensors)
+            torch_files.write(fresh / WEIGHTS[0], tensors)
             for name, content in contents.items():
                 text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
                 (fresh / name).write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from deit_jax.convert import mapping, vit_keys
 from deit_jax.models import registry
-from deit_jax.steps import split_model
+from deit_jax.models.network import split_model
 
 _, like = split_model(registry.abstract_model(sys.argv[1]))
 generator = torch.Generator().manual_seed(0)
