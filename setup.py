@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 DEMO = ["scikit-learn>=1.5"]  # its handwritten digits are the data of the main demonstration
-TORCH = ["torch>=2.11,<2.14", "huggingface_hub>=0.30"]
-TPU = ["jax[tpu]>=0.10.2,<0.12"]
+TORCH = ["torch>=2.11,<2.16", "huggingface_hub>=0.30"]
+TPU = ["jax[tpu]>=0.10.2,<0.13"]
 TENSORBOARD = ["tensorboard>=2.19"]
 
 setup(
@@ -25,7 +25,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12.6,<0.14",
-        "jax>=0.10.2,<0.12",
+        "jax>=0.10.2,<0.13",
         "ml-collections>=1.1,<2",
         "numpy>=2.0",
         "optax>=0.2.8,<0.4",
@@ -44,7 +44,7 @@ setup(
         "demo": DEMO,
         "torch": TORCH,
         "tensorboard": TENSORBOARD,
-        "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
+        "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": TPU,
         "test": [
             *DEMO,
