@@ -17,22 +17,6 @@ from deit_jax.errors import InputError
 from deit_jax.parallel import axis
 
 
-class TrainingRngs(nnx.Rngs):
-    """Random streams of a training pass, and the axis over which devices share its batch.
-
-    Under pmap the rows are the device's own, but noise and statistics are those of the whole batch:
-    DropPath and BatchNorm follow the axis. Dropout, which no recipe uses, does not.
-    """
-
-    def __init__(self, axis_name: str | None, **streams: jax.Array):
-        super().__init__(**streams)
-        self.axis_name = axis_name
-
-
-def _axis_name(rngs: nnx.Rngs) -> str | None:
-    return rngs.axis_name if isinstance(rngs, TrainingRngs) else None
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Two-operand einsum computed in x's dtype, accumulated and returned in float32.
@@ -216,10 +200,8 @@ class DropPath(nnx.Module):
         if rngs is None or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
-        axis_name = _axis_name(rngs)
-        shape = (x.shape[0] * axis.count(axis_name),) + (1,) * (x.ndim - 1)
-        kept = jax.random.bernoulli(rngs.dropout(), keep, shape)
-        kept = axis.own_rows(kept, axis_name)
+        shape = (x.shape[0] * axis.count(),) + (1,) * (x.ndim - 1)
+        kept = axis.own_rows(jax.random.bernoulli(rngs.dropout(), keep, shape))
         return x * (kept.astype(x.dtype) / keep)
 
 
@@ -247,18 +229,18 @@ class BatchNorm(nnx.Module):
         if rngs is None:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean, var = self._batch_statistics(x, _axis_name(rngs))
+            mean, var = self._batch_statistics(x)
         return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
 
-    def _batch_statistics(self, x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-        count = x.size // x.shape[-1] * axis.count(axis_name)
+    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        count = x.size // x.shape[-1] * axis.count()
         if count < 2:
             raise InputError(
                 f"batch norm in training got one value a channel (input shape {x.shape}), "
                 "expected at least two: use a larger batch or larger images"
             )
-        mean = axis.mean(x.mean((0, 1, 2)), axis_name)
-        var = axis.mean(jnp.square(x - mean).mean((0, 1, 2)), axis_name)
+        mean = axis.mean(x.mean((0, 1, 2)))
+        var = axis.mean(jnp.square(x - mean).mean((0, 1, 2)))
         # The running statistics are a record, not a path for gradients.
         recorded = jax.lax.stop_gradient((mean, var * (count / (count - 1))))
         for running, new in zip((self.mean, self.var), recorded, strict=True):

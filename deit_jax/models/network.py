@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import jax
 from flax import nnx, struct
 
-from deit_jax.models.layers import TrainingRngs
 from deit_jax.models.registry import ModelInfo
 
 if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
@@ -36,8 +35,6 @@ class Network:
         variables: Variables,
         images: jax.Array,
         key: jax.Array | None = None,
-        *,
-        axis_name: str | None = None,
     ) -> tuple[tuple[jax.Array, ...], Tree]:
         """Applies the model.
 
@@ -45,14 +42,13 @@ class Network:
           variables: weights, checked against this network by whoever loaded them.
           images: [B,H,W,3] normalised floats.
           key: randomness of a training pass; None evaluates.
-          axis_name: the axis over which devices share the batch, under pmap.
 
         Returns:
           The logits of each head, float32 [B,K], and the BatchNorm statistics after the pass.
         """
         # merge matches leaves by position, hence the name and shape check at every loader.
         model = nnx.merge(self.graphdef, variables.params, variables.batch_stats)
-        rngs = None if key is None else TrainingRngs(axis_name, dropout=key)
+        rngs = None if key is None else nnx.Rngs(dropout=key)
         heads = model.heads(images, rngs=rngs)
         return heads, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 

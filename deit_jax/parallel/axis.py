@@ -1,32 +1,37 @@
-"""What one device's program does for the whole batch, where each sees only its share of the rows.
+"""Per-device helpers for pmap: take this device's rows, average over devices.
 
-Under `jax.pmap` a device computes on consecutive rows of the batch, at its own place along a named
-axis. What is random for each row is drawn for all rows by every device, which then keeps its own:
-so the noise is that of the one program over a mesh. An axis of None is that program, which sees
-every row.
+Under `jax.pmap` over the axis `NAME` a device sees only its own consecutive rows of the batch. What
+is random for each row is drawn for all rows on every device, which then keeps its own rows, so that
+the draws are those of one program over all devices. Outside such a pmap the functions do nothing.
 """
 
 import jax
 
-
-def count(axis_name: str | None) -> int:
-    """How many devices share the batch."""
-    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+NAME = "pmap"
 
 
-def own_rows(tree: object, axis_name: str | None) -> object:
-    """This device's share of the first axis of arrays that are the same on every device."""
-    if axis_name is None:
+def count() -> int:
+    """Returns the number of devices that share the batch: 1 outside pmap."""
+    try:
+        return jax.lax.axis_size(NAME)
+    except NameError:  # how JAX says that the axis is not bound
+        return 1
+
+
+def own_rows(tree: object) -> object:
+    """Returns this device's rows of arrays that are the same on every device."""
+    devices = count()
+    if devices == 1:
         return tree
-    place = jax.lax.axis_index(axis_name)
+    place = jax.lax.axis_index(NAME)
 
     def own(x: jax.Array) -> jax.Array:
-        rows = len(x) // count(axis_name)
+        rows = len(x) // devices
         return jax.lax.dynamic_slice_in_dim(x, place * rows, rows)
 
     return jax.tree.map(own, tree)
 
 
-def mean(tree: object, axis_name: str | None) -> object:
-    """The mean over the whole batch of what are means over the devices' shares."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+def mean(tree: object) -> object:
+    """Returns the mean over the devices, each of which holds the mean over its own rows."""
+    return tree if count() == 1 else jax.lax.pmean(tree, NAME)

@@ -105,24 +105,20 @@ def random_erasing(
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: float = 0.3,
     tries: int = 10,
-    axis_name: str | None = None,
 ) -> jax.Array:
-    """Erase one random rectangle in a fraction `prob` of the normalised float images [B,H,W,C].
-
-    Under pmap, `images` are the device's share of the batch over the axis `axis_name`.
-    """
+    """Erase one random rectangle in a fraction `prob` of the normalised float images [B,H,W,C]."""
     if prob == 0:
         return images
     draw = draw_erasing(
         key,
-        len(images) * axis.count(axis_name),
+        len(images) * axis.count(),
         images.shape[1:3],
         prob=prob,
         area=area,
         aspect=aspect,
         tries=tries,
     )
-    return apply_erasing(images, axis.own_rows(draw, axis_name))
+    return apply_erasing(images, axis.own_rows(draw))
 
 
 def one_hot_smooth(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
@@ -220,7 +216,6 @@ def mix(
     prob: float,
     switch_prob: float,
     replicated: jax.sharding.NamedSharding | None = None,
-    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array, MixDraw]:
     """Mixup or cutmix per group of `group_size` consecutive rows.
 
@@ -229,8 +224,7 @@ def mix(
     The reference draws once per GPU batch; a group stands for such a batch, whatever the number of
     devices. In a program whose batch is sharded, pass the mesh's `replicated` sharding: every
     device then makes all draws itself. Left alone, the compiler shards them, and the rejection
-    loop of the beta sampler costs an all-reduce an iteration. Under pmap pass the axis over which
-    the devices share the batch: rows, groups and draw are then the device's own.
+    loop of the beta sampler costs an all-reduce an iteration.
 
     Raises InputError where `group_size` does not divide the batch.
     """
@@ -242,14 +236,14 @@ def mix(
         )
     draw = draw_mix(
         key,
-        len(images) // group_size * axis.count(axis_name),
+        len(images) // group_size * axis.count(),
         images.shape[1:3],
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha,
         prob=prob,
         switch_prob=switch_prob,
     )
-    draw = axis.own_rows(draw, axis_name)
+    draw = axis.own_rows(draw)
     if prob == 0 or (mixup_alpha == 0 and cutmix_alpha == 0):
         return images, targets, draw
     if replicated is not None:

@@ -11,12 +11,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from deit_jax.models.network import Network, Variables
+from deit_jax.parallel import axis
 from deit_jax.parallel.mesh import batch_sharding
 from deit_jax.training.run import Run
 from deit_jax.training.state import TrainState
 from deit_jax.training.step import make_train_step
-
-_AXIS = "batch"
 
 
 def pmap_train_step(
@@ -24,13 +23,11 @@ def pmap_train_step(
 ) -> Callable[[TrainState, Variables | None, dict], tuple[TrainState, dict]]:
     """What `loop.jit_train_step` returns, for `parallel.backend` "pmap"."""
     mesh = run.mesh
-    step = make_train_step(
-        run.config, run.plan, run.network, run.optimizer, teacher=teacher, axis_name=_AXIS
-    )
+    step = make_train_step(run.config, run.plan, run.network, run.optimizer, teacher=teacher)
     # Without an axis of devices in state and metrics: they are equal on all, and go on as they are.
     pmapped = jax.pmap(
         step,
-        axis_name=_AXIS,
+        axis_name=axis.NAME,
         in_axes=(None, None, 0),
         out_axes=None,
         donate_argnums=0,

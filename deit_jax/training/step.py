@@ -26,7 +26,6 @@ def make_augment(
     plan: "RunPlan",
     *,
     replicated: NamedSharding | None = None,
-    axis_name: str | None = None,
 ) -> Callable[[jax.Array, dict], tuple[jax.Array, jax.Array, mixing.MixDraw]]:
     """Builds a recipe's augmentation on the device; arguments as `make_train_step`.
 
@@ -39,9 +38,7 @@ def make_augment(
         erase_key, mix_key = jax.random.split(key)
         images = mixing.normalize(batch["image"], config.input.mean, config.input.std)
         if config.mixing.random_erasing:
-            images = mixing.random_erasing(
-                erase_key, images, prob=config.mixing.random_erasing, axis_name=axis_name
-            )
+            images = mixing.random_erasing(erase_key, images, prob=config.mixing.random_erasing)
         return mixing.mix(
             mix_key,
             images,
@@ -54,7 +51,6 @@ def make_augment(
             prob=config.mixing.prob,
             switch_prob=config.mixing.switch_prob,
             replicated=replicated,
-            axis_name=axis_name,
         )
 
     return augment
@@ -68,7 +64,6 @@ def make_train_step(
     *,
     teacher: Network | None = None,
     replicated: NamedSharding | None = None,
-    axis_name: str | None = None,
 ) -> Callable[[TrainState, Variables | None, dict], tuple[TrainState, dict]]:
     """Builds the pure training step of a recipe.
 
@@ -79,8 +74,6 @@ def make_train_step(
       optimizer: without learning rate (`optim.make_optimizer`).
       teacher: the teacher's computation where the recipe distils.
       replicated: sharding of small draws on the mesh; keeps mixing free of communication.
-      axis_name: the axis over which devices share the batch, under pmap; `batch` is then the
-        device's own rows, and gradients and metrics are averaged over the axis.
 
     Returns:
       step(state, teacher_variables, batch) → (state, metrics), to be jitted with the state
@@ -90,7 +83,7 @@ def make_train_step(
       A step whose loss or gradient is not finite changes only the counters and `step`.
     """
     distil = config.distill
-    augment = make_augment(config, plan, replicated=replicated, axis_name=axis_name)
+    augment = make_augment(config, plan, replicated=replicated)
 
     def train_step(
         state: TrainState, teacher_variables: Variables | None, batch: dict
@@ -110,7 +103,7 @@ def make_train_step(
                 variables = Variables(optim.freeze(params, trainable), batch_stats)
                 # Each image next to itself, so that both stay on their device.
                 shown = jnp.repeat(images, 2, axis=0) if config.train.cosub else images
-                heads, new_stats = network(variables, shown, key, axis_name=axis_name)
+                heads, new_stats = network(variables, shown, key)
                 if config.train.cosub:
                     pairs = heads[0].reshape(len(images), 2, -1)
                     per_image, parts = losses.cosub(
@@ -147,7 +140,7 @@ def make_train_step(
             steps=config.train.accumulate_steps,
             replicated=replicated,
         )
-        grads, metrics = axis.mean((grads, metrics), axis_name)
+        grads, metrics = axis.mean((grads, metrics))
         rate = optim.learning_rate(
             state.step,
             steps_per_epoch=plan.steps_per_epoch,

@@ -61,7 +61,7 @@ class _Camera:
 
     info = None
 
-    def __call__(self, variables, images, key=None, *, axis_name=None):
+    def __call__(self, variables, images, key=None):
         return (variables.params["logits"],), {"images": images}
 
 
