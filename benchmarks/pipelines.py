@@ -29,39 +29,29 @@ def ours_train(setup: Setup) -> Iterator[Any]:
     """Our training batches, uint8, drawn in the order of a run on one device."""
     from deit_jax import data
 
-    config = setup.config
-    source = data.open_source(config.dataset, "train")
-    plan = plan_run(
-        config,
-        num_train=source.num_examples,
-        num_eval=0,
-        num_classes=source.num_classes,
-        class_names=source.class_names,
-        num_devices=1,
-    )
-    return data.train_batches(
-        source,
-        config.input,
-        image_size=config.input.image_size,
-        batch_size=config.train.batch_size,
-        steps_per_epoch=plan.steps_per_epoch,
-        seed=config.train.seed,
-        group_size=plan.order_group_size,
-    )
+    return data.train_batches(*_source_and_plan(setup, "train"))
 
 
 def ours_eval(setup: Setup) -> Iterator[Any]:
     """Our evaluation batches, uint8."""
     from deit_jax import data
 
-    config = setup.config
-    source = data.open_source(config.dataset, "eval")
-    return data.eval_batches(
-        source,
-        config.input,
-        image_size=config.input.image_size,
-        batch_size=config.train.batch_size,
+    return data.eval_batches(*_source_and_plan(setup, "eval"))
+
+
+def _source_and_plan(setup: Setup, split: str) -> tuple[Any, Any]:
+    from deit_jax import data
+
+    source = data.open_source(setup.config.dataset, split)
+    plan = plan_run(
+        setup.config,
+        num_train=source.num_examples,
+        num_eval=0,
+        num_classes=source.num_classes,
+        class_names=source.class_names,
+        num_devices=1,
     )
+    return source, data.InputPlan.of(setup.config, plan)
 
 
 def decode_and_crop(setup: Setup) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """What every test shares: the compilation cache, the command line, and a small image folder."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -23,6 +24,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# Before anything imports TensorFlow: after it, triton's copy of LLVM crashes while it is loaded.
+with contextlib.suppress(ImportError):  # only some builds of torch have it
+    import triton  # noqa: F401
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

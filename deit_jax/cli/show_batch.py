@@ -162,18 +162,7 @@ def batch_of_step(
         raise InputError(
             f"--step is {step}, but training has the steps 0 to {plan.total_steps - 1}"
         )
-    batch = next(
-        data.train_batches(
-            source,
-            config.input,
-            image_size=config.input.image_size,
-            batch_size=config.train.batch_size,
-            steps_per_epoch=plan.steps_per_epoch,
-            seed=config.train.seed,
-            start_step=step,
-            group_size=plan.order_group_size,
-        )
-    )
+    batch = next(data.train_batches(source, data.InputPlan.of(config, plan), start_step=step))
     augment = make_augment(config, plan)
 
     @jax.jit
@@ -245,8 +234,11 @@ def _picture(config: ConfigDict, file: str | None) -> tuple[np.ndarray, str]:
     from deit_jax import data
 
     source = data.open_source(config.dataset, "train")
-    batch = next(data.eval_batches(source, config.input, image_size=size, batch_size=1))
-    return batch["image"][0], Path(source.example_id(0)).name
+    plan = data.InputPlan(
+        input=config.input, image_size=size, batch_size=1, steps_per_epoch=1, seed=0, group_size=1
+    )
+    image = next(data.eval_batches(source, plan))["image"][0]
+    return image, Path(source.example_id(0)).name
 
 
 def contact_sheet(

@@ -21,7 +21,16 @@ for _kind in ("GPU", "TPU"):
     tf.config.set_visible_devices([], _kind)
 
 from deit_jax.data.open import open_source  # noqa: E402
+from deit_jax.data.plan import InputPlan  # noqa: E402
 from deit_jax.data.source import Source  # noqa: E402
 from deit_jax.data.stream import Batches, eval_batches, example_ids, train_batches  # noqa: E402
 
-__all__ = ["Batches", "Source", "eval_batches", "example_ids", "open_source", "train_batches"]
+__all__ = [
+    "Batches",
+    "InputPlan",
+    "Source",
+    "eval_batches",
+    "example_ids",
+    "open_source",
+    "train_batches",
+]

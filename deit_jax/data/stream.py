@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from ml_collections import ConfigDict
 
 from deit_jax.data import transforms
-from deit_jax.data.order import NONE, Order, Rows, among
+from deit_jax.data.order import NONE, Order, among
+from deit_jax.data.plan import InputPlan
 from deit_jax.data.source import Source
 from deit_jax.errors import InputError, TransientError
 
@@ -29,59 +29,33 @@ Batch = dict[str, np.ndarray]
 Tensors = dict[str, tf.Tensor]
 
 
-def train_batches(
-    source: Source,
-    input_config: ConfigDict,
-    *,
-    image_size: int,
-    batch_size: int,
-    steps_per_epoch: int,
-    seed: int,
-    start_step: int = 0,
-    group_size: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> "Batches":
-    """Yields this process's rows of the global batches from `start_step` on, without end.
+def train_batches(source: Source, plan: InputPlan, *, start_step: int = 0) -> "Batches":
+    """Yields this process's rows of the global batches from a step on, without end.
 
     Args:
       source: the train split.
-      input_config: the `input` group of the config.
-      image_size: side S of the images.
-      batch_size: rows of the global batch.
-      steps_per_epoch: batches after which a new permutation begins.
-      seed: of order and augmentation.
+      plan: the input plan of the run.
       start_step: number of the first batch; any number is as quick as 0.
-      group_size: consecutive rows that stand for one GPU of the reference (`order.Order`).
-      process_index: of this process.
-      process_count: processes that share the batch; each takes batch_size / process_count rows.
 
     Returns:
-      {"image": uint8 [b, S, S, 3], "label": int32 [b]}, read-only. Where `on_bad_image` is "skip",
-      the next readable image of the epoch takes the place of one that cannot be read.
+      {"image": uint8 [b, S, S, 3], "label": int32 [b]}, read-only, b = plan.local_rows. Where
+      `on_bad_image` is "skip", the next readable image of the epoch takes the place of one that
+      cannot be read.
 
     Raises:
-      InputError: arguments that do not fit together; while iterating, an example that is broken,
+      InputError: a plan that does not fit the split; while iterating, an example that is broken,
         by name.
-      TryAgain: while iterating, an example that the storage does not give.
+      TransientError: while iterating, an example that the storage does not deliver now.
     """
-    order = Order(
-        num_examples=source.num_examples,
-        batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch,
-        seed=seed,
-        repeats=input_config.repeats,
-        group_size=group_size or batch_size,
-    )
-    rows = Rows(batch_size, process_index, process_count)
-    transform = transforms.train_transform(input_config, image_size=image_size)
+    order = Order(plan, source.num_examples)
+    transform = transforms.train_transform(plan.input, image_size=plan.image_size)
 
     def units(step: tf.Tensor, unreadable: list[int]) -> Tensors:
         slots = order.slots(step)
         positions = order.positions(slots)
-        local = rows.local_row(order.row(positions, step))
-        views = {"index": order.index(slots, unreadable), "position": positions, "row": local}
-        mine = tf.reduce_any(local != NONE, axis=1)
+        rows = order.local_row(positions, step)
+        views = {"index": order.index(slots, unreadable), "position": positions, "row": rows}
+        mine = tf.reduce_any(rows != NONE, axis=1)
         views = {name: tf.boolean_mask(value, mine) for name, value in views.items()}
         # Without repeats this is the order of the rows.
         by_row = tf.argsort(tf.reduce_max(views["row"], axis=1))
@@ -91,48 +65,37 @@ def train_batches(
         present = unit["row"] != NONE
         positions = tf.boolean_mask(unit["position"], present)
         data, label = source.fetch(unit["index"])
-        seeds = tf.stack([tf.fill(tf.shape(positions), tf.cast(seed, tf.int64)), positions], axis=1)
+        seed = tf.fill(tf.shape(positions), tf.cast(plan.seed, tf.int64))
         return {
-            "image": transform(data, seeds),
+            "image": transform(data, tf.stack([seed, positions], axis=1)),
             "label": tf.fill(tf.shape(positions), _checked(label, source.num_classes)),
             "row": tf.boolean_mask(unit["row"], present),
         }
 
-    return Batches(
-        source,
-        units,
-        load,
-        rows=rows.local,
-        steps=(start_step, tf.int64.max),
-        skip=input_config.on_bad_image == "skip",
-    )
+    return Batches(source, plan, units, load, steps=(start_step, tf.int64.max))
 
 
-def eval_batches(
-    source: Source,
-    input_config: ConfigDict,
-    *,
-    image_size: int,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> "Batches":
-    """Yields this process's rows of one pass over the split, every example once, in order.
+def eval_batches(source: Source, plan: InputPlan) -> "Batches":
+    """Yields this process's rows of one pass over a split: every example once, in order.
 
     Every process yields ceil(num_examples / batch_size) batches; rows past the end are zeros with
     mask 0, and so are images that cannot be read where `on_bad_image` is "skip".
+
+    Args:
+      source: the split.
+      plan: the input plan of the run; its seed, groups and epochs play no part.
 
     Returns:
       {"image": uint8 [b, S, S, 3], "label": int32 [b], "mask": float32 [b]}, read-only.
 
     Raises:
-      InputError: as `train_batches`.
+      InputError, TransientError: while iterating, as in `train_batches`.
     """
-    rows = Rows(batch_size, process_index, process_count)
-    transform = transforms.eval_transform(input_config, image_size=image_size)
+    transform = transforms.eval_transform(plan.input, image_size=plan.image_size)
 
     def units(step: tf.Tensor, unreadable: list[int]) -> Tensors:
-        index = step * batch_size + rows.first + tf.range(rows.local, dtype=tf.int64)
+        rows = plan.first_row + tf.range(plan.local_rows, dtype=tf.int64)
+        index = step * plan.batch_size + rows
         real = (index < source.num_examples) & ~among(index, unreadable)
         return {"index": tf.where(real, index, NONE)}
 
@@ -141,7 +104,7 @@ def eval_batches(
         return transform(data), _checked(label, source.num_classes)
 
     def padding() -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.zeros((image_size, image_size, 3), tf.uint8), tf.constant(0, tf.int32)
+        return tf.zeros((plan.image_size, plan.image_size, 3), tf.uint8), tf.constant(0, tf.int32)
 
     def load(unit: Tensors) -> Tensors:
         real = unit["index"] != NONE
@@ -152,42 +115,19 @@ def eval_batches(
             "mask": tf.cast(real, tf.float32)[None],
         }
 
-    return Batches(
-        source,
-        units,
-        load,
-        rows=rows.local,
-        steps=(0, -(-source.num_examples // batch_size)),
-        skip=input_config.on_bad_image == "skip",
-    )
+    return Batches(source, plan, units, load, steps=(0, -(-source.num_examples // plan.batch_size)))
 
 
-def example_ids(
-    source: Source,
-    *,
-    step: int,
-    batch_size: int,
-    steps_per_epoch: int,
-    seed: int,
-    repeats: int,
-    group_size: int | None = None,
-) -> list[str]:
-    """The names of the examples in the global training batch of a step, row by row.
+def example_ids(source: Source, plan: InputPlan, step: int) -> list[str]:
+    """Returns the names of the examples in the global training batch of a step, row by row.
 
     Those that cannot be read are named where they would stand.
     """
-    order = Order(
-        num_examples=source.num_examples,
-        batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch,
-        seed=seed,
-        repeats=repeats,
-        group_size=group_size or batch_size,
-    )
+    order = Order(plan, source.num_examples)
     step = tf.constant(step, tf.int64)
     slots = order.slots(step)
     rows = order.row(order.positions(slots), step).numpy()
-    ids = [""] * batch_size
+    ids = [""] * plan.batch_size
     for index, views in zip(order.index(slots).numpy(), rows, strict=True):
         for row in views[views != NONE]:
             ids[row] = source.example_id(int(index))
@@ -205,24 +145,22 @@ class Batches(Iterator[Batch]):
     def __init__(
         self,
         source: Source,
+        plan: InputPlan,
         units: Callable[[tf.Tensor, list[int]], Tensors],
         load: Callable[[Tensors], Tensors],
         *,
-        rows: int,
         steps: tuple[int, int],
-        skip: bool,
     ) -> None:
-        """Batches of `rows` rows for the steps from one to before another.
+        """Batches for the steps from one to before another.
 
         `units` says what to load for a step: one entry an example, its `index` among others.
         `load` turns an entry into one or more rows.
         """
         self.skipped: dict[str, str] = {}
-        self._source, self._units, self._rows = source, units, rows
+        self._source, self._plan, self._units = source, plan, units
         # Traced once, however often the stream begins anew.
         self._load = tf.function(load, autograph=False)
         self._step, self._end = steps
-        self._skip = skip
         self._unreadable: list[int] = []
         self._iterator = self._open()
 
@@ -241,7 +179,7 @@ class Batches(Iterator[Batch]):
         dataset = tf.data.Dataset.range(self._step, self._end)
         dataset = dataset.flat_map(self._entries)
         dataset = dataset.map(self._load, num_parallel_calls=os.cpu_count(), deterministic=True)
-        dataset = dataset.rebatch(self._rows, drop_remainder=True).map(_in_order_of_rows)
+        dataset = dataset.rebatch(self._plan.local_rows, drop_remainder=True).map(_in_order_of_rows)
         return untuned(dataset.prefetch(_PREFETCH)).as_numpy_iterator()
 
     @_no_autograph
@@ -266,7 +204,7 @@ class Batches(Iterator[Batch]):
                     raise TransientError(
                         f"{self._source.description}: {name} cannot be read now: {reason}"
                     ) from cause
-                if not self._skip or _OUTSIDE in reason:
+                if self._plan.input.on_bad_image != "skip" or _OUTSIDE in reason:
                     raise InputError(
                         f"{self._source.description}: {name} cannot be used: {reason}; "
                         "replace or remove it"

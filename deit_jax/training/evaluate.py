@@ -1,5 +1,6 @@
 """Exact evaluation of a whole split: every example counts once on any number of devices."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -95,16 +96,10 @@ def split_evaluator(
     from deit_jax import data
 
     eval_step = jax.jit(make_eval_step(network), out_shardings=replicated(run.mesh))
+    plan = dataclasses.replace(run.input_plan(), image_size=image_size)
 
     def evaluate_weights(weights: dict[str, Variables]) -> dict[str, float]:
-        batches = data.eval_batches(
-            run.eval_source,
-            run.config.input,
-            image_size=image_size,
-            batch_size=run.config.train.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        batches = data.eval_batches(run.eval_source, plan)
         results = evaluate(eval_step, weights, batches, batch_sharding(run.mesh))
         return results | skipped(batches, run.config)
 

@@ -259,17 +259,9 @@ def _nonfinite_report(run: Run, step: int) -> str:
     """What to say when `step` was the last allowed in a row; names the examples of the first."""
     from deit_jax import data
 
-    config, plan = run.config, run.plan
+    config = run.config
     first = step - config.train.max_nonfinite_steps + 1
-    ids = data.example_ids(
-        run.train_source,
-        step=first - 1,
-        batch_size=config.train.batch_size,
-        steps_per_epoch=plan.steps_per_epoch,
-        seed=config.train.seed,
-        repeats=config.input.repeats,
-        group_size=plan.order_group_size,
-    )
+    ids = data.example_ids(run.train_source, run.input_plan(), first - 1)
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return (
         f"loss or gradient not finite in steps {first} to {step} (seed {config.train.seed}); the "
@@ -281,19 +273,7 @@ def _nonfinite_report(run: Run, step: int) -> str:
 def _batches(run: Run, start_step: int) -> Iterator[dict]:
     from deit_jax import data
 
-    config, plan = run.config, run.plan
-    return data.train_batches(
-        run.train_source,
-        config.input,
-        image_size=config.input.image_size,
-        batch_size=config.train.batch_size,
-        steps_per_epoch=plan.steps_per_epoch,
-        seed=config.train.seed,
-        start_step=start_step,
-        group_size=plan.order_group_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    return data.train_batches(run.train_source, run.input_plan(), start_step=start_step)
 
 
 def _write_final_models(run: Run, state: TrainState) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -25,6 +26,13 @@ class Run:
     train_source: object  # deit_jax.data.Source
     eval_source: object
     teacher_folder: str | None  # where the recipe's teacher is or will be; None without one
+
+    def input_plan(self) -> object:
+        """Returns the `deit_jax.data.InputPlan` of this process."""
+        from deit_jax.data import InputPlan  # TensorFlow: imported by runs alone
+
+        index, count = jax.process_index(), jax.process_count()
+        return InputPlan.of(self.config, self.plan, process_index=index, process_count=count)
 
 
 def build_model(config: ConfigDict, plan: RunPlan, *, rngs: object = None) -> object:

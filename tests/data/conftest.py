@@ -1,57 +1,33 @@
-"""Configs, images and an in-memory source for the tests of the input pipeline."""
+"""Configs, pictures, draws and in-memory sources for the tests of the input pipeline."""
 
-import os
-from pathlib import Path
+import io
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from ml_collections import ConfigDict
+from ml_collections import FrozenConfigDict
 from PIL import Image
 
-from deit_jax.data import Source
+from deit_jax.config.fields import default_config
+from deit_jax.data import InputPlan, Source, open_source
+from deit_jax.errors import InputError
 
-_SAMPLE = os.environ.get(
-    "DEIT_JAX_IMAGE_SAMPLE",
-    str(Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample"),
-)
+SIDE = 24  # of the images in `folder`, and of what is made of them: few shapes to compile for
 
 
 @pytest.fixture
 def dataset_config():
-    return ConfigDict(
-        {
-            "source": "folder",
-            "name": "",
-            "root": "",
-            "train_split": "train",
-            "eval_split": "val",
-            "label_file": "",
-            "num_classes": 0,
-            "train_fraction": 1.0,
-        }
-    )
+    config = default_config().dataset
+    config.update({"source": "folder", "name": "", "eval_split": "val"})
+    return config
 
 
 @pytest.fixture
 def input_config():
-    return ConfigDict(
-        {
-            "train_crop": "random_resized",
-            "scale": (0.08, 1.0),
-            "ratio": (3 / 4, 4 / 3),
-            "pad": 4,
-            "hflip": 0.5,
-            "auto_augment": "",
-            "repeats": 1,
-            "interpolation": "bicubic",
-            "crop_ratio": 0.875,
-            "mean": (0.485, 0.456, 0.406),
-            "on_bad_image": "error",
-            "three_augment": False,
-            "color_jitter": 0.0,
-        }
-    )
+    """Random-resized crops and flips of single views."""
+    config = default_config().input
+    config.update({"auto_augment": "", "repeats": 1})
+    return config
 
 
 @pytest.fixture
@@ -59,6 +35,21 @@ def plain_config(input_config):
     """No augmentation: images pass unchanged."""
     input_config.update({"train_crop": "small", "pad": 0, "hflip": 0.0})
     return input_config
+
+
+def plan_of(input_config, **fields):
+    """An input plan; unless told otherwise of 4×4 images, in one group, by one process."""
+    fields = {"image_size": 4, "batch_size": 8, "steps_per_epoch": 1, "seed": 0} | fields
+    group_size = fields.pop("group_size", fields["batch_size"])
+    return InputPlan(input=FrozenConfigDict(input_config), group_size=group_size, **fields)
+
+
+def refused(config, split="train"):
+    """The one line of the error that opening the source ends in."""
+    with pytest.raises(InputError) as caught:
+        open_source(config, split)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def picture(seed, height, width):
@@ -71,10 +62,16 @@ def picture(seed, height, width):
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
+def encode(image, kind, **options):
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="session")
-def jpegs(tmp_path_factory):
+def jpegs(sample_images, tmp_path_factory):
     """Paths of JPEGs: real ones where the sample is at hand, and generated ones of odd kinds."""
-    real = sorted(Path(_SAMPLE).glob("*/*/*.JPEG"))[::5]
     folder = tmp_path_factory.mktemp("jpegs")
     for number, (height, width) in enumerate([(375, 500), (500, 333), (97, 61), (40, 301)]):
         image = Image.fromarray(picture(number, height, width))
@@ -83,7 +80,58 @@ def jpegs(tmp_path_factory):
             image.save(path, quality=85, subsampling=subsampling, progressive=subsampling == 1)
         image.convert("L").save(folder / f"{number}_grey.jpg")
         image.convert("CMYK").save(folder / f"{number}_cmyk.jpg")
-    return real + sorted(folder.iterdir())
+    return sorted(sample_images.glob("*/*/*.JPEG"))[::5] + sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def photographs(sample_images):
+    """(side, count) → so many photographs, uint8 [side, side, 3]."""
+    paths = sorted(sample_images.glob("*/*/*.JPEG"))
+
+    def squares(side, count):
+        chosen = [paths[number * len(paths) // count] for number in range(count)]
+        images = [Image.open(path).convert("RGB") for path in chosen]
+        return [np.asarray(i.resize((side, side), Image.Resampling.BICUBIC)) for i in images]
+
+    return squares
+
+
+@pytest.fixture
+def folder(tmp_path, dataset_config):
+    """Twelve JPEGs of one size in two classes, as the train and the eval split."""
+    for number in range(12):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(number, SIDE, SIDE)).save(path, quality=90)
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    dataset_config.root = str(tmp_path)
+    return dataset_config
+
+
+def drawn(draw, count):
+    """What `draw` makes of the seeds [5, 0], [5, 1] …: every part as an array [count, …]."""
+    seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([tf.constant(5, tf.int64), i]))
+    return next(seeds.map(draw).batch(count).as_numpy_iterator())
+
+
+def uncorrelated(columns):
+    """Whether no two of the columns [c, n] of independent draws go together."""
+    pairs = np.triu_indices(len(columns), 1)
+    return np.abs(np.corrcoef(columns)[pairs]).max() < 4.5 / np.sqrt(len(columns[0]))
+
+
+def check_stateless(function, *, count, distinct):
+    """Checks that a function of a seed is one, eagerly and in maps of one and several threads."""
+    seeds = [tf.constant([7, i], tf.int64) for i in range(count)]
+    dataset = tf.data.Dataset.from_tensor_slices(seeds)
+    runs = [
+        list(dataset.map(function, num_parallel_calls=calls).as_numpy_iterator())
+        for calls in (1, 4)
+    ]
+    np.testing.assert_array_equal(*runs)
+    for seed, mapped in zip(seeds[:8], runs[0], strict=False):
+        np.testing.assert_array_equal(function(seed), mapped)
+    assert len({result.tobytes() for result in runs[0]}) > distinct
 
 
 def permutation(num_examples, seed, epoch):
@@ -115,8 +163,3 @@ class CountingSource(Source):
 
     def example_id(self, index):
         return f"counting:{index}"
-
-
-@pytest.fixture
-def counting():
-    return CountingSource

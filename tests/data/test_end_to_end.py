@@ -12,6 +12,7 @@ from deit_jax.config.randaugment_policy import parse_policy
 from deit_jax.data import randaugment, transforms
 from deit_jax.data.crop import random_box
 from deit_jax.data.draws import fold
+from tests.data.conftest import plan_of
 from tests.oracles.torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -62,7 +63,8 @@ def test_training_images_are_timms(
     input_config.update({"auto_augment": _POLICY, "repeats": repeats})
     source = data.open_source(dataset_config, "train")
     batch_size = min(20, source.num_examples)
-    sizes = {"batch_size": batch_size, "steps_per_epoch": repeats, "seed": _SEED}
+    sizes = {"image_size": _SIZE, "batch_size": batch_size, "steps_per_epoch": repeats}
+    plan = plan_of(input_config, seed=_SEED, **sizes)
     chain = create_transform(
         _SIZE,
         is_training=True,
@@ -75,12 +77,11 @@ def test_training_images_are_timms(
     chain.transforms[2] = drawn = _DrawnRandAugment(augment, monkeypatch)
     how = {name: input_config[name] for name in ("scale", "ratio")}
 
-    batches = data.train_batches(source, input_config, image_size=_SIZE, **sizes)
+    batches = data.train_batches(source, plan)
     differences = []
     for step in range(steps):
         batch = next(batches)
-        names = data.example_ids(source, step=step, repeats=repeats, **sizes)
-        for row, name in enumerate(names):
+        for row, name in enumerate(data.example_ids(source, plan, step)):
             image = Image.open(name).convert("RGB")
             seed = tf.constant([_SEED, step * batch_size + row], tf.int64)
             height_width = tf.unstack(tf.constant(image.size[::-1]))
@@ -104,7 +105,7 @@ def test_evaluation_images_are_timms(sample_images, dataset_config, input_config
     chain = create_transform(_SIZE, use_prefetcher=True, interpolation="bicubic", crop_pct=0.875)
     source = data.open_source(dataset_config, "eval")
     count = 0
-    for batch in data.eval_batches(source, input_config, image_size=_SIZE, batch_size=16):
+    for batch in data.eval_batches(source, plan_of(input_config, image_size=_SIZE, batch_size=16)):
         for row in np.flatnonzero(batch["mask"]):
             image = Image.open(source.example_id(count)).convert("RGB")
             want = chain(image).permute(1, 2, 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deit_jax import data
-from tests.data.conftest import CountingSource, permutation
+from tests.data.conftest import CountingSource, permutation, plan_of
 
 
 def _sampler(order, repeats, gpus, samples):
@@ -30,14 +30,14 @@ def _sampler(order, repeats, gpus, samples):
         (1, 3, 3, 1, 1),
     ],
 )
-def test_batches_are_dealt_as_the_reference_sampler_does(num_examples, repeats, gpus, local, steps):
-    sizes = {"batch_size": gpus * local, "steps_per_epoch": steps, "group_size": local, "seed": 9}
-    source = CountingSource(num_examples)
+def test_batches_are_dealt_as_the_reference_sampler_does(
+    input_config, num_examples, repeats, gpus, local, steps
+):
+    input_config.repeats = repeats
+    sizes = {"batch_size": gpus * local, "steps_per_epoch": steps, "group_size": local}
+    source, plan = CountingSource(num_examples), plan_of(input_config, seed=9, **sizes)
     for epoch in (0, 1, 50_000):
-        batches = [
-            data.example_ids(source, step=epoch * steps + step, repeats=repeats, **sizes)
-            for step in range(steps)
-        ]
+        batches = [data.example_ids(source, plan, epoch * steps + step) for step in range(steps)]
         labels = np.array([[int(name.partition(":")[2]) for name in names] for names in batches])
         order = permutation(num_examples, 9, epoch)
         want = _sampler(order, repeats, gpus, steps * local).reshape(gpus, steps, local)
@@ -46,3 +46,14 @@ def test_batches_are_dealt_as_the_reference_sampler_does(num_examples, repeats, 
         drawn, rest = divmod(steps * gpus * local, repeats)
         counts = np.bincount(labels.ravel(), minlength=num_examples)
         assert sorted(counts[counts > 0]) == [rest] * (rest > 0) + [repeats] * drawn
+
+
+def test_repeats_of_imagenet_on_eight_gpus(input_config):
+    """As measured on the reference's sampler: the first images of all GPUs in an epoch."""
+    input_config.repeats = 3
+    plan = plan_of(input_config, batch_size=1024, steps_per_epoch=1251, group_size=128)
+    ids = data.example_ids(CountingSource(1_281_167), plan, 3 * 1251)
+    first, fourth, seventh = ids[0], ids[3 * 128], ids[6 * 128]
+    assert ids[::128] == [first] * 3 + [fourth] * 3 + [seventh] * 2
+    assert ids[1] == seventh
+    assert len({first, fourth, seventh}) == 3

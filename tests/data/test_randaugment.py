@@ -14,7 +14,7 @@ from deit_jax.data import randaugment, transforms
 from deit_jax.data.draws import fold
 from deit_jax.data.pillow import tone
 from deit_jax.errors import InputError
-from tests.data.conftest import picture
+from tests.data.conftest import check_stateless, drawn, picture, uncorrelated
 from tests.oracles.torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -25,20 +25,6 @@ FILL = (124, 116, 104)
 DEIT = "rand-m9-mstd0.5-inc1"
 GEOMETRY = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"}
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-@pytest.fixture(scope="module")
-def photographs(sample_images):
-    """side → uint8 images [side, side, 3], 16 of 96 and 4 of 224."""
-    paths = sorted(sample_images.glob("*/*/*.JPEG"))
-    paths = paths[:: max(1, len(paths) // 20)][:20]
-    pictures = [Image.open(path).convert("RGB") for path in paths]
-    pictures += [Image.fromarray(picture(i, 240, 300)) for i in range(20 - len(pictures))]
-
-    def squares(side, chosen):
-        return [np.asarray(p.resize((side, side), Image.Resampling.BICUBIC)) for p in chosen]
-
-    return {96: squares(96, pictures[:16]), 224: squares(224, pictures[16:])}
 
 
 def _timm(text, interpolation="bicubic"):
@@ -104,8 +90,8 @@ def _compare(text, interpolation, images, levels, names, monkeypatch):
 def test_every_operation_equals_timms(photographs, name, monkeypatch):
     """Bit for bit; in the geometry a pixel in a thousand may be a level off (none is, mostly)."""
     for images, levels in (
-        (photographs[96], (0.0, 2.5, 7.3456, 9.0, 10.0)),
-        (photographs[224], (5.4321, 9.4)),
+        (photographs(96, 16), (0.0, 2.5, 7.3456, 9.0, 10.0)),
+        (photographs(224, 4), (5.4321, 9.4)),
     ):
         shares = _compare(DEIT, "bicubic", images, levels, [name], monkeypatch)
         assert max(shares.values()) < 1e-3
@@ -128,7 +114,7 @@ def test_the_other_list_and_the_other_interpolation(
     photographs, text, interpolation, names, monkeypatch
 ):
     levels = (0.0, 2.4, 4.9, 7.5, 9.21, 10.0)
-    shares = _compare(text, interpolation, photographs[96][:4], levels, names, monkeypatch)
+    shares = _compare(text, interpolation, photographs(96, 4), levels, names, monkeypatch)
     assert max(shares.values()) < 1e-3
 
 
@@ -136,7 +122,7 @@ def test_the_other_list_and_the_other_interpolation(
 def test_levels_above_ten(photographs, text, monkeypatch):
     """Right angles, everything outside, the bounds of all maps."""
     levels = (11.0, 20.0, 24.6, 30.0)
-    shares = _compare(text, "bicubic", photographs[96][:2], levels, OPERATIONS, monkeypatch)
+    shares = _compare(text, "bicubic", photographs(96, 2), levels, OPERATIONS, monkeypatch)
     assert max(shares.values()) < 1e-3
 
 
@@ -218,9 +204,9 @@ def test_whole_policy_with_timms_draws(photographs, monkeypatch):
     monkeypatch.setattr(timm_augment, "random", recorder)
     recorder.watch(theirs)
     np.random.seed(0)  # noqa: NPY002
-    differences, compared, changed = [], 0, 0
+    differences, compared, changed, images = [], 0, 0, photographs(96, 16)
     for number in range(240):
-        image = photographs[96][number % 16]
+        image = images[number % 16]
         recorder.operations = []
         try:
             want = np.asarray(theirs(Image.fromarray(image)), int)
@@ -239,9 +225,7 @@ def test_whole_policy_with_timms_draws(photographs, monkeypatch):
 
 
 def _drawn(policy, count):
-    seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([tf.constant(5, tf.int64), i]))
-    dataset = seeds.map(lambda seed: tuple(randaugment.draw(seed, policy))).batch(count)
-    return randaugment.Draws(*next(dataset.as_numpy_iterator()))
+    return randaugment.Draws(*drawn(lambda seed: tuple(randaugment.draw(seed, policy)), count))
 
 
 def test_statistics_are_timms(monkeypatch):
@@ -278,9 +262,7 @@ def test_statistics_are_timms(monkeypatch):
     same_counts(ours.negative.astype(int)[signed], timms.negative.astype(int)[signed], 2)
     assert 0.28 < signed.mean() < 0.32  # 9 of 15 are signed, and half of them applied
     # Nothing is drawn from the same numbers as something else, or as the other layer.
-    columns = np.concatenate([np.asarray(x, float) for x in ours], axis=1)
-    correlations = np.corrcoef(columns, rowvar=False)[np.triu_indices(8, 1)]
-    assert np.abs(correlations).max() < 4.5 / np.sqrt(count)
+    assert uncorrelated(np.concatenate([np.asarray(x, float) for x in ours], axis=1).T)
 
 
 def test_statistics_of_other_policies():
@@ -297,23 +279,14 @@ def test_statistics_of_other_policies():
     assert (wide.level.min(), wide.level.max()) == (0.0, 15.0)
 
 
-def test_a_function_of_the_seed_eagerly_and_in_a_parallel_map(photographs):
-    image = tf.constant(photographs[96][0])
-    seeds = [tf.constant([7, i], tf.int64) for i in range(64)]
+def test_the_policy_is_a_function_of_the_seed(photographs):
+    (image,), policy = photographs(96, 1), parse_policy(DEIT)
 
     def augment(seed):
-        return randaugment.rand_augment(
-            image, seed, policy=parse_policy(DEIT), interpolation="bicubic", fill=FILL
-        )
+        how = {"policy": policy, "interpolation": "bicubic", "fill": FILL}
+        return randaugment.rand_augment(tf.constant(image), seed, **how)
 
-    dataset = tf.data.Dataset.from_tensor_slices(seeds)
-    runs = [
-        list(dataset.map(augment, num_parallel_calls=calls).as_numpy_iterator()) for calls in (1, 4)
-    ]
-    np.testing.assert_array_equal(*runs)
-    for seed, mapped in zip(seeds[:8], runs[0], strict=False):
-        np.testing.assert_array_equal(augment(seed), mapped)
-    assert len({result.tobytes() for result in runs[0]}) > 35
+    check_stateless(augment, count=64, distinct=35)
 
 
 def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):

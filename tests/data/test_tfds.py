@@ -8,8 +8,7 @@ from PIL import Image
 
 from deit_jax.data import open_source
 from deit_jax.data import tfds as tfds_source
-from deit_jax.errors import InputError
-from tests.data.conftest import picture
+from tests.data.conftest import picture, refused
 
 _COUNT = 11
 
@@ -75,13 +74,6 @@ def _examples(source):
     return [(data, int(label)) for data, label in dataset.as_numpy_iterator()]
 
 
-def _refused(config, split="train"):
-    with pytest.raises(InputError) as caught:
-        open_source(config, split)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
 def test_both_formats_give_the_bytes_of_the_files_in_tfds_order(config, stored, files, kind):
     config.root = str(stored[kind])
@@ -126,26 +118,26 @@ def test_a_version_can_be_asked_for(config, stored):
     config.name = "toy:1.*.*"
     assert open_source(config, "train").num_examples == _COUNT
     config.name = "toy:2.*.*"
-    assert "no such prepared data set" in _refused(config)
+    assert "no such prepared data set" in refused(config)
 
 
 def test_errors_say_where_we_looked_and_what_there_is(config, stored, tmp_path):
     config.root = str(tmp_path)
     config.name = "imagenet2012"  # known to TFDS, but not prepared
-    message = _refused(config)
+    message = refused(config)
     assert str(tmp_path) in message
     assert len(message) < 300
     config.name = ""
-    assert "name is empty" in _refused(config)
+    assert "name is empty" in refused(config)
     config.name = "no good!"
-    assert "'no good!'" in _refused(config)
+    assert "'no good!'" in refused(config)
     config.name, config.root = "toy", str(stored["tfrecord"])
     config.eval_split = "validation"
-    message = _refused(config, "eval")
+    message = refused(config, "eval")
     assert "eval_split is 'validation'" in message
     assert "train, test" in message
     config.num_classes = 2
-    assert "has 3 classes" in _refused(config)
+    assert "has 3 classes" in refused(config)
     config.num_classes = 4
     assert open_source(config, "train").num_classes == 4
 
@@ -162,7 +154,7 @@ def test_features_must_hold_an_image_and_a_class(config, tmp_path, files):
         data_dir=str(tmp_path),
     )
     config.name, config.root = "odd", str(tmp_path)
-    message = _refused(config)
+    message = refused(config)
     assert "label (Text)" in message
     assert "expected image (Image) and label (ClassLabel)" in message
 
@@ -173,11 +165,11 @@ def test_a_file_cut_short_is_named(config, tmp_path, files):
     (path,) = tmp_path.glob("toy/1.2.0/toy-train*")
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    message = _refused(config)
+    message = refused(config)
     assert str(path) in message
     assert f"expected {_COUNT}" in message
     path.unlink()
-    assert str(path) in _refused(config)
+    assert str(path) in refused(config)
 
 
 def test_large_scans_are_remembered_until_a_file_changes(config, tmp_path, files, monkeypatch):
