@@ -15,7 +15,8 @@ from deit_jax.config.files import load_config
 from deit_jax.config.plan import plan_run
 from deit_jax.config.randaugment_policy import OPERATIONS
 from deit_jax.models.network import Variables
-from deit_jax.training import loop, mixing
+from deit_jax.training import mixing
+from deit_jax.training.run import Run
 from deit_jax.training.state import new_state
 from deit_jax.training.step import make_train_step
 
@@ -78,8 +79,8 @@ def _seen_in_training(repo_root):
         class_names=source.class_names,
         num_devices=1,
     )
-    setup = SimpleNamespace(config=config, plan=plan, train_source=source)
-    batch = next(loop._batches(setup, STEP))
+    input_plan = Run.input_plan(SimpleNamespace(config=config, plan=plan))
+    batch = next(data.train_batches(source, input_plan, start_step=STEP))
     keep = optax.GradientTransformation(lambda _: jnp.zeros((BATCH, CLASSES)), _keep_gradient)
     train_step = jax.jit(make_train_step(config, plan, _Camera(), keep))
     blank = jnp.zeros((BATCH, 32, 32, 3))
