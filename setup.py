@@ -18,6 +18,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    entry_points={"console_scripts": ["deit-jax = deit_jax.cli.main:main"]},
     python_requires=">=3.11",
     packages=[*find_packages(include=["deit_jax", "deit_jax.*"]), "deit_jax.configs"],
     package_dir={"deit_jax.configs": "configs"},  # the recipes

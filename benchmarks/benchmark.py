@@ -19,8 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deit_jax.config.flags import Parser, parse  # noqa: E402
-from deit_jax.errors import InputError, exit_status  # noqa: E402
+from deit_jax.cli.arguments import Parser  # noqa: E402
+from deit_jax.cli.status import exit_status  # noqa: E402
+from deit_jax.config.flags import parse  # noqa: E402
+from deit_jax.errors import InputError  # noqa: E402
 from deit_jax.planning.markdown import write_section  # noqa: E402
 
 # Each module has a docstring for --help, USAGE, add_arguments(parser), run(arguments) → a report

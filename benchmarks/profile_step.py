@@ -21,8 +21,9 @@ from benchmarks import (  # noqa: E402
     programs,
     step,
 )
-from deit_jax.config.flags import Parser  # noqa: E402
-from deit_jax.errors import InputError, exit_status  # noqa: E402
+from deit_jax.cli.arguments import Parser  # noqa: E402
+from deit_jax.cli.status import exit_status  # noqa: E402
+from deit_jax.errors import InputError  # noqa: E402
 from deit_jax.parallel import cpu_memory  # noqa: E402
 
 SHOWN = 15  # operations in the list

@@ -1,17 +1,17 @@
 """The exceptions that end a command with one line, each with its exit status."""
 
+import difflib
 import os
 import re
-import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
     """Bad input from outside: a config field, a file, a data set or a checkpoint.
 
     The message is one line that names the field or file, what was found, what was expected and
-    the likely fix. `main.py` and the tools print it without a traceback and exit non-zero.
+    the likely fix. The commands print it without a traceback and exit with a status other than 0.
     """
 
     exit_status = 2  # no retry mends it
@@ -57,23 +57,7 @@ def system_errno(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-def exit_status(tool: Callable[[], int | None]) -> int:
-    """Runs a command-line tool and returns its exit status: 2 and one line for what a person mends.
-
-    Besides InputError those are a system that refuses (a full disk, a missing permission) and
-    memory that does not suffice.
-    """
-    try:
-        return tool() or 0
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (InputError, OSError, MemoryError) as error:
-        line = " ".join((str(error) or type(error).__name__).split())
-        # Names from foreign files may hold control characters.
-        line = "".join(c if c.isprintable() else "?" for c in line)
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ", did you mean NAME?" with the most similar name, or "" where none is similar."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]}?" if near else ""

@@ -29,8 +29,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from deit_jax import trees  # noqa: E402
+from deit_jax.cli.status import exit_status  # noqa: E402
 from deit_jax.convert import from_torch  # noqa: E402
-from deit_jax.errors import InputError, exit_status  # noqa: E402
+from deit_jax.errors import InputError  # noqa: E402
 from deit_jax.inference.preprocess import preprocess  # noqa: E402
 from deit_jax.models import registry  # noqa: E402
 from tests.oracles import reference_vit, timm_models  # noqa: E402

@@ -30,11 +30,12 @@ import torch  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from deit_jax import trees  # noqa: E402
+from deit_jax.cli.status import exit_status  # noqa: E402
 from deit_jax.config.files import load_config  # noqa: E402
 from deit_jax.config.plan import RunPlan, plan_run  # noqa: E402
 from deit_jax.config.validate import validate  # noqa: E402
 from deit_jax.convert import mapping, to_torch  # noqa: E402
-from deit_jax.errors import InputError, exit_status  # noqa: E402
+from deit_jax.errors import InputError  # noqa: E402
 from deit_jax.models import registry  # noqa: E402
 from deit_jax.models.network import Variables, split_model  # noqa: E402
 from deit_jax.training import mixing, optim  # noqa: E402

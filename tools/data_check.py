@@ -1,11 +1,10 @@
-"""Runs deit_jax.cli.check_data from a clone."""
+"""`deit-jax check-data`, from a clone."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from deit_jax.cli.check_data import main
+from deit_jax.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["check-data", *sys.argv[1:]]))

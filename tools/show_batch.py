@@ -1,11 +1,10 @@
-"""Runs deit_jax.cli.show_batch from a clone."""
+"""`deit-jax show-batch`, from a clone."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from deit_jax.cli.show_batch import main
+from deit_jax.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["show-batch", *sys.argv[1:]]))

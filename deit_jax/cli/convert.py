@@ -1,61 +1,70 @@
 """Converts PyTorch weights of DeiT, DeiT III or RegNetY into a model folder.
 
-python tools/torch_to_jax.py --src deit_base_distilled_patch16_224-df68dfff.pth --dst models/deit_b
-python tools/torch_to_jax.py --src https://HOST/regnety_160-a5fe301d.pth --dst models/regnety_160
-python tools/torch_to_jax.py --src hf:OWNER/NAME --dst DIR --num_classes 10 --image_size 384
+deit-jax convert --src deit_base_distilled_patch16_224-df68dfff.pth --dst models/deit_b
+deit-jax convert --src https://HOST/regnety_160-a5fe301d.pth --dst models/regnety_160
+deit-jax convert --src hf:OWNER/NAME --dst DIR --num_classes 10 --image_size 384
 
 Reads files of the reference, timm, Hugging Face and torchvision (.pth, .bin, .safetensors, folders
 with a config.json), and finds out which model it is. With another --model, --image_size or
 --num_classes than the file's, the weights are made to fit; what is new or dropped is printed.
 """
 
-import argparse
 import os
-import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
-from deit_jax import trees
-from deit_jax.checkpoints import model_folder
-from deit_jax.checkpoints.fit import KERNELS
-from deit_jax.convert import download, from_torch
-from deit_jax.errors import InputError, brief, exit_status
-from deit_jax.models import registry
+from deit_jax.cli.arguments import one_or_more
+from deit_jax.console import log
+from deit_jax.errors import InputError, brief
+
+RECIPE = ""
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--src", required=True, help="file, folder, https:// URL or hf:OWNER/NAME")
-    parser.add_argument("--dst", required=True, type=Path, help="model folder to write")
-    parser.add_argument("--model", help="registered name, if not the file's")
-    parser.add_argument("--image_size", type=int, help="side in pixels, if not the model's")
-    parser.add_argument("--num_classes", type=int, help="if not the file's: new heads")
-    parser.add_argument(
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the flags."""
+    add = parser.add_argument
+    add("--src", required=True, help="file, folder, https:// URL or hf:OWNER/NAME")
+    add("--dst", required=True, type=Path, metavar="DIR", help="model folder to write")
+    add("--model", metavar="NAME", help="registered name, if not the file's")
+    add("--image_size", type=one_or_more, metavar="N", help="side in pixels, if not the model's")
+    add("--num_classes", type=one_or_more, metavar="N", help="if not the file's: new heads")
+    add(
         "--pos_embed",
-        choices=KERNELS,
+        choices=("reference", "timm"),
         default="reference",
         help="how position embeddings are resized",
     )
-    parser.add_argument(
-        "--weights", choices=("raw", "ema"), default="raw", help="which of a training checkpoint"
-    )
-    parser.add_argument("--class_names", type=Path, help="text file, one class name a line")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at --dst")
-    return parser.parse_args(argv)
+    add("--weights", choices=("raw", "ema"), default="raw", help="which of a training checkpoint")
+    add("--class_names", type=Path, metavar="FILE", help="text file, one class name a line")
+    add("--overwrite", action="store_true", help="replace a model folder at --dst")
 
 
-def convert(arguments: argparse.Namespace) -> None:
-    """Does what the arguments say. Raises InputError for bad input; --dst is whole or absent."""
-    _check_arguments(arguments)
-    names = None
-    if arguments.class_names is not None:
-        names = _class_names(arguments.class_names)
+def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
+    """Converts; --dst is whole or absent."""
+    from deit_jax import trees
+    from deit_jax.checkpoints import model_folder
+    from deit_jax.convert import download, from_torch
+    from deit_jax.models import registry
+
+    # What can be checked before anything is read or downloaded.
+    if arguments.model is not None:
+        registry.model_options(arguments.model)
+    for name, largest in (("image_size", 2**14), ("num_classes", 2**24)):
+        if (getattr(arguments, name) or 0) > largest:
+            raise InputError(f"--{name} is {getattr(arguments, name)}, expected 1 to {largest}")
+    target = arguments.dst
+    if os.path.lexists(target) and not (target / "model.json").is_file():
+        raise InputError(f"--dst {target} exists and is no model folder; choose another path")
+    if os.path.lexists(target) and not arguments.overwrite:
+        raise InputError(f"--dst {target} exists; choose another path, or add --overwrite")
+    names = _class_names(arguments.class_names) if arguments.class_names else None
     source = download.fetch(arguments.src)
-    if arguments.dst.resolve() in [source.resolve(), *source.resolve().parents]:
-        raise InputError(f"--dst {arguments.dst} is or holds the source; choose another path")
+    if target.resolve() in [source.resolve(), *source.resolve().parents]:
+        raise InputError(f"--dst {target} is or holds the source; choose another path")
+
     converted = from_torch.read(source, weights=arguments.weights)
-    print(f"{arguments.src}: {converted.info.name}, {converted.layout} names", flush=True)
+    log(f"{arguments.src}: {converted.info.name}, {converted.layout} names")
     converted = from_torch.adapt(
         converted,
         model=arguments.model,
@@ -65,33 +74,19 @@ def convert(arguments: argparse.Namespace) -> None:
         kernel=arguments.pos_embed,
     )
     for notice in converted.notices:
-        print(f"note: {notice}", flush=True)
+        log(f"note: {notice}")
     info, variables = converted.info, converted.variables
     try:
-        model_folder.write_model(arguments.dst, variables, info)
+        model_folder.write_model(target, variables, info)
     except (OSError, ValueError) as error:
-        raise InputError(f"{arguments.dst} cannot be written ({brief(error)})") from error
-    print(
-        f"{arguments.dst}: {info.name}, {trees.param_count(variables.params):,} parameters, "
+        raise InputError(f"{target} cannot be written ({brief(error)})") from error
+    parameters = trees.param_count(variables.params)
+    log(
+        f"{target}: {info.name}, {parameters:,} parameters, "
         f"{info.image_size}×{info.image_size}, {info.num_classes} classes"
     )
-
-
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    """What can be checked before anything is read or downloaded."""
-    if arguments.model is not None:
-        registry.model_options(arguments.model)
-    for name, largest in (("image_size", 2**14), ("num_classes", 2**24)):
-        value = getattr(arguments, name)
-        if value is not None and not 1 <= value <= largest:
-            raise InputError(f"--{name} is {value}, expected 1 to {largest}")
-    folder = arguments.dst
-    if not os.path.lexists(folder):
-        return
-    if not (folder / "model.json").is_file():
-        raise InputError(f"--dst {folder} exists and is no model folder; choose another path")
-    if not arguments.overwrite:
-        raise InputError(f"--dst {folder} exists; choose another path, or add --overwrite")
+    result = {"dst": str(target), "parameters": parameters, "notices": list(converted.notices)}
+    emit(result | {key: getattr(info, key) for key in ("name", "num_classes", "image_size")})
 
 
 def _class_names(file: Path) -> tuple[str, ...]:
@@ -100,13 +95,3 @@ def _class_names(file: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--class_names {file} cannot be read ({brief(error)})") from error
     return tuple(line.removesuffix("\r") for line in lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Converts; returns the exit status."""
-    arguments = _arguments(argv)
-    return exit_status(lambda: convert(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,62 +1,51 @@
 """Converts a model folder into a PyTorch file.
 
-python tools/jax_to_torch.py --src runs/deit_b/model --dst deit_b.safetensors --format timm
-python tools/jax_to_torch.py --src runs/deit_b/model --dst deit_b.pth --format fb
-python tools/jax_to_torch.py --src runs/deit_b/model --dst deit_b_hf --format hf
+deit-jax export-torch --src runs/deit_b/model --dst deit_b.safetensors --format timm
+deit-jax export-torch --src runs/deit_b/model --dst deit_b.pth --format fb
+deit-jax export-torch --src runs/deit_b/model --dst deit_b_hf --format hf
 
 timm: the state dict that timm loads. fb: the reference's names, in a .pth under "model". hf: a
 folder that transformers loads with from_pretrained. torchvision: RegNetY in torchvision's names.
 """
 
-import argparse
 import os
-import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
-from deit_jax.convert import huggingface, to_torch
-from deit_jax.errors import InputError, exit_status
+from deit_jax.console import log
+from deit_jax.errors import InputError
+
+RECIPE = ""
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--src", required=True, type=Path, help="model folder, or run folder")
-    parser.add_argument(
-        "--dst", required=True, type=Path, help=".safetensors or .pth to write; hf: a folder"
-    )
-    parser.add_argument("--format", choices=to_torch.FORMATS, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --dst")
-    return parser.parse_args(argv)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the flags."""
+    add = parser.add_argument
+    add("--src", required=True, type=Path, metavar="DIR", help="model folder, or run folder")
+    add("--dst", required=True, type=Path, help=".safetensors or .pth to write; hf: a folder")
+    add("--format", choices=("timm", "fb", "hf", "torchvision"), required=True)
+    add("--overwrite", action="store_true", help="replace what is at --dst")
 
 
-def convert(arguments: argparse.Namespace) -> None:
-    """Does what the arguments say. Raises InputError for bad input; --dst is whole or absent."""
-    target = arguments.dst
+def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
+    """Converts; --dst is whole or absent."""
+    from deit_jax.convert import huggingface, to_torch
+
+    target, form = arguments.dst, arguments.format
     if os.path.lexists(target):
         if not arguments.overwrite:
             raise InputError(f"--dst {target} exists; choose another path, or add --overwrite")
-        is_folder = target.is_dir()
-        if is_folder and not (arguments.format == "hf" and huggingface.is_ours(target)):
+        if target.is_dir() and not (form == "hf" and huggingface.is_ours(target)):
             raise InputError(f"--dst {target} is a folder that this tool did not write")
-        if not is_folder and arguments.format == "hf":
+        if not target.is_dir() and form == "hf":
             raise InputError(f"--dst {target} is a file; --format hf writes a folder")
-    info = to_torch.write(arguments.src, target, arguments.format)
+    info = to_torch.write(arguments.src, target, form)
     unseen = set(dict(info.overrides)) - {"patch_size", "distilled"}
-    bare = target.suffix != ".safetensors" and arguments.format in ("timm", "torchvision")
-    if unseen and bare:
-        print(
+    if unseen and target.suffix != ".safetensors" and form in ("timm", "torchvision"):
+        log(
             f"note: nothing in {target.name} says that {', '.join(sorted(unseen))} differ from "
             f"{info.name}'s; a .safetensors file would"
         )
-    print(f"{target}: {info.name}, {info.num_classes} classes, format {arguments.format}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Converts; returns the exit status."""
-    arguments = _arguments(argv)
-    return exit_status(lambda: convert(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    log(f"{target}: {info.name}, {info.num_classes} classes, format {form}")
+    emit({"dst": str(target), "format": form, "name": info.name, "num_classes": info.num_classes})

@@ -1,10 +1,10 @@
 """Draws the batch that a training step sees, or all that RandAugment can do to a picture.
 
-python tools/show_batch.py --config=configs/digits.py --out batch.png --step 100
-python tools/show_batch.py --config=configs/folder.py --config.dataset.root=ROOT --out batch.png \\
+deit-jax show-batch --config=digits --out batch.png --step 100
+deit-jax show-batch --config=folder --config.dataset.root=ROOT --out batch.png \\
     --config.train.batch_size=64 --config.mixing.group_size=16 --count 32
-python tools/show_batch.py --randaugment rand-m9-mstd0.5-inc1 --out sheet.png cat.jpg
-python tools/show_batch.py --config=configs/digits.py --randaugment rand-m9-inc1 --out sheet.png
+deit-jax show-batch --randaugment rand-m9-mstd0.5-inc1 --out sheet.png cat.jpg
+deit-jax show-batch --config=digits --randaugment rand-m9-inc1 --out sheet.png
 
 A batch is drawn after everything that happens to it on the host and on the device, with the random
 numbers of that step, on as many devices as there are here. Under each image stand its classes with
@@ -14,13 +14,12 @@ much of its own image mixup or cutmix has left.
 The sheet has a row for each of RandAugment's operations, at levels from 0 to 10, where there is a
 sign also from 0 to -10; level and sign are what a policy draws. Without IMAGE it shows the first
 picture of the recipe's training split, without --config it takes size, mean and interpolation from
-the default recipe. A mistake ends in one line and exit status 2.
+the default recipe.
 """
 
 import math
-import os
-import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -29,15 +28,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
+from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.config.fields import default_config
-from deit_jax.config.flags import Parser, parse
 from deit_jax.config.plan import RunPlan, check_batch, plan_run
 from deit_jax.config.randaugment_policy import OPERATIONS, Policy, parse_policy
 from deit_jax.config.validate import validate
-from deit_jax.errors import InputError, exit_status
+from deit_jax.console import log
+from deit_jax.errors import InputError
 from deit_jax.inference.preprocess import preprocess
-from deit_jax.models import imagenet
 
+RECIPE = "optional"
 LEVELS = (0.0, 2.5, 5.0, 7.5, 10.0)
 MARGIN = 8  # pixels around and between the tiles
 MIN_SIDE = 160  # smaller images are enlarged by whole factors
@@ -56,57 +56,37 @@ class Batch(NamedTuple):
     cutmix: np.ndarray  # bool [N]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Draws; returns the exit status."""
-    return exit_status(lambda: _run(_arguments(sys.argv[1:] if argv is None else argv)))
-
-
-def _arguments(argv: list[str]) -> Namespace:
-    usage = "%(prog)s --config=FILE [--config.GROUP.FIELD=VALUE ...] --out PNG [options] [IMAGE]"
-    parser = Parser(__doc__, usage)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the flags."""
     add = parser.add_argument
-    add("--out", required=True, type=Path, metavar="PNG", help="file to write")
+    add("--out", required=True, type=new_file, metavar="PNG", help="file to write")
     add("--step", type=int, help="batch of the step after so many others (default: 0)")
-    add("--count", type=int, help="rows of the batch to draw, from the first on (default: 24)")
+    add("--count", type=one_or_more, help="rows of the batch to draw, the first ones (default: 24)")
     add("--randaugment", metavar="POLICY", help="draw the sheet, with the policy's list (inc1)")
     add("image", nargs="?", metavar="IMAGE", help="picture of the sheet")
-    arguments = parse(parser, argv)
-    if arguments.out.suffix.lower() != ".png":
-        raise InputError(f"--out is {arguments.out}, expected a name that ends in .png")
-    if not os.access(arguments.out.absolute().parent, os.W_OK):
-        raise InputError(f"--out {arguments.out}: its folder is missing or cannot be written to")
-    sheet = arguments.randaugment is not None
-    for name, default in (("step", 0), ("count", 24)):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, default)
-        elif sheet:
-            raise InputError(f"--{name} has no meaning with --randaugment; remove it")
-    if arguments.count < 1:
-        raise InputError(f"--count is {arguments.count}, expected 1 or more")
-    if arguments.image is not None and not sheet:
-        raise InputError(f"unexpected argument {arguments.image!r} without --randaugment")
-    if arguments.config is None and arguments.image is None:
-        other = " or an IMAGE" if sheet else ""
-        raise InputError(f"--config{other} is missing; name a recipe, such as configs/digits.py")
-    return arguments
 
 
-def _run(arguments: Namespace) -> None:
+def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
+    """Draws."""
+    _check(arguments)
     config = arguments.config or default_config()
     validate(config)
     if arguments.randaugment is None:
-        from deit_jax import data  # TensorFlow: the command line is checked without it
+        from deit_jax import data
+        from deit_jax.models import imagenet
 
         source = data.open_source(config.dataset, "train")
         plan = _plan(config, source)
-        batch = batch_of_step(config, plan, source, step=arguments.step, count=arguments.count)
-        recipe = Path(arguments.config_file).stem
+        step, count = arguments.step or 0, arguments.count or 24
+        batch = batch_of_step(config, plan, source, step=step, count=count)
         names = plan.class_names or [f"class {i}" for i in range(plan.num_classes)]
+        names = [imagenet.readable(name) for name in names]
+        tiles = list(batch.pixels)
         sheet = draw(
-            list(batch.pixels),
-            [_caption(batch, row, names) for row in range(len(batch.pixels))],
-            title=_title(config, plan, recipe, arguments.step, len(batch.pixels)),
-            columns=math.ceil(math.sqrt(1.5 * len(batch.pixels))),
+            tiles,
+            [_caption(batch, row, names) for row in range(len(tiles))],
+            title=_title(config, plan, Path(arguments.config_file).stem, step, len(tiles)),
+            columns=math.ceil(math.sqrt(1.5 * len(tiles))),
         )
     else:
         policy = parse_policy(arguments.randaugment)
@@ -119,7 +99,22 @@ def _run(arguments: Namespace) -> None:
             columns=2 * len(LEVELS) - 1,
         )
     sheet.save(arguments.out)
-    print(f"{arguments.out}: {sheet.width}×{sheet.height} pixels")
+    log(f"{arguments.out}: {sheet.width}×{sheet.height} pixels")
+    emit({"out": str(arguments.out), "width": sheet.width, "height": sheet.height})
+
+
+def _check(arguments: Namespace) -> None:
+    if arguments.out.suffix.lower() != ".png":
+        raise InputError(f"--out is {arguments.out}, expected a name that ends in .png")
+    sheet = arguments.randaugment is not None
+    for name in ("step", "count"):
+        if sheet and getattr(arguments, name) is not None:
+            raise InputError(f"--{name} has no meaning with --randaugment; remove it")
+    if arguments.image is not None and not sheet:
+        raise InputError(f"unexpected argument {arguments.image!r} without --randaugment")
+    if arguments.config is None and arguments.image is None:
+        other = " or an IMAGE" if sheet else ""
+        raise InputError(f"--config{other} is missing; name a recipe, such as --config=digits")
 
 
 def _plan(config: ConfigDict, source: object) -> RunPlan:
@@ -191,7 +186,7 @@ def _caption(batch: Batch, row: int, names: list[str]) -> list[list[str]]:
     # Rounded twice: float32's error must not tip 0.625 and 0.375 to a sum of 1.01.
     weights, own = batch.weights[row].round(6), batch.labels[row]
     others = [k for k in np.flatnonzero(weights > 0.005) if k != own]
-    classes = [f"{imagenet.readable(names[k])} {weights[k]:.2f}" for k in (own, *others)]
+    classes = [f"{names[k]} {weights[k]:.2f}" for k in (own, *others)]
     if batch.cutmix[row]:
         mixed = f"cutmix {batch.lam[row]:.2f}"
     elif batch.lam[row] < 1:
@@ -340,7 +335,3 @@ def _wrap(pieces: list[str], font: ImageFont.FreeTypeFont, width: int) -> list[s
         else:
             lines.append(piece)
     return lines
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,10 @@
 """Reads and decodes every example of a split once, to find what training would stumble over."""
 
+import collections
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from deit_jax.data import stream
@@ -19,6 +21,9 @@ _COLOURS = {
     1: "grey", 3: "RGB", 4: "CMYK",
     10: "grey", 12: "RGB", 13: "palette", 14: "alpha", 16: "alpha",
 }  # fmt: skip
+
+# Of the usable examples, what `survey` keeps.
+_COLUMNS = [("index", "i8"), ("label", "i8"), ("height", "i4"), ("width", "i4"), ("hash", "i8")]
 
 
 class Example(NamedTuple):
@@ -97,3 +102,83 @@ def _colours(data: tf.Tensor) -> tf.Tensor:
         return tf.cond(is_png, png, lambda: tf.constant(0))
 
     return tf.cond(tf.io.is_jpeg(data), lambda: tf.io.extract_jpeg_shape(data)[2], other)
+
+
+def survey(
+    source: Source,
+    *,
+    image_size: int,
+    workers: int,
+    seen: Callable[[dict[str, str] | None], None] = lambda problem: None,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Decodes a split and counts what it holds.
+
+    Args:
+      source: the split.
+      image_size: side that training wants, pixels.
+      workers: images decoded at a time.
+      seen: called for each example, with the `name` and `reason` of one that cannot be used.
+
+    Returns:
+      A report ready for JSON, and what `in_both` needs.
+    """
+    table = np.zeros(source.num_examples, _COLUMNS)
+    colours: collections.Counter[str] = collections.Counter()
+    problems, usable = [], 0
+    for example in scan(source, workers=workers):
+        reason = problem = None
+        if isinstance(example, Unreadable):
+            reason = example.reason
+        elif not 0 <= example.label < source.num_classes:
+            reason = f"label {example.label} is outside the classes 0..{source.num_classes - 1}"
+        else:
+            index, label, height, width, colour, fingerprint = example
+            table[usable] = (index, label, height, width, fingerprint)
+            colours[colour] += 1
+            usable += 1
+        if reason:
+            problem = {"name": source.example_id(example.index), "reason": reason}
+            problems.append(problem)
+        seen(problem)
+    table = table[:usable]
+    per_class = np.bincount(table["label"], minlength=source.num_classes)
+    names = source.class_names or tuple(map(str, range(source.num_classes)))
+    report = {
+        "description": source.description,
+        "images": source.num_examples,
+        "problems": problems,
+        "classes": list(names),
+        "images_per_class": _spread(per_class),
+        "empty_classes": [names[k] for k in np.flatnonzero(per_class == 0)],
+        "height": _spread(table["height"]),
+        "width": _spread(table["width"]),
+        "aspect": _spread(table["width"] / table["height"]),
+        "smaller": int((np.minimum(table["height"], table["width"]) < image_size).sum()),
+        "colours": {colour: count for colour, count in colours.most_common() if colour},
+        "repeated": usable - len(np.unique(table["hash"])),
+    }
+    return report, table
+
+
+def _spread(values: np.ndarray) -> dict[str, float] | None:
+    """Minimum, median and maximum; None of nothing."""
+    if not len(values):
+        return None
+    least, middle, most = (float(f"{f(values):.4g}") for f in (np.min, np.median, np.max))
+    return {"min": least, "median": middle, "max": most}
+
+
+def in_both(sources: dict[str, Source], tables: dict[str, np.ndarray]) -> list[dict[str, str]]:
+    """Returns, for every eval image that is a copy of a train image, the names of the two.
+
+    Args:
+      sources: "train" and "eval".
+      tables: of `survey`, by the same names.
+    """
+    hashes, first = np.unique(tables["train"]["hash"], return_index=True)
+    pairs = []
+    for row in tables["eval"][np.isin(tables["eval"]["hash"], hashes)]:
+        twin = tables["train"][first[np.searchsorted(hashes, row["hash"])]]
+        rows = {"train": twin, "eval": row}
+        pairs.append({s: sources[s].example_id(int(rows[s]["index"])) for s in rows})
+    return pairs

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import programs, torch_step
 from benchmarks import step as benchmark_step
 from benchmarks.programs import Turn, Work
+from deit_jax.cli.arguments import Parser
 from deit_jax.config.fields import default_config
-from deit_jax.config.flags import Parser
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import split_model

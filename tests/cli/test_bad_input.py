@@ -323,7 +323,7 @@ _DIGITS = "--config=configs/digits.py"
         (["--config=configs/nowhere.py"], ["configs/nowhere.py", "deit_b_distill"]),
         (["--config=configs/deit3.py:xl"], ["deit3 has no run 'xl', only ti, s, m"]),
         (["--config=configs/digits.py:b"], ["digits:b", "has one run only"]),
-        ([_DIGITS, "stray"], ["stray", "see --help"]),
+        ([_DIGITS, "stray"], ["'stray'", "see --help"]),
         ([_DIGITS, "--config.train.batch_size=60"], ["config.train.batch_size is 60", "8 devices"]),
         (
             [_DIGITS, "--config.dataset.source=folder", "--config.dataset.root=nowhere"],

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import io
 import json
 import subprocess
@@ -15,20 +14,23 @@ from flax import nnx
 from PIL import Image
 
 import deit_jax
+from deit_jax.cli.main import main
+from deit_jax.cli.predict import find_images
 from deit_jax.errors import InputError
+from deit_jax.inference.predict import predict
 from deit_jax.models import imagenet
 from deit_jax.models.network import Network
 
 
-@pytest.fixture(scope="module")
-def tool(repo_root):
-    """The tool as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "predict", repo_root / "deit_jax" / "cli" / "predict.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class tool:
+    """The command."""
+
+    predict = staticmethod(predict)
+    find_images = staticmethod(find_images)
+
+    @staticmethod
+    def main(arguments):
+        return main(["predict", *arguments])
 
 
 def _save(folder, name, class_names, **changes):
@@ -98,7 +100,7 @@ def _sorted_photos(root):
     return sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".txt")
 
 
-def test_json_of_a_folder_has_every_pictures_own_figures(tool, distilled, photos, capsys):
+def test_json_of_a_folder_has_every_pictures_own_figures(distilled, photos, capsys):
     folder, model = distilled
     # Seven pictures in batches of three: two full ones and one filled up.
     status = tool.main(
@@ -121,7 +123,7 @@ def test_json_of_a_folder_has_every_pictures_own_figures(tool, distilled, photos
     assert np.diff(np.sort(best)).min() > 1e-3, "no two pictures look alike to the model"
 
 
-def test_text_of_one_picture(tool, distilled, photos, capsys):
+def test_text_of_one_picture(distilled, photos, capsys):
     folder, model = distilled
     file = photos / "b.jpg"
     assert tool.main(["--model", folder, str(file), "--topk", "99"]) == 0
@@ -139,7 +141,7 @@ def test_text_of_one_picture(tool, distilled, photos, capsys):
     assert len(want) == 7 + 2
 
 
-def test_one_head_and_several_files_in_the_order_given(tool, plain, photos, capsys):
+def test_one_head_and_several_files_in_the_order_given(plain, photos, capsys):
     folder, model = plain
     files = [str(photos / name) for name in ("e.bmp", "a.PNG")]
     assert tool.main(["--model", folder, *files, "--json"]) == 0
@@ -152,7 +154,7 @@ def test_one_head_and_several_files_in_the_order_given(tool, plain, photos, caps
     assert "head" not in capsys.readouterr().out
 
 
-def test_csv_on_stdout_and_in_a_file_agree_with_json(tool, distilled, photos, tmp_path, capsys):
+def test_csv_on_stdout_and_in_a_file_agree_with_json(distilled, photos, tmp_path, capsys):
     folder, _ = distilled
     file = tmp_path / "found.csv"
     common = ["--model", folder, str(photos), "--topk", "2"]
@@ -176,7 +178,7 @@ def test_csv_on_stdout_and_in_a_file_agree_with_json(tool, distilled, photos, tm
         assert row == [line["file"], *want]
 
 
-def test_one_compilation_of_the_smallest_batch(tool, plain, photos, capsys, monkeypatch):
+def test_one_compilation_of_the_smallest_batch(plain, photos, capsys, monkeypatch):
     shapes, call = [], Network.__call__
 
     def counted(self, variables, images, key=None):
@@ -190,9 +192,7 @@ def test_one_compilation_of_the_smallest_batch(tool, plain, photos, capsys, monk
     assert shapes == [(3, 32, 32, 3), (1, 32, 32, 3)]
 
 
-def test_an_unreadable_picture_is_named_and_the_others_predicted(
-    tool, plain, photos, tmp_path, capsys
-):
+def test_an_unreadable_picture_is_named_and_the_others_predicted(plain, photos, tmp_path, capsys):
     folder, model = plain
     for number, source in enumerate(_sorted_photos(photos)[:5]):
         Image.open(source).save(tmp_path / f"{number}.png")
@@ -215,20 +215,20 @@ def test_an_unreadable_picture_is_named_and_the_others_predicted(
     assert len(out.read_text().splitlines()) == 1 + 3
 
 
-def test_any_failure_of_a_decoder_is_a_line(tool, plain, photos, capsys, monkeypatch):
+def test_any_failure_of_a_decoder_is_a_line(plain, photos, capsys, monkeypatch):
     def broken(image):
         if isinstance(image, np.ndarray):
             return Image.fromarray(image)
         raise ValueError("bad\ndata")
 
-    monkeypatch.setattr("deit_jax.preprocessing._load", broken)
+    monkeypatch.setattr("deit_jax.inference.preprocess._load", broken)
     assert tool.main(["--model", plain[0], str(photos / "b.jpg")]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"{photos / 'b.jpg'}: cannot be read as an image (bad data)\n"
 
 
-def test_linked_folders_are_searched(tool, photos, tmp_path):
+def test_linked_folders_are_searched(photos, tmp_path):
     (tmp_path / "link").symlink_to(photos)
     found = tool.find_images([str(tmp_path)])
     assert [p.relative_to(tmp_path / "link") for p in found] == [
@@ -241,17 +241,17 @@ def test_linked_folders_are_searched(tool, photos, tmp_path):
     [
         (["b.jpg", "gone.jpg"], "gone.jpg: no such image file or folder; check the path"),
         (["b.jpg", "empty"], "empty holds no image: expected files .jpg"),
-        (["b.jpg", "--topk", "0"], "--topk is 0, expected 1 or more"),
-        (["b.jpg", "--topk", "five"], "argument --topk: invalid int value: 'five'"),
-        (["b.jpg", "--batch_size", "-1"], "--batch_size is -1, expected 1 or more"),
-        (["b.jpg", "--csv", "gone/x.csv"], "--csv gone/x.csv: its folder is missing"),
-        (["b.jpg", "--csv", "empty"], "--csv empty is a folder, expected the file"),
-        (["b.jpg", "--colour"], "unrecognized arguments: --colour"),
+        (["b.jpg", "--topk", "0"], "--topk: 0"),
+        (["b.jpg", "--topk", "five"], "--topk: five"),
+        (["b.jpg", "--batch_size", "-1"], "--batch_size: -1"),
+        (["b.jpg", "--csv", "gone/x.csv"], "--csv: gone/x.csv"),
+        (["b.jpg", "--csv", "empty"], "--csv: empty is a folder"),
+        (["b.jpg", "--colour"], "--colour"),
         ([], "arguments are required: IMAGE"),
     ],
 )
 def test_mistakes_are_one_line_before_the_model_is_loaded(
-    tool, photos, tmp_path, capsys, monkeypatch, arguments, message
+    photos, tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
     Path("b.jpg").write_bytes((photos / "b.jpg").read_bytes())
@@ -265,7 +265,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert err.count("\n") == 1
 
 
-def test_models_that_cannot_predict(tool, photos, tmp_path, capsys):
+def test_models_that_cannot_predict(photos, tmp_path, capsys):
     picture = str(photos / "b.jpg")
 
     def error(folder):
@@ -293,7 +293,7 @@ def test_models_that_cannot_predict(tool, photos, tmp_path, capsys):
     assert "the logits are not finite" in error(good)
 
 
-def test_classes_without_names_have_their_numbers(tool, tmp_path, photos):
+def test_classes_without_names_have_their_numbers(tmp_path, photos):
     model = deit_jax.create_model("deit_testing", num_classes=2, depth=1, rngs=nnx.Rngs(0))
     (result,) = tool.predict(model, [photos / "b.jpg"], topk=2, batch_size=16)
     assert {one["name"] for one in result["predictions"]} == {"class 0", "class 1"}
@@ -302,7 +302,7 @@ def test_classes_without_names_have_their_numbers(tool, tmp_path, photos):
 
 
 def test_runs_by_itself_and_stops_with_its_reader(repo_root, run_python, distilled, photos):
-    tool = repo_root / "deit_jax" / "cli" / "predict.py"
+    tool = repo_root / "tools" / "predict.py"
     run = run_python(tool, "--model", distilled[0], photos / "b.jpg", env={"PYTHONPATH": ""})
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines()[0] == str(photos / "b.jpg")

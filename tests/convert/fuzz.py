@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
 
-from deit_jax.cli.convert import main as convert_main  # noqa: E402
+from deit_jax.cli.main import main  # noqa: E402
 from deit_jax.convert import from_torch, torch_files  # noqa: E402
 from tests.convert.conftest import timm_twin  # noqa: E402
 
@@ -95,7 +95,7 @@ def convert(path: Path, target: Path) -> tuple[int, str]:
     """Runs the tool in this process; returns its status and what it wrote to stderr."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        status = convert_main(["--src", str(path), "--dst", str(target)])
+        status = main(["convert", "--src", str(path), "--dst", str(target)])
     return status, errors.getvalue()
 
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 import torch
 
 from deit_jax.checkpoints import model_folder
-from deit_jax.cli import convert, export_torch
+from deit_jax.cli.main import main
 from deit_jax.convert import to_torch
 from tests.convert.conftest import random_variables, timm_twin
 from tests.convert.fuzz import fuzz
@@ -28,7 +28,7 @@ def refused(tmp_path, one_error_line):
 
     def run(source, *more):
         before = sorted(tmp_path.rglob("*"))
-        status = convert.main(["--src", str(source), "--dst", str(tmp_path / "model"), *more])
+        status = main(["convert", "--src", str(source), "--dst", str(tmp_path / "model"), *more])
         line = one_error_line(status)
         assert sorted(tmp_path.rglob("*")) == before  # no folder, not even half of one
         return line
@@ -153,15 +153,15 @@ def test_wrong_names_and_places(tmp_path, state, refused, one_error_line):
     assert "2 class names for 7 classes" in line
 
     target = tmp_path / "model"
-    assert convert.main(["--src", str(source), "--dst", str(target)]) == 0
+    assert main(["convert", "--src", str(source), "--dst", str(target)]) == 0
     stamp = (target / "model.json").stat().st_mtime_ns
-    status = convert.main(["--src", str(source), "--dst", str(target)])
+    status = main(["convert", "--src", str(source), "--dst", str(target)])
     assert "--overwrite" in one_error_line(status)
     assert (target / "model.json").stat().st_mtime_ns == stamp
-    assert convert.main(["--src", str(source), "--dst", str(target), "--overwrite"]) == 0
-    status = convert.main(["--src", str(source), "--dst", str(tmp_path / "folder")])
+    assert main(["convert", "--src", str(source), "--dst", str(target), "--overwrite"]) == 0
+    status = main(["convert", "--src", str(source), "--dst", str(tmp_path / "folder")])
     assert "is no model folder" in one_error_line(status)
-    status = convert.main(["--src", str(target), "--dst", str(tmp_path / "new")])
+    status = main(["convert", "--src", str(target), "--dst", str(tmp_path / "new")])
     assert "model folder of deit-jax already" in one_error_line(status)
 
 
@@ -177,7 +177,7 @@ def test_damaged_config_json(tmp_path, refused, damage):
 
 def test_jax_to_torch_refuses_in_one_line(tmp_path, one_error_line):
     def run(*arguments):
-        return one_error_line(export_torch.main([*map(str, arguments)]))
+        return one_error_line(main(["export-torch", *map(str, arguments)]))
 
     model = tmp_path / "model"
     model_folder.write_model(model, *random_variables("deit3_testing"))
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, state, monkeypatch, one_error_line
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model_folder.ocp, "PyTreeCheckpointer", Full)
-    status = convert.main(["--src", str(source), "--dst", str(tmp_path / "model")])
+    status = main(["convert", "--src", str(source), "--dst", str(tmp_path / "model")])
     assert "No space left on device" in one_error_line(status)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -262,7 +262,7 @@ def test_a_lying_description(tmp_path, state, refused, changes):
 
 def test_a_true_description(tmp_path, state):
     source = described(state, tmp_path, source="a test")
-    assert convert.main(["--src", str(source), "--dst", str(tmp_path / "model")]) == 0
+    assert main(["convert", "--src", str(source), "--dst", str(tmp_path / "model")]) == 0
     assert model_folder.read_info(tmp_path / "model").source == "a test"
 
 
@@ -289,7 +289,7 @@ def test_impossible_sizes_and_places(tmp_path, state, refused):
             line = refused(source, flag, value)
             assert flag in line
             assert value in line
-    status = convert.main(["--src", str(source), "--dst", str(tmp_path / ("x" * 300))])
+    status = main(["convert", "--src", str(source), "--dst", str(tmp_path / ("x" * 300))])
     assert status == 2
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -303,16 +303,16 @@ def test_nothing_of_other_people_is_replaced(tmp_path, one_error_line):
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("yes")
     hf = ["--format", "hf", "--overwrite"]
-    status = export_torch.main(["--src", str(run), "--dst", str(run), *hf])
+    status = main(["export-torch", "--src", str(run), "--dst", str(run), *hf])
     assert "did not write" in one_error_line(status)
     assert (run / "model" / "model.json").is_file()
     for _ in range(2):  # the second replaces the first
-        assert export_torch.main(["--src", str(run), "--dst", str(tmp_path / "hf"), *hf]) == 0
+        assert main(["export-torch", "--src", str(run), "--dst", str(tmp_path / "hf"), *hf]) == 0
         arguments = ["--src", str(tmp_path / "hf"), "--dst", str(tmp_path / "out"), "--overwrite"]
-        assert convert.main(arguments) == 0
+        assert main(["convert", *arguments]) == 0
     inside = str(tmp_path / "out" / "b.safetensors")
-    assert export_torch.main(["--src", str(run), "--dst", inside, "--format", "timm"]) == 0
-    status = convert.main(["--src", inside, "--dst", str(tmp_path / "out"), "--overwrite"])
+    assert main(["export-torch", "--src", str(run), "--dst", inside, "--format", "timm"]) == 0
+    status = main(["convert", "--src", inside, "--dst", str(tmp_path / "out"), "--overwrite"])
     assert "holds the source" in one_error_line(status)
     for name in ("out.new", "out.old", "hf.new"):
         assert (tmp_path / name / "precious").read_text() == "yes"

@@ -11,7 +11,7 @@ import torch
 import deit_jax
 from deit_jax import trees
 from deit_jax.checkpoints import model_folder
-from deit_jax.cli import convert, export_torch
+from deit_jax.cli.main import main
 from deit_jax.convert import detect, from_torch, mapping, to_torch, torch_files
 from deit_jax.models import imagenet, registry
 from deit_jax.models.network import split_model
@@ -57,10 +57,10 @@ def test_from_timm_through_the_tools_and_back(tmp_path, name, suffix):
         torch.save({"state_dict": want.state_dict(), "epoch": 3}, source)
     else:
         safetensors.numpy.save_file(numpy_state(want), source)
-    assert convert.main(["--src", str(source), "--dst", str(folder)]) == 0
+    assert main(["convert", "--src", str(source), "--dst", str(folder)]) == 0
     assert deit_jax.load_model(folder).info.name == name
     arguments = ["--src", str(folder), "--dst", str(back), "--format", "timm"]
-    assert export_torch.main(arguments) == 0
+    assert main(["export-torch", *arguments]) == 0
     if suffix == ".pth":
         state = torch.load(back, weights_only=True)
         got = {key: tensor.numpy() for key, tensor in state.items()}
@@ -321,7 +321,7 @@ def test_weights_are_made_to_fit_on_request(tmp_path, capsys):
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
     arguments = ["--src", str(tmp_path / "a.safetensors"), "--dst", str(tmp_path / "model")]
     more = ["--model", "deit_testing_distilled", "--image_size", "64", "--num_classes", "3"]
-    assert convert.main([*arguments, *more, "--class_names", str(tmp_path / "names.txt")]) == 0
+    assert main(["convert", *arguments, *more, "--class_names", str(tmp_path / "names.txt")]) == 0
     printed = capsys.readouterr().out
     for words in ("resized from 8×8 to 16×16", "dist_token newly", "head newly", "head_dist newly"):
         assert words in printed

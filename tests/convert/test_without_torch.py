@@ -33,17 +33,17 @@ try:
 except ModuleNotFoundError:
     print("no torch")
 import deit_jax
-from deit_jax.cli import convert, export_torch
+from deit_jax.cli.main import main
 
-assert convert.main(["--src", folder + "/a.safetensors", "--dst", folder + "/model"]) == 0
+assert main(["convert", "--src", folder + "/a.safetensors", "--dst", folder + "/model"]) == 0
 assert deit_jax.load_model(folder + "/model").info.name == "deit_testing_distilled"
 for form, name in (("timm", "b.safetensors"), ("fb", "c.safetensors"), ("hf", "hf")):
     arguments = ["--src", folder + "/model", "--dst", f"{folder}/{name}", "--format", form]
-    assert export_torch.main(arguments) == 0
-assert convert.main(["--src", folder + "/hf", "--dst", folder + "/model2"]) == 0
-assert convert.main(["--src", folder + "/a.pth", "--dst", folder + "/model3"]) == 2
+    assert main(["export-torch", *arguments]) == 0
+assert main(["convert", "--src", folder + "/hf", "--dst", folder + "/model2"]) == 0
+assert main(["convert", "--src", folder + "/a.pth", "--dst", folder + "/model3"]) == 2
 arguments = ["--src", folder + "/model", "--dst", folder + "/b.pth", "--format", "timm"]
-assert export_torch.main(arguments) == 2
+assert main(["export-torch", *arguments]) == 2
 assert "torch" not in sys.modules
 """
     )

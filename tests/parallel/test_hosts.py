@@ -269,8 +269,9 @@ def test_a_process_that_crashes_ends_the_other(tmp_path):
 
 # main.py, with a training that only exchanges something in every step.
 ERROR_IN_TRAINING = """
-import main
-from absl import app
+import sys
+from deit_jax.cli.main import main
+from deit_jax.training import loop
 from deit_jax import processes
 from deit_jax.errors import InputError
 from jax.experimental import multihost_utils
@@ -283,8 +284,8 @@ def train(config, workdir):
         multihost_utils.process_allgather(step)
         print("step", step, flush=True)
 
-main._MODES["train"] = train
-app.run(main.main, flags_parser=main._parse)
+loop.train = train
+sys.exit(main(by_mode=True))
 """
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs import digits
 from deit_jax.checkpoints.training import TrainCheckpoints
-from deit_jax.cli import compile_for as command
+from deit_jax.cli.main import main
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.planning import chips, collectives, forecast, markdown, report, topology
@@ -170,7 +170,7 @@ RECIPE = ["--config=configs/digits_distill.py", "--config.train.dtype=bfloat16",
 
 
 def compile_for(capsys, *flags):
-    status = command.main([*RECIPE, "--train-images=1438", *flags])
+    status = main(["compile-for", *RECIPE, "--train-images=1438", *flags])
     out, err = capsys.readouterr()
     return status, out if status == 0 else err
 

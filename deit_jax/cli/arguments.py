@@ -1,0 +1,79 @@
+"""The flags of every command: one spelling, one parser, and mistakes that name the nearest flag."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from deit_jax.errors import InputError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that takes dashes for underscores and raises InputError for mistakes.
+
+    Its help is `doc`, the docstring of a command: a summary, examples and notes, with empty lines
+    between them.
+    """
+
+    def __init__(self, doc: str, usage: str | None = None, **options: object):
+        summary, _, rest = doc.partition("\n\n")
+        examples, _, notes = rest.partition("\n\n")
+        super().__init__(
+            usage=usage,
+            description=summary,
+            epilog=f"examples:\n{examples}\n\n{notes}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def parse_args(self, args: list[str], namespace: object = None) -> argparse.Namespace:
+        """Parses the flags; raises InputError."""
+        arguments, rest = self.parse_known_args(list(self._known(args)), namespace)
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]!r}; see --help")
+        return arguments
+
+    def _known(self, args: list[str]) -> Iterator[str]:
+        """The arguments, with every flag as it was defined; an unknown one gets a suggestion."""
+        flags = {_underscored(flag): flag for flag in self._option_string_actions}
+        only_values = False
+        for text in args:
+            name, equals, value = text.partition("=")
+            only_values = only_values or text == "--"
+            if only_values or not name.startswith("--"):
+                yield text
+            elif _underscored(name) in flags:
+                yield flags[_underscored(name)] + equals + value
+            else:
+                near = did_you_mean(_underscored(name), flags)
+                raise InputError(f"unknown flag {name}{near}; see --help")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(f"{message}; see --help")
+
+
+def _underscored(flag: str) -> str:
+    return flag[:2] + flag[2:].replace("-", "_")
+
+
+def one_or_more(text: str) -> int:
+    """Reads a whole number from 1 on; the `type` of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def new_file(text: str) -> Path:
+    """Reads the path of a file to write; the `type` of a flag.
+
+    A place that cannot be written shows now, not after minutes of work.
+    """
+    file = Path(text)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file to write")
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: its folder is missing or cannot be written to")
+    return file

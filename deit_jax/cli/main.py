@@ -1,0 +1,110 @@
+"""The command `deit-jax`: finds the sub-command, parses its flags, runs it, and returns its status.
+
+A sub-command is a module with a docstring for --help (summary, examples, notes), RECIPE (whether it
+takes --config: "required", "optional" or ""), `add_arguments(parser)`, and `run(arguments, emit)`,
+which returns an exit status or None and gives what --json prints to `emit`. Its heavy imports are
+within `run`: neither --help nor a mistake in the flags waits for JAX or TensorFlow.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import math
+import sys
+from argparse import Namespace
+
+from deit_jax.cli.arguments import Parser
+from deit_jax.cli.status import exit_status
+from deit_jax.errors import InputError, did_you_mean
+
+COMMANDS = {  # their modules, and their lines of --help
+    "train": ("run", "train a recipe, or go on with a run"),
+    "eval": ("run", "evaluate a run, or a model folder on a recipe's data"),
+    "plan": ("run", "compile a run's training step and report what it needs"),
+    "predict": ("predict", "name what is in pictures"),
+    "convert": ("convert", "make a model folder of PyTorch weights"),
+    "export-torch": ("export_torch", "make a PyTorch file of a model folder"),
+    "check-data": ("check_data", "decode every image of a data set once"),
+    "show-batch": ("show_batch", "draw what a training step sees"),
+    "compile-for": ("compile_for", "plan for a TPU slice that is not here"),
+    "list-models": ("list_models", "list the models' names and sizes"),
+}
+BY_MODE = ("train", "eval", "plan")  # what main.py's --mode chooses from
+
+
+def main(argv: list[str] | None = None, *, by_mode: bool = False) -> int:
+    """Runs a command and returns the exit status.
+
+    Args:
+      argv: the command's name and its flags; by default those of the process.
+      by_mode: the name is given by a flag instead, as main.py takes it: --mode=train|eval|plan.
+    """
+    # Imports and tracing make a million objects that stay; to look through them for garbage after
+    # every 700 new ones, as Python does, is a tenth of the start.
+    gc.set_threshold(50_000)
+    argv = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: _run(_named_by_mode(argv) if by_mode else argv))
+
+
+def _named_by_mode(argv: list[str]) -> list[str]:
+    parser = Parser("", add_help=False)
+    parser.add_argument("--mode", choices=BY_MODE, default="train")
+    arguments, rest = parser.parse_known_args(argv)
+    return [arguments.mode, *rest]
+
+
+def _run(argv: list[str]) -> int | None:
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: deit-jax COMMAND [flags]; each has its own --help, with examples\n")
+        print("\n".join(f"  {name:14}{line}" for name, (_, line) in COMMANDS.items()))
+        return 0
+    if name not in COMMANDS:
+        near = did_you_mean(name.replace("_", "-"), COMMANDS)
+        raise InputError(f"unknown command {name!r}{near}; deit-jax --help lists all")
+    module = importlib.import_module(f"deit_jax.cli.{COMMANDS[name][0]}")
+    arguments = _parse(name, module, rest)
+    if hasattr(sys.stdout, "reconfigure"):  # not where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
+    stdout = sys.stdout
+
+    def emit(document: object) -> None:
+        if arguments.json:
+            print(json.dumps(_finite(document), ensure_ascii=False), file=stdout, flush=True)
+
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else stdout):
+        return module.run(arguments, emit)
+
+
+def _parse(name: str, module: object, argv: list[str]) -> Namespace:
+    parser = Parser(module.__doc__, prog=f"deit-jax {name}")
+    module.add_arguments(parser)
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as JSON, alone on stdout; all else goes to stderr",
+    )
+    parser.set_defaults(command=name, argv=argv)
+    if not module.RECIPE:
+        return parser.parse_args(argv)
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help="file, NAME or NAME:RUN; --config.GROUP.FIELD=VALUE changes a field",
+    )
+    from deit_jax.config.flags import parse
+
+    arguments = parse(parser, argv)
+    if arguments.config is None and module.RECIPE == "required":
+        raise InputError("--config is missing; name a recipe, such as --config=digits")
+    return arguments
+
+
+def _finite(document: object) -> object:
+    """The document with null for the numbers that JSON does not have."""
+    if isinstance(document, dict):
+        return {key: _finite(value) for key, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [_finite(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
