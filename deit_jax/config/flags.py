@@ -8,7 +8,6 @@ import ast
 import os
 import re
 from pathlib import Path
-from typing import NoReturn
 
 from ml_collections import ConfigDict
 
@@ -18,29 +17,6 @@ from deit_jax.errors import InputError
 
 _FLAG = re.compile(r"--?(no)?config((?:\.[^=]*)?)(?:=(.*))?", re.DOTALL)
 _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are InputErrors; `doc` is the docstring of a tool.
-
-    The docstring is a summary line, the examples, and notes, with empty lines between them. It
-    shows in `--help` as it is.
-    """
-
-    def __init__(self, doc: str, usage: str | None = None):
-        summary, _, rest = doc.partition("\n\n")
-        examples, _, notes = rest.partition("\n\n")
-        super().__init__(
-            usage=usage,
-            description=summary,
-            epilog=f"examples:\n{examples}\n\n{notes}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Raises InputError."""
-        raise InputError(f"{message}; see --help")
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
