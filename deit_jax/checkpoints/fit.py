@@ -1,9 +1,10 @@
 """Makes the weights of one model fit another's shapes: other images, classes or tokens.
 
-Fine-tuning starts so: at 384 pixels from 224, on a small data set from ImageNet, with a
+Fine-tuning starts here: at 384 pixels from 224, on a small data set from ImageNet, with a
 distillation token from a model without one.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,15 +18,14 @@ from deit_jax.models.network import Tree, Variables
 
 KERNELS = ("reference", "timm")
 _DISTILLATION = ("dist_token", "head_dist")
-_ADAPTED = ("pos_embed", "head", *_DISTILLATION)
 _ROW = "row 1 of pos_embed"  # the distillation token's
 
 
-class _Layout(NamedTuple):
+class _Rows(NamedTuple):
     """What the rows of pos_embed belong to: 0, 1 or 2 tokens, then the patches of a grid (h, w)."""
 
-    grid: tuple[int, int]
     prefix: int
+    grid: tuple[int, int]
 
 
 def resize_pos_embed(
@@ -87,7 +87,7 @@ def fit(
     like: Variables,
     target: ModelInfo,
     *,
-    fresh: Variables | None = None,
+    fresh: Callable[[], Variables] | None = None,
     kernel: str = "reference",
 ) -> tuple[Variables, list[str]]:
     """Makes weights fit a model of the same body: other image size, classes or distillation token.
@@ -103,12 +103,12 @@ def fit(
       info: the model that they are of.
       like: the target's shapes.
       target: the model wanted.
-      fresh: the target's own initialisation, the source of everything new.
+      fresh: returns the target's own initialisation; called only where something is new.
       kernel: see `resize_pos_embed`.
 
     Returns:
-      Variables with the shapes and the key order of `like`, and one line for each thing resized,
-      dropped or newly initialised; none for equal models.
+      Variables with the shapes and the key order of `like`, and the changes: one line for each
+      thing resized, dropped or newly initialised; none for equal models.
 
     Raises:
       InputError: the models differ in something else, or something new is needed without `fresh`.
@@ -116,7 +116,7 @@ def fit(
     what = f"weights of {info.name}, to be fitted to {target.name},"
     old, want = variables.params, like.params
     _check_body(variables, like, what)
-    notices, new = [], {}  # new: what to initialise, and why
+    changes, new = [], {}  # new: what to initialise, and why
     plain = f"{info.name} is not distilled"
     if why := _other_classes(old, info, want, target):
         new = {name: why for name in ("head", "head_dist") if name in want and name in old}
@@ -124,7 +124,7 @@ def fit(
     dropped = [name for name in _DISTILLATION if name in old and name not in want]
     if "pos_embed" in want:
         _check_num_heads(info, target)
-        have, wanted = _layout(old, info), _layout(want, target)
+        have, wanted = _rows(old, info), _rows(want, target)
         if (have.prefix == 0) != (wanted.prefix == 0):
             whose = ["all tokens" if each.prefix else "patches only" for each in (have, wanted)]
             raise InputError(
@@ -133,39 +133,44 @@ def fit(
             )
         if have.grid != wanted.grid:
             grids = f"{_times(have.grid)} to {_times(wanted.grid)} patches"
-            notices.append(f"pos_embed resized from {grids}, {kernel} kernel")
+            changes.append(f"pos_embed resized from {grids}, {kernel} kernel")
         if have.prefix > wanted.prefix:
             dropped.append(_ROW)
         if have.prefix < wanted.prefix:
             new[_ROW] = plain
 
     if dropped:
-        notices.append(f"{', '.join(dropped)} dropped: {target.name} is not distilled")
-    notices += [f"{name} newly initialised: {why}" for name, why in new.items()]
-    if new and fresh is None:
-        raise InputError(
-            f"{what} lack " + "; ".join(f"{name} ({why})" for name, why in new.items()) + ": pass "
-            f"fresh, an initialisation of {target.name}, or choose a target that needs nothing new"
-        )
+        changes.append(f"{', '.join(dropped)} dropped: {target.name} is not distilled")
+    changes += [f"{name} newly initialised: {why}" for name, why in new.items()]
+    initial = {}
     if new:
-        trees.check_like(fresh.params, want, f"fresh parameters of {target.name}")
+        if fresh is None:
+            lacking = "; ".join(f"{name} ({why})" for name, why in new.items())
+            raise InputError(
+                f"{what} lack {lacking}: pass fresh, an initialisation of {target.name}, or choose "
+                "a target that needs nothing new"
+            )
+        initial = fresh().params
+        trees.check_like(initial, want, f"fresh parameters of {target.name}")
 
-    params = {name: fresh.params[name] if name in new else old[name] for name in want}
+    params = {name: (initial if name in new else old)[name] for name in want}
     if "pos_embed" in want and have != wanted:
-        row = fresh.params["pos_embed"] if _ROW in new else None
+        row = initial["pos_embed"] if _ROW in new else None
         params["pos_embed"] = _fit_rows(old["pos_embed"], row, have, wanted, kernel)
     trees.check_like(params, want, what)
     stats = trees.in_order_of(variables.batch_stats, like.batch_stats)
-    return Variables(trees.in_order_of(params, want), stats), notices
+    return Variables(trees.in_order_of(params, want), stats), changes
 
 
 def _check_body(variables: Variables, like: Variables, what: str) -> None:
     """Raises InputError unless the models agree in all that `fit` cannot adapt."""
-    want = like.params
-    body = {name: want[name] for name in _DISTILLATION if name in want}
-    for name, leaf in variables.params.items():
-        if name not in _DISTILLATION:
-            body[name] = want.get(name, leaf) if name in _ADAPTED else leaf
+    old, want = variables.params, like.params
+    body = {
+        name: want.get(name, leaf) if name in ("pos_embed", "head") else leaf
+        for name, leaf in old.items()
+        if name not in _DISTILLATION
+    }
+    body |= {name: want[name] for name in _DISTILLATION if name in want}
     trees.check_like(
         {"params": body, "batch_stats": variables.batch_stats},
         {"params": want, "batch_stats": like.batch_stats},
@@ -174,12 +179,10 @@ def _check_body(variables: Variables, like: Variables, what: str) -> None:
 
 
 def _check_num_heads(info: ModelInfo, target: ModelInfo) -> None:
-    """No shape tells the number of attention heads, and weights mean nothing with another one."""
-    both = [(model.name, dict(model.overrides)) for model in (info, target)]
-    if both[0][1].get("num_heads") == both[1][1].get("num_heads"):
-        return  # in the registry's table equal widths have equal numbers of heads
+    """Compares the attention heads: no shape tells their number, on which the weights depend."""
     counts = [
-        registry.abstract_model(name, **options).blocks[0].attn.num_heads for name, options in both
+        dict(model.overrides).get("num_heads", registry.model_options(model.name)["num_heads"])
+        for model in (info, target)
     ]
     if counts[0] != counts[1]:
         raise InputError(
@@ -189,7 +192,7 @@ def _check_num_heads(info: ModelInfo, target: ModelInfo) -> None:
 
 
 def _other_classes(old: Tree, info: ModelInfo, want: Tree, target: ModelInfo) -> str | None:
-    """Why the heads do not serve the target, or None."""
+    """Returns why the heads do not serve the target, or None."""
     # RegNetY's head pools before its linear layer `fc`.
     heads = [params["head"].get("fc", params["head"]) for params in (old, want)]
     have, wanted = (head["kernel"].shape[-1] for head in heads)
@@ -202,7 +205,7 @@ def _other_classes(old: Tree, info: ModelInfo, want: Tree, target: ModelInfo) ->
     return None
 
 
-def _layout(params: Tree, info: ModelInfo) -> _Layout:
+def _rows(params: Tree, info: ModelInfo) -> _Rows:
     patch = params["patch_embed"]["proj"]["kernel"].shape[0]
     size = tuple(int(side) for side in np.broadcast_to(info.image_size, 2))
     grid = size[0] // patch, size[1] // patch
@@ -214,11 +217,11 @@ def _layout(params: Tree, info: ModelInfo) -> _Layout:
             f"pos_embed of {info.name} has {rows} rows, but {_times(size)} pixels are "
             f"{_times(grid)} patches, with {tokens} or no rows before them; check image_size"
         )
-    return _Layout(grid, prefix)
+    return _Rows(prefix, grid)
 
 
 def _fit_rows(
-    pos_embed: np.ndarray, fresh: np.ndarray | None, have: _Layout, wanted: _Layout, kernel: str
+    pos_embed: np.ndarray, fresh: np.ndarray | None, have: _Rows, wanted: _Rows, kernel: str
 ) -> np.ndarray | jax.ShapeDtypeStruct:
     """Resizes position embeddings; drops the distillation token's row, or takes it from `fresh`."""
     if not all(hasattr(leaf, "__array__") for leaf in (pos_embed, fresh) if leaf is not None):
@@ -235,7 +238,7 @@ def _fit_rows(
 
 
 def _clamped_weights(size: int, new_size: int) -> np.ndarray:
-    """[new_size, size]: PyTorch's bicubic without antialiasing, half-pixel centres."""
+    """Returns [new_size, size]: PyTorch's bicubic without antialiasing, half-pixel centres."""
     centres = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
     weights = np.zeros((new_size, size))
     for tap in (-1, 0, 1, 2):
@@ -247,7 +250,7 @@ def _clamped_weights(size: int, new_size: int) -> np.ndarray:
 
 
 def _antialiased_weights(size: int, new_size: int) -> np.ndarray:
-    """[new_size, size]: PyTorch's antialiased bicubic; taps beyond the border are left out."""
+    """Returns [new_size, size]: PyTorch's antialiased bicubic, without taps beyond the border."""
     scale = size / new_size
     centres = (np.arange(new_size) + 0.5) * scale - 0.5
     weights = _cubic((centres[:, None] - np.arange(size)) / max(scale, 1.0), a=-0.5)
@@ -255,7 +258,7 @@ def _antialiased_weights(size: int, new_size: int) -> np.ndarray:
 
 
 def _cubic(distance: np.ndarray, *, a: float) -> np.ndarray:
-    """Keys' cubic convolution kernel."""
+    """Evaluates Keys' cubic convolution kernel (1981)."""
     x = np.abs(distance)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a

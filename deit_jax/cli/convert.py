@@ -73,8 +73,8 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         class_names=names,
         kernel=arguments.pos_embed,
     )
-    for notice in converted.notices:
-        log(f"note: {notice}")
+    for note in converted.notes:
+        log(f"note: {note}")
     info, variables = converted.info, converted.variables
     try:
         model_folder.write_model(target, variables, info)
@@ -85,7 +85,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         f"{target}: {info.name}, {parameters:,} parameters, "
         f"{info.image_size}×{info.image_size}, {info.num_classes} classes"
     )
-    result = {"dst": str(target), "parameters": parameters, "notices": list(converted.notices)}
+    result = {"dst": str(target), "parameters": parameters, "notes": list(converted.notes)}
     emit(result | {key: getattr(info, key) for key in ("name", "num_classes", "image_size")})
 
 

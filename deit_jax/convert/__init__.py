@@ -1,1 +1,1 @@
-"""Weights from and to PyTorch: files, layouts, surgery. No module here imports torch at import."""
+"""Weights from and to PyTorch; see README.md here. No module imports torch at import."""

@@ -1,4 +1,4 @@
-"""Which model a file's tensors belong to, and in whose names: from keys and shapes alone."""
+"""Finds out whose tensors a file holds, and in whose names: from keys and shapes alone."""
 
 import dataclasses
 import math
@@ -8,22 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from deit_jax.convert import regnet_keys, vit_keys
-from deit_jax.convert.mapping import Layout
+from deit_jax.convert import layouts
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.regnet import stage_plan
 
-_LAYOUTS = (
-    vit_keys.REFERENCE,
-    vit_keys.TIMM,
-    vit_keys.HF_VIT,
-    vit_keys.HF_DEIT,
-    vit_keys.HF_VIT_MODULES,
-    vit_keys.HF_DEIT_MODULES,
-    regnet_keys.TIMM,
-    regnet_keys.TORCHVISION,
-)
 # timm's keys that only one layout of a family can have as its own.
 _MARKS = {"vit": ("pos_embed", "blocks.0.attn.qkv.weight"), "regnet": ("stem.conv.weight",)}
 
@@ -34,21 +23,22 @@ Tensors = Mapping[str, np.ndarray]
 class Found:
     """What the tensors say: their layout, and the arguments of `registry.abstract_model`."""
 
-    layout: Layout
+    layout: layouts.Layout
     name: str
     num_classes: int
     image_size: int | None  # None where the model takes any size
     overrides: dict[str, Any]
 
 
-def layout_of(tensors: Tensors, what: str) -> Layout:
-    """The layout in whose names the tensors are.
+def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
+    """Returns the layout in whose names the tensors are.
 
-    Raises InputError, naming the file `what`, where no layout fits.
+    Raises:
+      InputError: no layout fits; names the file `what`.
     """
-    for layout in _LAYOUTS:
+    for layout in layouts.ALL:
         marks = [layout.key(mark) for mark in _MARKS[layout.family]]
-        if layout is vit_keys.REFERENCE:  # as timm's but for LayerScale
+        if layout is layouts.REFERENCE:  # as timm's but for LayerScale
             marks.append("blocks.0.gamma_1")
         if all(mark in tensors for mark in marks):
             return layout
@@ -59,8 +49,8 @@ def layout_of(tensors: Tensors, what: str) -> Layout:
     )
 
 
-def identify(tensors: Tensors, layout: Layout, *, what: str) -> Found:
-    """The registered model whose structure the tensors have; of several, the nearest in image size.
+def identify(tensors: Tensors, layout: layouts.Layout, *, what: str) -> Found:
+    """Returns the registered model of the tensors' structure; of several, the nearest in size.
 
     Args:
       tensors: of a file in `layout`.
@@ -89,15 +79,14 @@ def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
     return shape
 
 
-def _identify_vit(tensors: Tensors, layout: Layout, what: str) -> Found:
+def _identify_vit(tensors: Tensors, layout: layouts.Layout, what: str) -> Found:
     classes = _shape(tensors, layout.key("head.weight"), 2, what)[0]
     patch = _shape(tensors, layout.key("patch_embed.proj.weight"), 4, what)[2]
     _, positions, dim = _shape(tensors, layout.key("pos_embed"), 3, what)
-    block = re.escape(layout.key("blocks.0.norm1.weight")).replace("0", r"(\d{1,4})", 1)
-    numbers = {int(found[1]) for key in tensors if (found := re.fullmatch(block, key))}
+    block = re.escape(layout.key("blocks.0.norm1.weight")).replace("0", r"\d{1,4}", 1)
     traits = {
         "embed_dim": dim,
-        "depth": len(numbers),
+        "depth": sum(re.fullmatch(block, key) is not None for key in tensors),
         "distilled": layout.key("dist_token") in tensors,
         "layer_scale": layout.key("blocks.0.ls1.gamma") in tensors,
     }
@@ -110,29 +99,21 @@ def _identify_vit(tensors: Tensors, layout: Layout, what: str) -> Found:
             "square grid; only square images are supported"
         )
     size = side * patch
-    candidates = [
-        (abs(options["image_size"] - size), options["patch_size"] != patch, name)
-        for name in registry.list_models()
-        if (options := _vit_options(name)) and all(options[key] == traits[key] for key in traits)
-    ]
+    candidates = []
+    for name in registry.list_models():
+        options = {"patch_size": 16, "distilled": False} | registry.model_options(name)
+        options["layer_scale"] = options.get("layer_scale_init") is not None
+        if all(options.get(key) == value for key, value in traits.items()):
+            distance = options["patch_size"] != patch, abs(options["image_size"] - size)
+            candidates.append((*distance, name))
     if not candidates:
         found = ", ".join(f"{key} {value}" for key, value in traits.items())
         raise InputError(f"{what}: no registered model has {found}")
-    _, other_patch, name = min(candidates, key=lambda found: (found[1], found[0], found[2]))
-    overrides = {"patch_size": patch} if other_patch else {}
-    return Found(layout, name, classes, size, overrides)
+    other_patch, _, name = min(candidates)
+    return Found(layout, name, classes, size, {"patch_size": patch} if other_patch else {})
 
 
-def _vit_options(name: str) -> dict[str, Any] | None:
-    """The traits of a registered vision transformer; None for other models."""
-    options = registry.model_options(name)
-    if "embed_dim" not in options:
-        return None
-    scaled = options.get("layer_scale_init") is not None
-    return {"patch_size": 16, "distilled": False} | options | {"layer_scale": scaled}
-
-
-def _identify_regnet(tensors: Tensors, layout: Layout, what: str) -> Found:
+def _identify_regnet(tensors: Tensors, layout: layouts.Layout, what: str) -> Found:
     classes = _shape(tensors, layout.key("head.fc.weight"), 2, what)[0]
     for name in registry.list_models("regnety*"):
         if _is_regnet(tensors, layout, registry.model_options(name)):
@@ -145,8 +126,8 @@ def _identify_regnet(tensors: Tensors, layout: Layout, what: str) -> Found:
     raise InputError(f"{what}: no registered RegNetY has stages of these widths: {widths}")
 
 
-def _is_regnet(tensors: Tensors, layout: Layout, options: dict[str, Any]) -> bool:
-    """Whether the widths, depths and groups of all stages are the model's."""
+def _is_regnet(tensors: Tensors, layout: layouts.Layout, options: dict[str, Any]) -> bool:
+    """Tells whether the widths, depths and groups of all stages are the model's."""
     plan = stage_plan(*(options[key] for key in ("w0", "wa", "wm", "group_width", "depth")))
     for stage, (width, groups, blocks) in enumerate(plan, start=1):
         last = layout.key(f"s{stage}.b{blocks}.conv2.conv.weight")

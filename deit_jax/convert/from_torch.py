@@ -1,4 +1,4 @@
-"""From a PyTorch file to the weights and the description of one of our models."""
+"""Reads a PyTorch file into the weights and the description of one of our models."""
 
 import dataclasses
 import os
@@ -27,18 +27,17 @@ class Converted:
       variables: NumPy arrays, possibly views of a file in memory.
       info: the model's description; `model.json` will hold it.
       layout: in whose names the file was.
-      notices: what a person should know, a line each.
+      notes: what a person should know, a line each.
     """
 
     variables: Variables
     info: ModelInfo
     layout: str
-    notices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def model(self, **more: Any) -> nnx.Module:
-        """The Flax model; `more` as for `registry.create_model`, for instance dtype."""
-        network, like = split_model(model_folder.build(self.info, registry.abstract_model, **more))
-        del like
+        """Builds the Flax model; `more` as for `registry.create_model`, for instance dtype."""
+        network, _ = split_model(model_folder.build(self.info, registry.abstract_model, **more))
         return join_model(network, jax.tree.map(jax.numpy.asarray, self.variables))
 
 
@@ -55,19 +54,18 @@ def read(path: str | os.PathLike, *, weights: str = "raw") -> Converted:
     Raises:
       InputError: see `torch_files.read`, `huggingface.read_description` and `from_tensors`.
     """
-    path = Path(path)
+    file = path = Path(path)
     described: dict[str, Any] = {}
-    notices: list[str] = []
-    file = path
+    notes: list[str] = []
     if path.is_dir():
         file = huggingface.weights_file(path)
-        described, notices = huggingface.read_description(path)
-    content = torch_files.read(file, weights=weights)
-    if content.info is not None:
-        described = {"info": content.info}
-    if "info" not in described:
-        described = described | {"weights": weights}
-    return from_tensors(content.tensors, what=str(file), described=described, notices=notices)
+        described, notes = huggingface.read_description(path)
+    tensors, info = torch_files.read(file, weights=weights)
+    if info is not None:
+        described = {"info": info}
+    elif "info" not in described:
+        described["weights"] = weights
+    return from_tensors(tensors, what=str(file), described=described, notes=notes)
 
 
 def from_tensors(
@@ -75,7 +73,7 @@ def from_tensors(
     *,
     what: str,
     described: Mapping[str, Any] | None = None,
-    notices: Iterable[str] = (),
+    notes: Iterable[str] = (),
 ) -> Converted:
     """Turns a state dict into a model.
 
@@ -83,13 +81,13 @@ def from_tensors(
       tensors: float32 arrays (and int64 BatchNorm counters) by the names of any known layout.
       what: names the source in errors and in `info.source`.
       described: what the source says, as `huggingface.read_description` returns it.
-      notices: to be passed on.
+      notes: to be passed on.
 
     Raises:
       InputError: unknown names or structure, a tensor too many, too few or of another shape, a
         value that is not finite, or a description that contradicts the tensors.
     """
-    described = dict(described or {})
+    described, notes = dict(described or {}), list(notes)
     known: ModelInfo | None = described.pop("info", None)
     num_heads = described.pop("num_heads", None)
     layout = detect.layout_of(tensors, what)
@@ -100,9 +98,11 @@ def from_tensors(
             raise InputError(f"{what}: its description fits no model ({brief(error)})") from error
     else:
         found = detect.identify(tensors, layout, what=what)
-        size = {} if found.image_size is None else {"image_size": found.image_size}
         abstract = registry.abstract_model(
-            found.name, num_classes=found.num_classes, **size, **found.overrides
+            found.name,
+            num_classes=found.num_classes,
+            image_size=found.image_size,
+            **found.overrides,
         )
         ours = registry.model_options(found.name).get("num_heads")
         if num_heads not in (None, ours):
@@ -111,13 +111,16 @@ def from_tensors(
             )
     _, like = split_model(abstract)
     variables, counts = mapping.to_variables(tensors, like, layout, what=what)
-    _check_finite(tensors, what)
-
-    notices = list(notices)
+    for key, array in tensors.items():
+        if bad := array.size - np.count_nonzero(np.isfinite(array)):
+            raise InputError(
+                f"{what}: {key} has {bad} values that are not finite, of {array.size}; the "
+                "training run diverged, or the file is damaged"
+            )
     info = abstract.info
     if known is None:
         names, more = _class_names(described.pop("class_names", ()), info.num_classes)
-        notices += more
+        notes += more
         source = f"{Path(what).name} ({layout.name} names)"
         info = dataclasses.replace(info, source=source, class_names=names, **described)
     info = dataclasses.replace(info, num_batches_tracked=counts)
@@ -125,7 +128,7 @@ def from_tensors(
         ModelInfo.from_json(info.to_json())
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
-    return Converted(variables, info, layout.name, tuple(notices))
+    return Converted(variables, info, layout.name, tuple(notes))
 
 
 def adapt(
@@ -138,7 +141,7 @@ def adapt(
     kernel: str = "reference",
     seed: int = 0,
 ) -> Converted:
-    """The same weights in another model: other resolution, other classes, distilled or not.
+    """Moves the weights to another model: other resolution, other classes, distilled or not.
 
     Args:
       converted: what `read` returned.
@@ -146,7 +149,7 @@ def adapt(
       num_classes: None keeps it; other classes get newly initialised heads.
       image_size: side in pixels; None takes the named model's, or keeps it.
       class_names: one per class; None keeps them while their number stays.
-      kernel: of the position embeddings' resize, see `surgery.resize_pos_embed`.
+      kernel: of the position embeddings' resize, see `fit.resize_pos_embed`.
       seed: of what is newly initialised.
 
     Raises:
@@ -155,45 +158,33 @@ def adapt(
     old = converted.info
     name = old.name if model is None else model
     size = old.image_size if name == old.name else registry.model_options(name)["image_size"]
+    classes = old.num_classes if num_classes is None else num_classes
+    if class_names is None:
+        class_names = old.class_names if classes == old.num_classes else ()
+    elif len(class_names) != classes:
+        raise InputError(f"{len(class_names)} class names for {classes} classes")
     target = dataclasses.replace(
         old,
         name=name,
-        num_classes=old.num_classes if num_classes is None else num_classes,
+        num_classes=classes,
         image_size=size if image_size is None else image_size,
+        class_names=class_names,
     )
-    if class_names is not None:
-        if len(class_names) != target.num_classes:
-            raise InputError(f"{len(class_names)} class names for {target.num_classes} classes")
-        target = dataclasses.replace(target, class_names=class_names)
-    elif target.num_classes != old.num_classes:
-        target = dataclasses.replace(target, class_names=())
-    # The names of the classes alone change no weights here: the user knows what they are.
-    renamed = dataclasses.replace(old, class_names=target.class_names)
+
+    def fresh() -> Variables:
+        created = model_folder.build(target, registry.create_model, rngs=nnx.Rngs(seed))
+        return split_model(created)[1]
+
     _, like = split_model(model_folder.build(target, registry.abstract_model))
-    _, old_like = split_model(model_folder.build(old, registry.abstract_model))
-    _, notices = fit(old_like, renamed, like, target, fresh=like, kernel=kernel)
-    fresh = None
-    if notices:
-        model = model_folder.build(target, registry.create_model, rngs=nnx.Rngs(seed))
-        _, fresh = split_model(model)
-    variables, notices = fit(converted.variables, renamed, like, target, fresh=fresh, kernel=kernel)
-    return dataclasses.replace(
-        converted, variables=variables, info=target, notices=(*converted.notices, *notices)
-    )
-
-
-def _check_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
-    for key, array in tensors.items():
-        if not np.isfinite(array).all():
-            count = int((~np.isfinite(array)).sum())
-            raise InputError(
-                f"{what}: {key} has {count} values that are not finite, of {array.size}; the "
-                "training run diverged, or the file is damaged"
-            )
+    # Other names alone replace no head here: the user knows what the classes are.
+    renamed = dataclasses.replace(old, class_names=class_names)
+    variables, changes = fit(converted.variables, renamed, like, target, fresh=fresh, kernel=kernel)
+    notes = (*converted.notes, *changes)
+    return dataclasses.replace(converted, variables=variables, info=target, notes=notes)
 
 
 def _class_names(names: tuple[str, ...], num_classes: int) -> tuple[tuple[str, ...], list[str]]:
-    """The names to keep, and notices about them."""
+    """Returns the names to keep, and notes about them."""
     if names and len(names) != num_classes:
         return (), [
             f"the source names {len(names)} classes, but its head has {num_classes}: no names"

@@ -1,14 +1,13 @@
-"""Folders as transformers and timm write them: `config.json` beside the weights."""
+"""Reads and writes folders of transformers, reads timm's: `config.json` beside the weights."""
 
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from deit_jax.convert import mapping, torch_files, vit_keys
+from deit_jax.convert import layouts, mapping, torch_files
 from deit_jax.errors import InputError, brief
 from deit_jax.models import imagenet, registry
 from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
@@ -22,7 +21,7 @@ _INFO = "deit_jax"
 
 
 def weights_file(folder: Path) -> Path:
-    """The file with the weights in a folder. Raises InputError without one."""
+    """Returns the file with the weights in a folder. Raises InputError without one."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -34,11 +33,11 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_description(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What a folder says about its model.
+    """Reads what a folder says about its model.
 
     Returns:
-      Fields of ModelInfo, as far as it says (sizes come from the tensors), or the whole `info`
-      where we wrote the folder, or `num_heads`; and notices.
+      Fields of ModelInfo, as far as it says (sizes come from the tensors), and `num_heads`, or
+      the whole `info` where we wrote the folder; and notes for a person, a line each.
 
     Raises:
       InputError: a JSON file is damaged or describes another kind of model.
@@ -48,9 +47,9 @@ def read_description(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         if _INFO in config:
             info = ModelInfo.from_json(config[_INFO])
-            labels = _config(info)["id2label"]
+            same = config.get("id2label") == _config(info)["id2label"]
             # transformers keeps our entry when it saves a model that was fine-tuned since.
-            if config.get("id2label") == labels and processor == _processor(info):
+            if same and processor == _processor(info):
                 return {"info": info}, []
         if "architecture" in config:
             return _timm_description(config), []
@@ -62,7 +61,7 @@ def read_description(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, without entries that are null; {} for a missing file."""
+    """Reads a JSON object, without entries that are null; {} for a missing file."""
     if not file.is_file():
         return {}
     try:
@@ -97,12 +96,12 @@ def _transformers_description(
                 f"{file}: {key} is {config[key]!r:.40}, expected {' or '.join(expected)}"
             )
     fields: dict[str, Any] = {}
-    notices = []
+    notes = []
     eps = float(config.get("layer_norm_eps", 1e-12))
     if eps != LAYER_NORM_EPS:
-        notices.append(
-            f"config.json asks for layer_norm_eps {eps:g}; computed with {LAYER_NORM_EPS:g}, with "
-            "which DeiT was trained, so that logits differ from transformers' by about 1e-4"
+        notes.append(
+            f"config.json asks for layer_norm_eps {eps:g}, but DeiT was trained with "
+            f"{LAYER_NORM_EPS:g}, which is used; logits differ from transformers' by about 1e-4"
         )
     if "num_attention_heads" in config:  # which the shapes of the weights do not show
         fields["num_heads"] = int(config["num_attention_heads"])
@@ -110,22 +109,22 @@ def _transformers_description(
     if set(labels) == {str(i) for i in range(len(labels))}:
         fields["class_names"] = tuple(str(labels[str(i)]) for i in range(len(labels)))
     else:
-        notices.append("id2label of config.json does not number the classes from 0: no names")
+        notes.append("id2label of config.json does not number the classes from 0: no names")
     if processor:
         preprocessing, more = _preprocessing(processor)
         fields |= preprocessing
-        notices += more
-    return fields, notices
+        notes += more
+    return fields, notes
 
 
 def _preprocessing(processor: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """ModelInfo's fields for a `preprocessor_config.json`, and what it asks that we do not do."""
+    """Returns ModelInfo's fields for a `preprocessor_config.json`, and notes on what is ignored."""
     odd = [
         key
         for key, usual in (("do_resize", True), ("do_rescale", True), ("rescale_factor", 1 / 255))
         if abs(float(processor.get(key, usual)) - usual) > 1e-6
     ]
-    notices = [f"preprocessor_config.json: {key} {processor[key]} is not followed" for key in odd]
+    notes = [f"preprocessor_config.json: {key} {processor[key]} is not followed" for key in odd]
     fields: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
     if processor.get("do_normalize", True):
         fields["mean"] = _three(processor.get("image_mean", IMAGENET_MEAN))
@@ -141,7 +140,7 @@ def _preprocessing(processor: dict[str, Any]) -> tuple[dict[str, Any], list[str]
         ratio = crop / size
         # preprocess() truncates crop / ratio, which has to give back the size.
         fields["crop_ratio"] = ratio if int(crop / ratio) == size else crop / (size + 0.5)
-    return fields, notices
+    return fields, notes
 
 
 def _three(values: Any) -> tuple[float, float, float]:
@@ -150,15 +149,20 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _side(size: Any) -> int | None:
-    """The (shorter) side in pixels of transformers' size, which is a number or a dict."""
+    """Returns the (shorter) side in pixels of transformers' size, a number or a dict."""
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))
     return int(size) if size else None
 
 
+def _options(info: ModelInfo) -> dict[str, Any]:
+    defaults = {"distilled": False, "patch_size": 16, "mlp_ratio": 4.0}
+    return defaults | registry.model_options(info.name) | dict(info.overrides)
+
+
 def check(info: ModelInfo) -> None:
     """Raises InputError for the models that transformers does not have."""
-    options = registry.model_options(info.name) | dict(info.overrides)
+    options = _options(info)
     unknown = options.get("layer_scale_init") is not None or options.get("no_embed_class", False)
     if "embed_dim" not in options or unknown:
         raise InputError(
@@ -168,7 +172,7 @@ def check(info: ModelInfo) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds what `write_folder` wrote, and nothing else."""
+    """Tells whether a folder holds what `write_folder` wrote, and nothing else."""
     config = _read_json(folder / "config.json")
     return _INFO in config and {file.name for file in folder.iterdir()} <= _FILES
 
@@ -185,8 +189,8 @@ def write_folder(folder: Path, variables: Variables, info: ModelInfo) -> None:
     """
     check(info)
     folder = folder.absolute()
-    distilled = is_distilled(info)
-    tensors = mapping.from_variables(variables, vit_keys.HF_DEIT if distilled else vit_keys.HF_VIT)
+    layout = layouts.HF_DEIT if _options(info)["distilled"] else layouts.HF_VIT
+    tensors = mapping.from_variables(variables, layout)
     contents = {"config.json": _config(info), "preprocessor_config.json": _processor(info)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -209,26 +213,20 @@ def write_folder(folder: Path, variables: Variables, info: ModelInfo) -> None:
         raise InputError(f"{folder} cannot be written ({brief(error)})") from error
 
 
-def is_distilled(info: ModelInfo) -> bool:
-    """Whether the model has a distillation token."""
-    return dict(info.overrides).get("distilled", registry.is_distilled(info.name))
-
-
 def _config(info: ModelInfo) -> dict[str, Any]:
-    options = registry.model_options(info.name) | dict(info.overrides)
-    distilled = is_distilled(info)
+    options = _options(info)
+    distilled = options["distilled"]
+    kind = "DeiTForImageClassificationWithTeacher" if distilled else "ViTForImageClassification"
     names = info.class_names or tuple(f"LABEL_{i}" for i in range(info.num_classes))
     names = tuple(imagenet.readable(name) for name in names)
     dim = options["embed_dim"]
     return {
-        "architectures": [
-            "DeiTForImageClassificationWithTeacher" if distilled else "ViTForImageClassification"
-        ],
+        "architectures": [kind],
         "model_type": "deit" if distilled else "vit",
         "hidden_size": dim,
         "num_hidden_layers": options["depth"],
         "num_attention_heads": options["num_heads"],
-        "intermediate_size": int(dim * options.get("mlp_ratio", 4.0)),
+        "intermediate_size": int(dim * options["mlp_ratio"]),
         "hidden_act": "gelu",
         "layer_norm_eps": LAYER_NORM_EPS,
         "qkv_bias": True,
@@ -236,9 +234,9 @@ def _config(info: ModelInfo) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
         "image_size": info.image_size,
-        "patch_size": options.get("patch_size", 16),
+        "patch_size": options["patch_size"],
         "num_channels": 3,
-        "dtype": str(np.dtype(np.float32)),
+        "dtype": "float32",
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
         _INFO: info.to_json(),
@@ -246,11 +244,11 @@ def _config(info: ModelInfo) -> dict[str, Any]:
 
 
 def _processor(info: ModelInfo) -> dict[str, Any]:
-    """Resize the short side, cut the centre: what CLIP's processor does and DeiT's does not."""
+    """Describes our evaluation: resize the short side, cut the centre."""
     size = info.image_size
     whole = info.crop_ratio is None
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "CLIPImageProcessor",  # DeiT's resizes both sides
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": size, "width": size}

@@ -1,16 +1,17 @@
-"""The tensors of a PyTorch file and the leaves of our trees that they hold, one by one, by name.
+"""Moves tensors between a PyTorch file and our parameter tree, one by one, by name.
 
-Our modules carry timm's names, so a leaf's timm key follows from its own name. The other layouts
-are renamings of timm's keys (`vit_keys`, `regnet_keys`).
+Our modules carry timm's names, so a leaf's timm key follows from its own name; `layouts` renames
+it for the other files.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from deit_jax import trees
+from deit_jax.convert.layouts import Layout
 from deit_jax.errors import InputError
 from deit_jax.models.network import Variables
 
@@ -20,25 +21,8 @@ _LAST_PART = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "va
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """One family's naming of tensors.
-
-    `rename` maps timm's key of a tensor to this layout's; three keys mean that the tensor's
-    rows are stored as three (query, key, value). `family` is "vit" or "regnet".
-    """
-
-    name: str
-    family: str
-    rename: Callable[[str], tuple[str, ...]]
-
-    def key(self, timm_key: str) -> str:
-        """The one key (the first of three) that stands for a timm key."""
-        return self.rename(timm_key)[0]
-
-
-@dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file: its key and shape, the leaf it holds and the way there."""
+    """One tensor of a file: its key and shape, the leaf that it holds, and how they differ."""
 
     key: str
     shape: tuple[int, ...]
@@ -47,7 +31,7 @@ class Tensor:
     part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts of the leaf's last axis
 
     def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
-        """The tensor, C-contiguous, cut from our leaf."""
+        """Returns the tensor, C-contiguous, cut from our leaf."""
         index, count = self.part
         width = leaf.shape[-1] // count
         part = np.asarray(leaf)[..., index * width : (index + 1) * width]
@@ -58,7 +42,7 @@ class Tensor:
         return np.ascontiguousarray(part.reshape(self.shape))
 
     def to_leaf(self, tensor: np.ndarray) -> np.ndarray:
-        """Our leaf (or its part), a view where possible."""
+        """Returns our leaf (or its part), a view where possible."""
         if self.kind == "conv":
             return tensor.transpose(2, 3, 1, 0)
         if self.kind == "same":
@@ -67,11 +51,10 @@ class Tensor:
 
 
 def tensors_of(like: Variables, layout: Layout) -> list[Tensor]:
-    """The tensors, without counters, that a file of `layout` has for a model shaped as `like`."""
+    """Lists the tensors, without counters, that a file of `layout` has for a model like `like`."""
     result = []
-    for collection in ("params", "batch_stats"):
-        for name, leaf in trees.flat(getattr(like, collection)).items():
-            result += _tensors_of_leaf(f"{collection}/{name}", tuple(leaf.shape), layout)
+    for name, leaf in trees.flat(like).items():
+        result += _tensors_of_leaf(name, tuple(leaf.shape), layout)
     return result
 
 
@@ -92,7 +75,7 @@ def _tensors_of_leaf(leaf: str, shape: tuple[int, ...], layout: Layout) -> list[
 
 
 def counters_of(like: Variables, layout: Layout) -> list[str]:
-    """The keys of PyTorch's BatchNorm counters in a file of `layout`, sorted by timm's names."""
+    """Lists the keys of PyTorch's BatchNorm counters in a file, sorted by timm's names."""
     means = [name for name in trees.flat(like.batch_stats) if name.endswith("/mean")]
     timm_keys = [name.removesuffix("mean").replace("/", ".") + COUNTER for name in sorted(means)]
     return [layout.key(key) for key in timm_keys]
@@ -129,7 +112,6 @@ def to_variables(
             f"{what}: {len(counters)} {COUNTER} for {len(counter_keys)} BatchNorm layers, expected "
             "all or none; the file is not a whole state dict"
         )
-    counts = [int(counter.item()) for counter in counters.values()]
     skip = set(counter_keys)
     given = {key: tensor for key, tensor in tensors.items() if key not in skip}
     expected = {tensor.key: jax.ShapeDtypeStruct(tensor.shape, np.float32) for tensor in wanted}
@@ -138,25 +120,30 @@ def to_variables(
     parts: dict[str, list[np.ndarray]] = {}
     for tensor in wanted:
         parts.setdefault(tensor.leaf, []).append(tensor.to_leaf(given[tensor.key]))
-    leaves = {
-        name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-        for name, arrays in parts.items()
-    }
-    collections = {
-        name: _fill(getattr(like, name), leaves, name) for name in ("params", "batch_stats")
-    }
-    return Variables(**collections), _shorten(counts)
+    leaves = [
+        arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        for arrays in parts.values()
+    ]
+    tree = jax.tree.unflatten(jax.tree.structure(like), leaves)  # in the order of `tensors_of`
+    variables = Variables(
+        trees.in_order_of(tree.params, like.params),
+        trees.in_order_of(tree.batch_stats, like.batch_stats),
+    )
+    counts = tuple(int(counter.item()) for counter in counters.values())
+    if len(set(counts)) <= 1:
+        counts = counts[:1] if any(counts) else ()
+    return variables, counts
 
 
 def from_variables(
     variables: Variables, layout: Layout, *, num_batches_tracked: tuple[int, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """The tensors of a file of `layout`, with the counters that `to_variables` returned."""
-    leaves = {
-        f"{collection}/{name}": leaf
-        for collection in ("params", "batch_stats")
-        for name, leaf in trees.flat(getattr(variables, collection)).items()
-    }
+    """Returns the tensors of a file of `layout`, with the counters that `to_variables` returned.
+
+    Raises:
+      InputError: the number of counters is neither one nor that of the BatchNorm layers.
+    """
+    leaves = trees.flat(variables)
     tensors = {t.key: t.from_leaf(leaves[t.leaf]) for t in tensors_of(variables, layout)}
     counter_keys = counters_of(variables, layout)
     counts = num_batches_tracked or (0,)
@@ -170,16 +157,3 @@ def from_variables(
     return tensors | {
         key: np.asarray(count, np.int64) for key, count in zip(counter_keys, counts, strict=True)
     }
-
-
-def _shorten(counts: list[int]) -> tuple[int, ...]:
-    if len(set(counts)) > 1:
-        return tuple(counts)
-    return tuple(counts[:1]) if any(counts) else ()
-
-
-def _fill(like: object, leaves: Mapping[str, np.ndarray], name: str) -> object:
-    """`like`, in its order, with each shape replaced by the array of that name."""
-    if isinstance(like, dict):
-        return {key: _fill(value, leaves, f"{name}/{key}") for key, value in like.items()}
-    return leaves[name]

@@ -1,16 +1,14 @@
-"""Reading and writing `.pth` and `.safetensors` files without ever running what a file contains.
+"""Reads and writes `.pth` and `.safetensors` files; pickles that would execute code are rejected.
 
 torch is imported only where a `.pth` is read or written; `.safetensors` do without it.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import json
 import os
 import pathlib
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -32,27 +30,22 @@ _CONTAINERS = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorFile:
-    """What a file holds: its tensors as NumPy arrays, and our description where we wrote it."""
-
-    tensors: dict[str, np.ndarray]
-    info: ModelInfo | None = None
-
-
-def read(path: str | os.PathLike, *, weights: str = "raw") -> TensorFile:
+def read(
+    path: str | os.PathLike, *, weights: str = "raw"
+) -> tuple[dict[str, np.ndarray], ModelInfo | None]:
     """Reads a state dict.
-
-    Floating-point tensors come back as float32, whatever they were; `.pth` files are mapped into
-    memory rather than read.
 
     Args:
       path: `.safetensors`, or anything that `torch.save` wrote: a state dict, or a training
         checkpoint of the reference or timm that contains one.
-      weights: which of a training checkpoint: "raw", or "ema" for the moving average.
+      weights: which of a training checkpoint: "raw" or "ema".
+
+    Returns:
+      The tensors by name, float32 whatever floating-point type they were (`.pth` files are mapped
+      into memory rather than read), and the model's description where we wrote the file.
 
     Raises:
-      InputError: the file is missing, damaged, holds no state dict or asks to run code.
+      InputError: the file is missing or damaged, holds no state dict, or would execute code.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,11 +59,21 @@ def read(path: str | os.PathLike, *, weights: str = "raw") -> TensorFile:
     if start[8:] == b"{" or path.suffix == ".safetensors":
         if weights != "raw":
             raise InputError(f"{path}: a .safetensors file holds one set of weights, not an EMA")
-        return _read_safetensors(path)
-    return _read_torch(path, weights)
+        tensors, info = _read_safetensors(path)
+    else:
+        tensors, info = _read_torch(path, weights)
+    for prefix in _WRAPPERS * 2:  # one may wrap the other
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    if info is None:
+        return tensors, None
+    try:
+        return tensors, ModelInfo.from_json(json.loads(info))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: entry {_INFO!r} is damaged ({brief(error)})") from error
 
 
-def _read_safetensors(path: Path) -> TensorFile:
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -81,10 +84,10 @@ def _read_safetensors(path: Path) -> TensorFile:
         raise InputError(
             f"{path}: not a readable .safetensors file ({brief(error)}); download it again"
         ) from error
-    return TensorFile(_unwrap_names(tensors), _parse_info(metadata.get(_INFO), path))
+    return tensors, metadata.get(_INFO)
 
 
-def _read_torch(path: Path, weights: str) -> TensorFile:
+def _read_torch(path: Path, weights: str) -> tuple[dict[str, np.ndarray], Any]:
     torch = _import_torch(path)
     try:
         # Only zip files, which torch has written since 1.6, can be mapped.
@@ -94,17 +97,17 @@ def _read_torch(path: Path, weights: str) -> TensorFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a parser of untrusted bytes: any type may come
         raise InputError(f"{path}: {_why_not(error)}") from error
-    info = content.get(_INFO) if isinstance(content, dict) else None
-    state = _state_dict(content, weights, path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     tensors = {}
-    for key, tensor in state.items():
+    for key, tensor in _state_dict(content, weights, path).items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise InputError(
                 f"{path}: has {key!r:.60}, a {type(tensor).__name__}, where names with tensors are "
                 "expected; save the model's state_dict() alone, or under 'model' or 'state_dict'"
             )
         tensors[key] = _from_torch(tensor, key, path, torch)
-    return TensorFile(_unwrap_names(tensors), _parse_info(info, path))
+    return tensors, content.get(_INFO)
 
 
 def _import_torch(path: Path) -> ModuleType:
@@ -118,7 +121,7 @@ def _import_torch(path: Path) -> ModuleType:
 
 
 def _harmless() -> list:
-    """What training checkpoints hold besides tensors: their options, and NumPy numbers."""
+    """Lists what training checkpoints hold besides tensors: their options, and NumPy numbers."""
     return [
         argparse.Namespace,
         pathlib.PosixPath,
@@ -136,16 +139,14 @@ def _why_not(error: Exception) -> str:
         name = text.partition("GLOBAL ")[2].split(" ")[0]
         asks = f"it asks for {name}" if name else "it holds more than tensors and plain data"
         return (
-            f"refused, since loading it could run code ({asks}); save the model's state_dict() "
-            "alone, where you trust the file"
+            f"rejected, since loading it could execute code ({asks}); save the model's "
+            "state_dict() alone, where you trust the file"
         )
     return f"not a readable PyTorch file ({brief(error)}); download it again"
 
 
-def _state_dict(content: Any, weights: str, path: Path) -> Mapping[str, Any]:
-    """The state dict inside what `torch.load` returned."""
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a state dict")
+def _state_dict(content: dict, weights: str, path: Path) -> Mapping[str, Any]:
+    """Finds the state dict inside what `torch.load` returned."""
     for name in _CONTAINERS[weights]:
         if isinstance(content.get(name), dict):
             inner = content[name]
@@ -153,9 +154,7 @@ def _state_dict(content: Any, weights: str, path: Path) -> Mapping[str, Any]:
             return inner[nested[0]] if nested else inner
     if weights == "ema":
         listed = ", ".join(repr(key) for key in list(content)[:5])
-        raise InputError(
-            f"{path}: no moving average ('model_ema' or 'state_dict_ema') in it; it has {listed}"
-        )
+        raise InputError(f"{path}: no EMA ('model_ema' or 'state_dict_ema') in it; it has {listed}")
     return content
 
 
@@ -185,22 +184,6 @@ def _float32(array: np.ndarray, key: str, path: Path) -> np.ndarray:
     raise InputError(f"{path}: {key} has dtype {array.dtype}, expected floating-point weights")
 
 
-def _unwrap_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for prefix in _WRAPPERS * 2:  # one may wrap the other
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
-
-
-def _parse_info(text: Any, path: Path) -> ModelInfo | None:
-    if text is None:
-        return None
-    try:
-        return ModelInfo.from_json(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: entry {_INFO!r} is damaged ({brief(error)})") from error
-
-
 def write(
     path: str | os.PathLike,
     tensors: Mapping[str, np.ndarray],
@@ -223,41 +206,34 @@ def write(
     """
     path = Path(path)
     check_suffix(path)
-    text = None if info is None else json.dumps(info.to_json(), ensure_ascii=False)
-    with replacing(path) as part:
+    described = {} if info is None else {_INFO: json.dumps(info.to_json(), ensure_ascii=False)}
+    with _replacing(path) as part:
         if path.suffix == ".safetensors":
-            metadata = {"format": "pt"} | ({} if text is None else {_INFO: text})
+            metadata = {"format": "pt"} | described
             safetensors.numpy.save_file(dict(tensors), part, metadata=metadata)
         else:
             torch = _import_torch(path)
             content = {key: torch.from_numpy(np.array(array)) for key, array in tensors.items()}
-            if container is not None:
-                content = {container: content} | ({} if text is None else {_INFO: text})
-            torch.save(content, part)
+            torch.save(content if container is None else {container: content} | described, part)
 
 
 def check_suffix(path: Path) -> None:
     """Raises InputError for a file name that `write` knows no format for, or has no torch for."""
-    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
-        expected = ", ".join((".safetensors", *_TORCH_SUFFIXES))
-        raise InputError(f"{path}: suffix {path.suffix!r}, expected one of {expected}")
+    known = (".safetensors", *_TORCH_SUFFIXES)
+    if path.suffix not in known:
+        raise InputError(f"{path}: suffix {path.suffix!r}, expected one of {', '.join(known)}")
     if path.suffix != ".safetensors":
         _import_torch(path)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block succeeds."""
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary file beside `path` that takes its place when the block succeeds."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-        part = Path(name)
         try:
             yield part
-            umask = os.umask(0)  # there is no other way to ask
-            os.umask(umask)
-            part.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

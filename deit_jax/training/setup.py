@@ -145,29 +145,23 @@ def initial_state(run: Run, checkpoints: TrainCheckpoints) -> tuple[TrainState, 
     source, like = model_folder.read_network(folder)
     variables = model_folder.read_variables(folder, like)
     checks.check_weights(folder, variables)
-    _, notices = _fit(run, like, source.info, fresh=run.abstract)
-    fresh = to_host(start(key).model) if notices else None  # what is new comes from it
-    variables, notices = _fit(run, variables, source.info, fresh=fresh)
+    fresh = lambda: to_host(start(key).model)  # noqa: E731
+    variables, changes = fit(variables, source.info, run.abstract, run.network.info, fresh=fresh)
     begin = jax.jit(lambda v: _new_state(run, v), out_shardings=shardings)
-    return begin(variables), shardings, none_yet, "; ".join([f"weights of {folder}", *notices])
+    return begin(variables), shardings, none_yet, "; ".join([f"weights of {folder}", *changes])
 
 
 def check_start(run: Run, *, training: bool) -> None:
     """Raises InputError unless the weights of `init_from` fit the model.
 
-    In training they may be made to fit (`surgery.fit`); evaluation needs them as they are, but for
-    another image size.
+    In training they may be made to fit (`checkpoints.fit`); evaluation needs them as they are, but
+    for another image size.
     """
     folder = run.config.init_from
     try:
         network, like = model_folder.read_network(folder)
         model_folder.check_weights(folder, like)
-        _fit(run, like, network.info, fresh=run.abstract if training else None)
+        fresh = (lambda: run.abstract) if training else None
+        fit(like, network.info, run.abstract, run.network.info, fresh=fresh)
     except InputError as error:
         raise InputError(f"--config.init_from={folder}: {error}") from error
-
-
-def _fit(
-    run: Run, variables: Variables, info: registry.ModelInfo, *, fresh: Variables | None
-) -> tuple[Variables, list[str]]:
-    return fit(variables, info, run.abstract, run.network.info, fresh=fresh)

@@ -126,7 +126,12 @@ def fit(source, target, *, with_fresh=True, **options):
     (network, like), (wanted, want) = source, target
     old, fresh = filled(like, 0), filled(want, 1)
     got, notices = fit_weights(
-        old, network.info, want, wanted.info, fresh=fresh if with_fresh else None, **options
+        old,
+        network.info,
+        want,
+        wanted.info,
+        fresh=(lambda: fresh) if with_fresh else None,
+        **options,
     )
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(lambda leaf: leaf.shape, want)
     assert key_order(got.params) == key_order(want.params)
@@ -311,7 +316,7 @@ def test_jax_arrays_and_another_key_order():
 def test_shapes_alone_tell_what_would_be_done():
     (network, like) = shapes("deit_testing")
     (wanted, want) = shapes("deit_testing_distilled", image_size=48)
-    got, notices = fit_weights(like, network.info, want, wanted.info, fresh=want)
+    got, notices = fit_weights(like, network.info, want, wanted.info, fresh=lambda: want)
     trees.check_like(got.params, want.params)
     assert len(notices) == 4
 
@@ -371,7 +376,7 @@ def test_a_foreign_initialisation_is_refused():
     wanted, want = shapes("deit_testing", num_classes=7)
     old = filled(like, 0)
     with pytest.raises(InputError, match=r"fresh parameters of deit_testing.*head/kernel"):
-        fit_weights(old, network.info, want, wanted.info, fresh=old)
+        fit_weights(old, network.info, want, wanted.info, fresh=lambda: old)
 
 
 # The torch module, against timm, and as the judge of fitted weights.
@@ -460,7 +465,7 @@ def test_a_deit3_at_another_size_with_other_classes():
     heads = {k: v for k, v in target.state_dict().items() if k.startswith("head")}
     target.load_state_dict(resized(source, (6, 6), 0) | heads)
     (got,) = fitted_heads(
-        source, "deit3_testing", "deit3_testing", pixels, fresh=fresh, num_classes=7
+        source, "deit3_testing", "deit3_testing", pixels, fresh=lambda: fresh, num_classes=7
     )
     assert_close(got, target(to_torch(pixels)), 2e-5)
 
@@ -475,7 +480,7 @@ def test_a_distilled_model_from_a_plain_one():
         own | plain | {"pos_embed": torch.cat([pos[:, :1], new[:, 1:2], pos[:, 1:]], dim=1)}
     )
     got = fitted_heads(
-        plain, "deit_testing", "deit_testing_distilled", pixels, fresh=to_variables(own)
+        plain, "deit_testing", "deit_testing_distilled", pixels, fresh=lambda: to_variables(own)
     )
     for ours, theirs in zip(got, target.heads(to_torch(pixels)), strict=True):
         assert_close(ours, theirs, 2e-5)

@@ -19,7 +19,7 @@ _CREATE = """
 import sys
 import numpy as np
 import torch
-from deit_jax.convert import mapping, vit_keys
+from deit_jax.convert import layouts, mapping
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 
@@ -29,7 +29,7 @@ torch.save(
     {
         "model": {
             tensor.key: torch.randn(tensor.shape, generator=generator) * 0.02
-            for tensor in mapping.tensors_of(like, vit_keys.REFERENCE)
+            for tensor in mapping.tensors_of(like, layouts.REFERENCE)
         }
     },
     sys.argv[2],

@@ -110,7 +110,7 @@ def test_a_file_that_would_run_code_does_not(tmp_path_factory, tmp_path, refused
     else:
         torch.save({"model": timm_twin("deit_testing").state_dict(), "args": attack}, source)
     line = refused(source)
-    assert "refused, since loading it could run code" in line
+    assert "could execute code" in line
     assert not any(elsewhere.iterdir())
     # The attack is a real one: plain pickle falls for it.
     pickle.loads(pickle.dumps(attack))

@@ -202,7 +202,7 @@ def test_transformers_description_travels(tmp_path):
     assert read.info.class_names == ("cat", "dog")
     assert (read.info.mean, read.info.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     assert (read.info.crop_ratio, read.info.interpolation) == (0.8, "bilinear")
-    assert any("layer_norm_eps 1e-12" in notice for notice in read.notices)
+    assert any("layer_norm_eps 1e-12" in notice for notice in read.notes)
 
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
@@ -269,7 +269,7 @@ def test_half_precision_and_wrappers(tmp_path):
     for dtype in (torch.bfloat16, torch.float16):
         state = {f"module.{key}": tensor.to(dtype) for key, tensor in want.items()}
         torch.save(state, tmp_path / "half.pth")
-        got = torch_files.read(tmp_path / "half.pth").tensors
+        got = torch_files.read(tmp_path / "half.pth")[0]
         assert_same_bits(
             got, {key: tensor.to(dtype).float().numpy() for key, tensor in want.items()}
         )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deit_jax import trees
-from deit_jax.convert import mapping, vit_keys
+from deit_jax.convert import layouts, mapping
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.training import optim
@@ -85,7 +85,7 @@ VITS = [name for name in registry.list_models() if "embed_dim" in registry.model
 def test_the_parameters_that_decay_are_the_references(name):
     """By PyTorch's names; two blocks stand for all. The counts of whole models: test_optim.py."""
     _, like = split_model(registry.abstract_model(name, depth=2))
-    keys = {tensor.leaf: tensor.key for tensor in mapping.tensors_of(like, vit_keys.TIMM)}
+    keys = {tensor.leaf: tensor.key for tensor in mapping.tensors_of(like, layouts.TIMM_VIT)}
     options = registry.model_options(name) | {"depth": 2}
     options.pop("drop_path_mode", None)
     with torch.device("meta"):
