@@ -144,7 +144,10 @@ def _train(work: Work) -> Program:
         teacher, teacher_variables = _model(work, work.teacher, mesh)
     config = work.recipe()
     plan = SimpleNamespace(
-        num_classes=CLASSES, group_size=work.batch // jax.device_count(), steps_per_epoch=1251
+        num_classes=CLASSES,
+        group_size=work.batch // jax.device_count(),
+        steps_per_epoch=1251,
+        warmup_epochs=5,
     )
     optimizer = optim.make_optimizer(variables.params, config.optimizer)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)

@@ -1,4 +1,4 @@
-"""What recipes share: where fine-tuning starts, tables of runs, and DeiT III's own choices."""
+"""What the recipes share: the choice of a run, and DeiT III's settings."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +9,15 @@ from ml_collections import ConfigDict
 from deit_jax.config.fields import default_config
 from deit_jax.errors import InputError
 
-# The `init_from` of fine-tuning recipes: no folder is called so, and the refusal of a run that was
-# started without one shows this name.
+# `init_from` of the fine-tuning recipes: no folder has this name, so a run that names none stops,
+# and its error shows this name.
 PRETRAINED = "PRETRAINED_MODEL_FOLDER"
 
 Row = TypeVar("Row")
 
 
 def choose(runs: Mapping[str, Row], run: str, file: str) -> Row:
-    """The row of a recipe's table of runs that --config=FILE:RUN asks for.
+    """Returns the entry of a recipe's table that --config=RECIPE:RUN asks for.
 
     Raises:
       InputError: there is no such run.
@@ -32,9 +32,9 @@ def choose(runs: Mapping[str, Row], run: str, file: str) -> Row:
 
 
 def deit3() -> ConfigDict:
-    """DeiT III from scratch, as on ImageNet-1k and -21k: LAMB, 3-Augment, whole images in eval.
+    """Returns what DeiT III uses on ImageNet-1k and -21k: LAMB, 3-Augment, evaluation uncropped.
 
-    The paper's rates are effective ones, not scaled by the batch.
+    The paper's learning rates are effective ones, not scaled by the batch.
     """
     config = default_config()
     config.input.auto_augment = ""

@@ -1,9 +1,11 @@
 """DeiT-Ti, -S and -B on ImageNet-1k, 300 epochs, without a teacher.
 
 Paper: Touvron et al., "Training data-efficient image transformers & distillation through
-attention" (arXiv 2012.12877), table 9: one recipe for the three sizes, tuned for B.
-Command: python main.py --config=configs/deit.py:ti --workdir=DIR \\
+attention" (arXiv 2012.12877), table 9: one recipe for all three sizes, tuned for B.
+Command: deit-jax train --config=deit:ti --workdir=DIR \\
     --config.dataset.root=TFDS_DATA_DIR
+
+Confidence in the settings: published commands.
 
 | run | hardware of the published run | expected top-1 | parameters |
 |---|---|---|---|
@@ -18,7 +20,7 @@ from deit_jax.config.fields import default_config
 
 from . import common
 
-RUNS = {  # model, and the images of one GPU, which share a draw of mixup and cutmix
+RUNS = {  # model, and images per GPU, which share a draw of mixup and cutmix
     "ti": ("deit_tiny_patch16_224", 256),
     "s": ("deit_small_patch16_224", 256),
     "b": ("deit_base_patch16_224", 64),
@@ -26,7 +28,7 @@ RUNS = {  # model, and the images of one GPU, which share a draw of mixup and cu
 
 
 def get_config(run: str = "b") -> ConfigDict:
-    """The published recipe, for B all of it `fields.default_config`."""
+    """Returns the published recipe; B's is `fields.default_config` itself."""
     config = default_config()
     config.model.name, config.mixing.group_size = common.choose(RUNS, run, __file__)
     return config

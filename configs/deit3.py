@@ -1,10 +1,10 @@
 """DeiT III on ImageNet-1k from scratch, 800 or 400 epochs.
 
 Paper: Touvron et al., "DeiT III: Revenge of the ViT" (arXiv 2204.07118), table 1.
-Command: python main.py --config=configs/deit3.py:b --workdir=DIR \\
+Command: deit-jax train --config=deit3:b --workdir=DIR \\
     --config.dataset.root=TFDS_DATA_DIR
-M to H train at less than 224 pixels and then need 20 epochs of finetune_deit3.py. The table gives
-top-1 at the end of this run, and after that step (at 224 pixels).
+M to H train below 224 pixels and then need the 20 epochs of finetune_deit3.py. The table gives
+top-1 at the end of this run, and after that fine-tuning (at 224 pixels).
 
 | run | pixels | hardware of the published run | expected top-1 | after fine-tuning |
 |---|---|---|---|---|
@@ -16,9 +16,9 @@ top-1 at the end of this run, and after that step (at 224 pixels).
 | h | 160 | 32 GPUs, 64 images each | 83.5 (83.48) | 85.2 |
 | s_400, b_400, l_400, h_400 | as above | | 80.4 (s) | 83.5, 84.5, 85.1 |
 
-Confidence in the settings: s, b, l, h: published commands. *_400: medium, the paper and a
-reproduction of it. ti, ti_400, m and m_400 are our own choice: nothing was published for them; Ti
-is trained as S, without stochastic depth, and M as B, with half of B's.
+Confidence in the settings: s, b, l, h: published commands. *_400: medium, from the paper and a
+reproduction of it. ti, ti_400, m and m_400: our own choice, as nothing was published. Ti is trained
+like S without stochastic depth, M like B with half of B's.
 """
 
 from typing import NamedTuple
@@ -54,7 +54,7 @@ RUNS = {
 }
 
 
-# Top-1 in the published logs, which count epochs from 0: after so many epochs, for s, b, l and h.
+# Top-1 in the published logs after so many epochs (the logs count them from 0).
 _EPOCHS = (6, 11, 21, 51, 101, 201, 401, 601, 800)
 _CURVES = {
     "s": (2.0, 9.3, 24.8, 53.6, 63.1, 67.9, 74.4, 79.6, 81.38),
@@ -65,11 +65,11 @@ _CURVES = {
 
 
 def get_config(run: str = "b") -> ConfigDict:
-    """Binary cross-entropy, random resized crops and repeated augmentation."""
+    """Returns the recipe: binary cross-entropy, random resized crops, repeated augmentation."""
     row = common.choose(RUNS, run, __file__)
     config = common.deit3()
     config.model.name = row.model
-    config.model.drop_path_rate = row.drop_path_rate  # of every block alike
+    config.model.drop_path_rate = row.drop_path_rate  # the same in all blocks
     config.input.image_size = row.image_size
     config.mixing.smoothing = 0.0
     config.mixing.group_size = row.group_size

@@ -2,7 +2,7 @@
 
 Paper: Touvron et al., "DeiT III: Revenge of the ViT" (arXiv 2204.07118), table 1; for 90 epochs
 table 13.
-Command: python main.py --config=configs/deit3_21k.py:b --workdir=DIR \\
+Command: deit-jax train --config=deit3_21k:b --workdir=DIR \\
     --config.dataset.root=TFDS_DATA_DIR
 
 | run | pixels, epochs | hardware of the published run | expected, after fine-tuning on 1k |
@@ -13,15 +13,15 @@ Command: python main.py --config=configs/deit3_21k.py:b --workdir=DIR \\
 | h | 128, 90 | 32 GPUs, 64 images each | 87.2 (87.18) |
 | s_90, b_90, l_90 | 224, 90 | | 82.6, 85.2, 86.8 |
 
-Confidence in the settings: s, b, l, h: published commands; *_90: medium, a quotation of the paper.
-The paper also names batches of 4096 with a rate of 1.5e-3.
+Confidence in the settings: s, b, l, h: published commands. *_90: medium, as others quote the paper.
+The paper also mentions a batch of 4096 with a learning rate of 1.5e-3.
 
-TFDS has no ImageNet-21k of its own. The recipe expects one prepared by you under the name
-imagenet21k with the splits train and validation; a folder ROOT/{train,val}/<class>/*.JPEG does as
-well: --config.dataset.source=folder --config.dataset.root=ROOT --config.dataset.eval_split=val.
-The number of classes comes from the data: the authors' list was not published. They evaluated on
-the 50,000 images of ImageNet-1k's validation split, among all classes of 21k (s 54.1, b 56.5,
-l 57.4, h 58.0 % top-1).
+TFDS does not include ImageNet-21k. The recipe expects one that you prepared as imagenet21k, with
+the splits train and validation; a folder ROOT/{train,val}/<class>/*.JPEG works too:
+--config.dataset.source=folder --config.dataset.root=ROOT --config.dataset.eval_split=val.
+The number of classes comes from the data, as the authors' list was not published. They evaluated on
+ImageNet-1k's 50,000 validation images, among all classes of 21k (top-1 of s 54.1, b 56.5, l 57.4,
+h 58.0 %).
 """
 
 from typing import NamedTuple
@@ -51,7 +51,7 @@ RUNS = {
 
 
 def get_config(run: str = "b") -> ConfigDict:
-    """Simple random crops, cutmix without mixup, smoothed labels, every image once an epoch."""
+    """Returns the recipe: simple random crops, cutmix, smoothing, each image once an epoch."""
     row = common.choose(RUNS, run, __file__)
     config = common.deit3()
     config.model.name = row.model

@@ -2,7 +2,7 @@
 
 Paper: Touvron et al., "Training data-efficient image transformers & distillation through
 attention" (arXiv 2012.12877), tables 5 and 9.
-Command: python main.py --config=configs/deit_distill.py:s --workdir=DIR \\
+Command: deit-jax train --config=deit_distill:s --workdir=DIR \\
     --config.dataset.root=TFDS_DATA_DIR --config.distill.teacher=TEACHER_MODEL_FOLDER
 Hardware of the published runs: 16 GPUs, 64 images each; the teacher reaches 82.9 %.
 
@@ -30,7 +30,7 @@ RUNS = {  # model, epochs
 
 
 def get_config(run: str = "b") -> ConfigDict:
-    """The published recipe: as without a teacher, but for the token, the teacher and its loss."""
+    """Returns the recipe of deit.py plus a distillation token, a teacher and its loss."""
     config = default_config()
     config.model.name, config.schedule.epochs = common.choose(RUNS, run, __file__)
     config.distill.kind = "hard"

@@ -1,7 +1,7 @@
 """A tiny DeiT trained on scikit-learn's handwritten digits, without a teacher.
 
-1,797 grey 8×8 images, shown at 32×32; a fixed stratified 80/20 split; no download.
-Command: python main.py --config=configs/digits.py --workdir=DIR
+1,797 grey images of 8×8 pixels, shown at 32×32, in a fixed stratified 80/20 split; no download.
+Command: deit-jax train --config=digits --workdir=DIR
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from deit_jax.config.fields import default_config
 
 
 def get_config() -> ConfigDict:
-    """The student of digits_distill.py without token and teacher, for as many epochs."""
+    """Returns the recipe of digits_distill.py without distillation token and teacher."""
     config = default_config()
     config.model.name = "deit_testing"
     config.model.patch_size = 8
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.input.image_size = 32
     config.input.train_crop = "small"
     config.input.pad = 2
-    config.input.hflip = 0.0  # a mirrored digit is another sign
+    config.input.hflip = 0.0  # a mirrored digit is no digit
     config.input.auto_augment = ""
     config.input.repeats = 1
     config.input.mean = (0.5, 0.5, 0.5)

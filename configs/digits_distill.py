@@ -1,7 +1,7 @@
 """A tiny DeiT distilled from a RegNetY teacher on scikit-learn's handwritten digits, end to end.
 
-Trains the teacher first where WORKDIR/teacher holds none; everything runs on two CPU cores.
-Command: python main.py --config=configs/digits_distill.py --workdir=runs/digits
+Trains the teacher first, unless WORKDIR/teacher holds one. Two CPU cores are enough.
+Command: deit-jax train --config=digits_distill --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from . import digits
 
 
 def get_config() -> ConfigDict:
-    """The student of digits.py with hard-label distillation, as DeiT-B is distilled."""
+    """Returns the recipe of digits.py with hard-label distillation, as for DeiT-B."""
     config = digits.get_config()
     config.model.name = "deit_testing_distilled"
     config.distill.kind = "hard"

@@ -1,6 +1,6 @@
 """A small RegNetY trained on scikit-learn's handwritten digits: the teacher of digits_distill.py.
 
-Command: python main.py --config=configs/digits_teacher.py --workdir=DIR
+Command: deit-jax train --config=digits_teacher --workdir=DIR
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +9,7 @@ from . import digits
 
 
 def get_config() -> ConfigDict:
-    """The digits recipe with a convolutional network instead of a transformer."""
+    """Returns the recipe of digits.py with a convolutional network for the transformer."""
     config = digits.get_config()
     config.model.name = "regnety_testing"
     config.model.patch_size = 0

@@ -1,7 +1,7 @@
 """DeiT III fine-tuned on ImageNet-1k at 224 pixels or at 384, 20 epochs, after deit3.py.
 
 Paper: Touvron et al., "DeiT III: Revenge of the ViT" (arXiv 2204.07118), table 1.
-Command: python main.py --config=configs/finetune_deit3.py:b_224 --workdir=DIR \\
+Command: deit-jax train --config=finetune_deit3:b_224 --workdir=DIR \\
     --config.dataset.root=TFDS_DATA_DIR --config.init_from=DEIT3_B_RUN_OR_MODEL_FOLDER
 
 | run | starts from | hardware of the published run | expected top-1 |
@@ -14,9 +14,9 @@ Command: python main.py --config=configs/finetune_deit3.py:b_224 --workdir=DIR \
 | b_384 | this b_224 | 16 GPUs, 32 images each | 85.0 (85.08) |
 | l_384 | this l_224 | 32 GPUs, 16 images each | 85.8 (85.81) |
 
-Confidence in the settings: published commands, which do not say where b_384 and l_384 start; m_224
-is our own choice, as B with half of its stochastic depth. S is trained at 224 pixels and needs no
-fine-tuning there. The models of ImageNet-21k at 384 pixels were published without a command.
+Confidence in the settings: published commands, which do not say where b_384 and l_384 start. m_224
+is our own choice: B's with half its stochastic depth. S already trains at 224 pixels. The 384-pixel
+models of ImageNet-21k were published without a command.
 """
 
 from typing import NamedTuple
@@ -47,7 +47,7 @@ RUNS = {
 
 
 def get_config(run: str = "b_224") -> ConfigDict:
-    """DeiT's augmentation and loss without erasing and repeats, at a small constant rate."""
+    """Returns DeiT's augmentation and loss without erasing and repeats, at a small rate."""
     row = common.choose(RUNS, run, __file__)
     config = default_config()
     config.init_from = common.PRETRAINED

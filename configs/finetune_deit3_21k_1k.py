@@ -1,9 +1,9 @@
 """DeiT III fine-tuned on ImageNet-1k at 224 pixels, 50 epochs, after deit3_21k.py.
 
 Paper: Touvron et al., "DeiT III: Revenge of the ViT" (arXiv 2204.07118), table 1.
-Command: python main.py --config=configs/finetune_deit3_21k_1k.py:b --workdir=DIR \\
+Command: deit-jax train --config=finetune_deit3_21k_1k:b --workdir=DIR \\
     --config.dataset.root=TFDS_DATA_DIR --config.init_from=DEIT3_B_21K_RUN_OR_MODEL_FOLDER
-The head for 21k is replaced by a new one for the 1000 classes.
+A new head for the 1000 classes replaces that of 21k.
 
 | run | hardware of the published run | expected top-1 |
 |---|---|---|
@@ -23,7 +23,7 @@ RUNS = {"s": 0.05, "b": 0.15, "l": 0.4, "h": 0.45}  # stochastic depth
 
 
 def get_config(run: str = "b") -> ConfigDict:
-    """The recipe of the pre-training with fewer epochs, a smaller rate and other images."""
+    """Returns the recipe of the pre-training with fewer epochs, a smaller rate and other data."""
     drop_path_rate = common.choose(RUNS, run, __file__)
     config = deit3_21k.get_config(run)
     config.init_from = common.PRETRAINED

@@ -3,9 +3,9 @@
 Paper: Touvron et al., "Training data-efficient image transformers & distillation through
 attention" (arXiv 2012.12877), table 5.
 Commands:
-  python main.py --config=configs/finetune_deit_384.py:b --workdir=DIR \\
+  deit-jax train --config=finetune_deit_384:b --workdir=DIR \\
       --config.dataset.root=TFDS_DATA_DIR --config.init_from=DEIT_B_RUN_OR_MODEL_FOLDER
-  python main.py --config=configs/finetune_deit_384.py:b_distilled --workdir=DIR \\
+  deit-jax train --config=finetune_deit_384:b_distilled --workdir=DIR \\
       --config.dataset.root=TFDS_DATA_DIR --config.init_from=DEIT_B_DISTILLED_RUN_OR_MODEL_FOLDER \\
       --config.distill.teacher=TEACHER_MODEL_FOLDER
 Hardware of the published run: 16 GPUs, 32 images each.
@@ -13,7 +13,7 @@ Hardware of the published run: 16 GPUs, 32 images each.
 | run | expected top-1 | confidence in the settings |
 |---|---|---|
 | b | 82.9 (82.890; 83.1 with --config.input.crop_ratio=1.0) | published command |
-| b_distilled | 84.5 after 300 epochs at 224, 85.2 (85.224) after 1000 | medium: the paper only |
+| b_distilled | 84.5 after 300 epochs at 224, 85.2 (85.224) after 1000 | medium: the paper alone |
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ RUNS = {"b": "deit_base_patch16_384", "b_distilled": "deit_base_distilled_patch1
 
 
 def get_config(run: str = "b") -> ConfigDict:
-    """The recipe of the pre-training at a small, after warm-up constant rate; a teacher stays."""
+    """Returns the pre-training's recipe at a small rate, constant after the warm-up."""
     config = default_config()
     config.init_from = common.PRETRAINED
     config.model.name = common.choose(RUNS, run, __file__)

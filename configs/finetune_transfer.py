@@ -3,24 +3,24 @@
 Paper: Touvron et al., "Training data-efficient image transformers & distillation through
 attention" (arXiv 2012.12877), table 7. The settings are the authors' answers in the issues of
 facebookresearch/deit (numbers below).
-Command: python main.py --config=configs/finetune_transfer.py:cifar10 --workdir=DIR \\
+Command: deit-jax train --config=finetune_transfer:cifar10 --workdir=DIR \\
     --config.dataset.root=TFDS_DATA_DIR --config.init_from=DEIT_B_RUN_OR_MODEL_FOLDER
 At 384 pixels, add: --config.model.name=deit_base_patch16_384 --config.input.image_size=384
 A distilled model: --config.model.name=deit_base_distilled_patch16_224 --config.distill.kind=hard
---config.distill.teacher=FOLDER, a model of the same classes. Labels alone (kind none) do as well,
-but leave the new distillation head untrained: read top1_cls, not top1.
-Hardware of the published runs: unknown; batches of 768, here in mixing groups of 64.
+--config.distill.teacher=FOLDER, a model of the same classes. Without a teacher (kind none) its new
+distillation head does not train: read top1_cls, not top1.
+Hardware of the published runs: unknown; the batch is 768, here in mixing groups of 64.
 
 | run | expected top-1 at 224, 384 (distilled at 224, 384) | confidence in the settings |
 |---|---|---|
-| cifar10 | 99.1, 99.1 (99.1, 99.2) | high (45); whether the rate was to be scaled is not said |
-| cars | 92.1, 93.3 (92.9, 93.9) | as cifar10 |
-| cifar100 | 90.8, 90.8 (91.3, 91.4) | low: not published, as cifar10 |
-| flowers | 98.4, 98.5 (98.8, 98.9) | low: not published, as cifar10 |
+| cifar10 | 99.1, 99.1 (99.1, 99.2) | high (45), which does not say whether the rate is scaled |
+| cars | 92.1, 93.3 (92.9, 93.9) | like cifar10 |
+| cifar100 | 90.8, 90.8 (91.3, 91.4) | low: not published, like cifar10 |
+| flowers | 98.4, 98.5 (98.8, 98.9) | low: not published, like cifar10 |
 | inat18 | 73.2, 79.5 (73.7, 80.1) | high (105, 141) |
 | inat19 | 77.7, 81.4 (78.4, 83.0) | high (105, 141) |
 
-TFDS prepares all but iNaturalist 2019: for that give --config.dataset.root=ROOT with
+TFDS prepares all of these but iNaturalist 2019, for which --config.dataset.root=ROOT must hold
 ROOT/{train,val}/<class>/*.jpg.
 """
 
@@ -53,7 +53,7 @@ RUNS = _WITH_SGD | _WITH_ADAMW
 
 
 def get_config(run: str = "cifar10") -> ConfigDict:
-    """ImageNet's recipe with a new head, another optimiser or rate, and less erasing."""
+    """Returns ImageNet's recipe with another optimiser or rate, and less erasing."""
     task = common.choose(RUNS, run, __file__)
     config = default_config()
     config.init_from = common.PRETRAINED

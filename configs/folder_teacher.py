@@ -1,6 +1,6 @@
 """RegNetY-200MF on your own images: the teacher of folder.py.
 
-Command: python main.py --config=configs/folder_teacher.py --config.dataset.root=ROOT --workdir=DIR
+Command: deit-jax train --config=folder_teacher --workdir=DIR --config.dataset.root=ROOT
 """
 
 from ml_collections import ConfigDict
@@ -9,11 +9,9 @@ from . import folder
 
 
 def get_config() -> ConfigDict:
-    """The images of folder.py, a convolutional network, and no teacher of its own."""
-    config = folder.get_config()
+    """Returns the recipe of folder.py's plain run with a convolutional network."""
+    config = folder.get_config("plain")
     config.model.name = "regnety_002"
     config.model.drop_path_rate = 0.0
-    config.distill.kind = "none"
-    config.distill.teacher_config = ""
     config.optimizer.lr = 1e-3
     return config

@@ -37,13 +37,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     """Checks and reports; returns 1 where some images cannot be used, else 0."""
-    from deit_jax.config.validate import validate
-
-    config = arguments.config
-    validate(config)
     from deit_jax import data
     from deit_jax.data import scan
     from deit_jax.models import imagenet
+    from deit_jax.training.run import complete
+
+    config = complete(arguments.config)
 
     size = config.input.image_size
     sources = {split: data.open_source(config.dataset, split) for split in SPLITS}

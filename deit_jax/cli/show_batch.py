@@ -32,7 +32,6 @@ from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.config.fields import default_config
 from deit_jax.config.plan import RunPlan, check_batch, plan_run
 from deit_jax.config.randaugment_policy import OPERATIONS, Policy, parse_policy
-from deit_jax.config.validate import validate
 from deit_jax.console import log
 from deit_jax.errors import InputError
 from deit_jax.inference.preprocess import preprocess
@@ -69,8 +68,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     """Draws."""
     _check(arguments)
-    config = arguments.config or default_config()
-    validate(config)
+    from deit_jax.training.run import complete
+
+    config = complete(arguments.config or default_config())
     if arguments.randaugment is None:
         from deit_jax import data
         from deit_jax.models import imagenet

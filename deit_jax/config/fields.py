@@ -7,8 +7,6 @@ derived number behind.
 
 from ml_collections import ConfigDict
 
-from deit_jax.errors import InputError
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -23,7 +21,7 @@ def default_config() -> ConfigDict:
     config.init_from = ""
 
     config.model = ConfigDict()
-    config.model.name = "deit_base_patch16_224"  # see deit_jax.list_models()
+    config.model.name = "deit_base_patch16_224"  # see deit_jax.list_models(); "": as in init_from
     config.model.patch_size = 0  # 0: the model's own
     # Stochastic depth: growing to this over the blocks of DeiT, the same in all blocks of DeiT III.
     config.model.drop_path_rate = 0.1
@@ -42,7 +40,7 @@ def default_config() -> ConfigDict:
     config.dataset.train_fraction = 1.0  # train on a fixed, stratified part of the train split
 
     config.input = ConfigDict()  # on the host, in uint8
-    config.input.image_size = 224
+    config.input.image_size = 224  # 0: as in init_from
     # random_resized | simple_random (DeiT III: short side resized, padded by reflection, cropped) |
     # small (resized whole, padded with zeros, cropped; evaluation uncropped)
     config.input.train_crop = "random_resized"
@@ -84,7 +82,7 @@ def default_config() -> ConfigDict:
     # student's dataset, parallel, checkpoint and distributed; image size, interpolation, mean, std
     # and on_bad_image of input; batch size, dtype, seed and tensorboard of train.
     config.distill.teacher_config = ""
-    config.distill.teacher_epochs = 0  # 0: as that recipe says; warm-up takes at most half
+    config.distill.teacher_epochs = 0  # 0: as that recipe says
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | lamb | sgd (with Nesterov momentum)
@@ -105,7 +103,7 @@ def default_config() -> ConfigDict:
 
     config.schedule = ConfigDict()
     config.schedule.epochs = 300
-    config.schedule.warmup_epochs = 5
+    config.schedule.warmup_epochs = 5  # at most half of the epochs
     config.schedule.warmup_lr = 1e-6
     config.schedule.min_lr = 1e-5
     # True: constant within an epoch and one epoch late, as published. False: smooth, no lag.
@@ -156,50 +154,3 @@ def default_config() -> ConfigDict:
     config.distributed.process_id = 0
     config.distributed.start_timeout = 300  # seconds to wait for the others while starting
     return config
-
-
-def check_structure(config: ConfigDict) -> None:
-    """Raises InputError unless a config has exactly the fields above, each of its type."""
-    _check_structure(config, default_config(), "config")
-
-
-def _check_structure(config: ConfigDict, default: ConfigDict, where: str) -> None:
-    for name in default:
-        if name not in config:
-            raise InputError(
-                f"{where}.{name} is missing; start recipes from default_config() of "
-                "deit_jax.config.fields"
-            )
-    for name in config:
-        if name not in default:
-            raise InputError(
-                f"{where}.{name} is not a field; {where} has {', '.join(sorted(default))}"
-            )
-        found, expected = config[name], default[name]
-        if isinstance(expected, ConfigDict):
-            if not isinstance(found, ConfigDict):
-                raise InputError(f"{where}.{name} is {found!r}, but must be a group of fields")
-            _check_structure(found, expected, f"{where}.{name}")
-        elif not _same_type(found, expected):
-            kind = (
-                f"{len(expected)} numbers"
-                if expected and isinstance(expected, tuple)
-                else type(expected).__name__
-            )
-            raise InputError(
-                f"{where}.{name} is {found!r}, but must be {kind}, such as {expected!r}"
-            )
-
-
-def _same_type(found: object, expected: object) -> bool:
-    if expected == ():
-        return isinstance(found, tuple)
-    if isinstance(expected, tuple):
-        return (
-            isinstance(found, tuple)
-            and len(found) == len(expected)
-            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in found)
-        )
-    if isinstance(expected, float):
-        return isinstance(found, (int, float)) and not isinstance(found, bool)
-    return type(found) is type(expected)

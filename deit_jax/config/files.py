@@ -16,6 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from deit_jax.config.fields import default_config
+from deit_jax.config.structure import FIELDS, flatten
 from deit_jax.console import log_error
 from deit_jax.errors import InputError
 
@@ -52,11 +53,10 @@ def load_config(recipe: str | os.PathLike) -> ConfigDict:
     names = sorted(packaged_recipes())
     wrong = Path(match[1]).stem if match else name
     close = difflib.get_close_matches(wrong, names)
+    meant = f"did you mean {', '.join(close)}? " if close else ""
     raise InputError(
-        f"there is no recipe {recipe}; "
-        + (f"did you mean {', '.join(close)}? " if close else "")
-        + f"Packaged recipes: {', '.join(names)}. Name one of them, FILE.py, a run folder or its "
-        f"{CONFIG_FILE}"
+        f"there is no recipe {recipe}: {meant}the packaged ones are {', '.join(names)}; name one "
+        f"of them, FILE.py, a run folder or its {CONFIG_FILE}"
     )
 
 
@@ -154,28 +154,23 @@ def _read_config(file: Path) -> ConfigDict:
         raise InputError(f"{file} cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error}); start from a recipe again") from error
-    config = default_config()
-    missing = []
-    found, known = _flatten(tree), _flatten(config.to_dict())
-    if unknown := sorted(found.keys() - known.keys()):
+    found = flatten(tree)
+    if unknown := sorted(found.keys() - FIELDS.keys()):
         raise InputError(
             f"{file} has fields that this version of deit-jax does not know: {', '.join(unknown)}; "
             "use the version that wrote it, or remove them if the run does without"
         )
+    config = default_config()
     with config.ignore_type():  # a wrong one is found by `validate`
-        for name, default in known.items():
-            if name in found:
-                config.update_from_flattened_dict({name: _tuples(found[name])})
-            else:
-                missing.append(f"{name} = {default!r}")
-    if missing:
+        config.update_from_flattened_dict({name: tuples(found[name]) for name in found})
+    if missing := [f"{name} = {FIELDS[name]!r}" for name in FIELDS if name not in found]:
         log_error(f"note: {file} lacks fields, which get their defaults: {', '.join(missing)}")
     return config
 
 
-def _tuples(value: object) -> object:
-    """JSON has lists in place of tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def tuples(value: object) -> object:
+    """Returns the value with tuples in place of its lists."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def upgrade(config: ConfigDict | dict) -> ConfigDict | dict:
@@ -197,17 +192,21 @@ def write_config(config: ConfigDict, workdir: str) -> None:
 
 
 def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
-    """Returns lines "field: old → new" for what differs from the config of WORKDIR's last start.
+    """Returns lines "field: old → new" for what differs from the config of WORKDIR's last start."""
+    old, new = recorded_fields(workdir), recipe_fields(config)
+    names = sorted(old.keys() | new.keys()) if old else []
+    return [f"{n}: {old.get(n)} → {new.get(n)}" for n in names if old.get(n) != new.get(n)]
 
-    None without that config, or if it is damaged: it is a record, which nothing depends on.
+
+def recorded_fields(workdir: str) -> dict[str, object]:
+    """Returns the `recipe_fields` of WORKDIR's last start, nothing without its config.json.
+
+    A damaged one is nothing, too: it is a record, which no run needs.
     """
     try:
-        old = _recipe((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
+        return _recipe((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, AttributeError):
-        return []
-    new = recipe_fields(config)
-    names = sorted(old.keys() | new.keys())
-    return [f"{n}: {old.get(n)} → {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+        return {}
 
 
 def recipe_fields(config: ConfigDict) -> dict[str, object]:
@@ -221,14 +220,4 @@ def recipe_fields(config: ConfigDict) -> dict[str, object]:
 def _recipe(text: str) -> dict[str, object]:
     tree = upgrade(json.loads(text))
     tree.pop("distributed", None)
-    return _flatten(tree)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+    return flatten(tree)

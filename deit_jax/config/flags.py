@@ -11,8 +11,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from deit_jax.config.fields import check_structure, default_config
-from deit_jax.config.files import CONFIG_FILE, find_recipe, load_config, upgrade
+from deit_jax.config.files import CONFIG_FILE, find_recipe, load_config, tuples, upgrade
+from deit_jax.config.structure import FIELDS, GROUPS, check_structure, refuse_name
+from deit_jax.config.validate import CHOICES
+from deit_jax.console import log_error
 from deit_jax.errors import InputError
 
 _FLAG = re.compile(r"--?(no)?config((?:\.[^=]*)?)(?:=(.*))?", re.DOTALL)
@@ -62,15 +64,14 @@ def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], list[str
             rest.append(token)
             continue
         no, name, text = match[1], match[2].removeprefix(".").replace("-", "_"), match[3]
-        switch = isinstance(_default(name), bool) if name else False
-        if switch and text is None:
+        if text is None and isinstance(FIELDS.get(name), bool):
             text = str(not no)
         elif no:
             raise InputError(f"{token}: only a field that is True or False can be switched off so")
-        elif text is None:
+        if text is None:
             text = next(tokens, None)
-            if text is None:
-                raise InputError(f"{token} lacks its value; write {token}=VALUE")
+        if text is None:
+            raise InputError(f"{token} lacks its value; write {token}=VALUE")
         if name:
             overrides.append((name, text))
         else:
@@ -78,26 +79,21 @@ def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], list[str
     return recipe, overrides, rest
 
 
-def _default(name: str) -> object:
-    """The default of config.NAME, a group's too; None where there is no such field."""
-    value = default_config()
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, ConfigDict) else None
-    return value
-
-
 def _override(config: ConfigDict, overrides: list[tuple[str, str]]) -> None:
     check_structure(config)
     for name, text in overrides:
-        default = _default(name)
-        if default is None:
-            raise InputError(f"no field config.{name}")
-        if isinstance(default, ConfigDict):
-            raise InputError(
-                f"config.{name} is a group of fields, {', '.join(sorted(default))}; set them one "
-                f"by one, as in --config.{name}.{sorted(default)[0]}=VALUE"
-            )
-        value = _parse_value(name, text, default)
+        if name == "model" and not text.lstrip().startswith("{"):
+            log_error(f"note: --config.model={text} is taken as --config.model.name={text}")
+            name = "model.name"
+        if name in GROUPS:
+            own = [field for field in FIELDS if field.startswith(f"{name}.")]
+            fits = [field for field in own if text in CHOICES.get(field, ())]
+            fits += [field for field in own if field.endswith(".name") and text.isidentifier()]
+            meant = f"did you mean --config.{fits[0]}={text}?" if fits else f"set {', '.join(own)}"
+            raise InputError(f"config.{name} is a group of fields, not {text!r}; {meant}")
+        if name not in FIELDS:
+            refuse_name(name)
+        value = _parse_value(name, text)
         if name == "distill.teacher_config" and value:
             value = find_recipe(value, ".")
         with config.ignore_type():  # numbers of a tuple may be int for float
@@ -105,21 +101,17 @@ def _override(config: ConfigDict, overrides: list[tuple[str, str]]) -> None:
     upgrade(config)
 
 
-def _parse_value(name: str, text: str, default: object) -> object:
+def _parse_value(name: str, text: str) -> object:
     """Reads a field's value as its type; how long a tuple must be, `validate` checks."""
+    default = FIELDS[name]
     try:
         if isinstance(default, bool):
             return _BOOLEANS[text.lower()]
         if isinstance(default, tuple):
-            return _tuple(ast.literal_eval(text))
+            return tuples(ast.literal_eval(text))
         return type(default)(text)
     except (KeyError, ValueError, TypeError, SyntaxError):
         kinds = {bool: "True or False", int: "a whole number", float: "a number"}
         kind = kinds.get(type(default), "numbers in brackets")
-        raise InputError(
-            f"config.{name} is {text!r}, but must be {kind}, such as {default!r}"
-        ) from None
-
-
-def _tuple(value: object) -> object:
-    return tuple(map(_tuple, value)) if isinstance(value, (list, tuple)) else value
+        such = f", such as {default!r}" if default != () else ""
+        raise InputError(f"config.{name} is {text!r}, but must be {kind}{such}") from None

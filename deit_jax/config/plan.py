@@ -1,6 +1,7 @@
 """The numbers that follow from a config, its data and its devices."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -18,6 +19,7 @@ class RunPlan:
     num_eval: int
     steps_per_epoch: int
     total_steps: int
+    warmup_epochs: int  # those of the config, but at most half of its epochs
     warmup_steps: int
     group_size: int  # images that share one mixup/cutmix draw, at most a device's
     order_group_size: int  # the same for the order of the stream, which no device count may change
@@ -25,6 +27,7 @@ class RunPlan:
     distinct_images_per_epoch: int
     eval_every: int  # steps; the last step always evaluates
     save_every: tuple[int, ...]  # steps; the last step always saves
+    warnings: tuple[str, ...]  # a line each, for whoever starts the run
 
 
 def check_batch(config: ConfigDict, *, num_devices: int, num_processes: int) -> None:
@@ -85,14 +88,17 @@ def plan_run(
             "pair images; choose an even group and a batch with an even number of images a device"
         )
     images = steps_per_epoch * batch
+    epochs = config.schedule.epochs
+    warmup_epochs = min(config.schedule.warmup_epochs, epochs // 2)
     return RunPlan(
         num_classes=num_classes,
         class_names=class_names,
         num_train=num_train,
         num_eval=num_eval,
         steps_per_epoch=steps_per_epoch,
-        total_steps=steps_per_epoch * config.schedule.epochs,
-        warmup_steps=steps_per_epoch * config.schedule.warmup_epochs,
+        total_steps=steps_per_epoch * epochs,
+        warmup_epochs=warmup_epochs,
+        warmup_steps=steps_per_epoch * warmup_epochs,
         group_size=group_size,
         order_group_size=_group_size(config.mixing.group_size, batch),
         images_per_epoch=images,
@@ -102,7 +108,25 @@ def plan_run(
             steps_per_epoch * config.checkpoint.every_epochs,
             config.checkpoint.every_steps,
         ),
+        warnings=tuple(_warnings(config, warmup_epochs, steps_per_epoch * epochs)),
     )
+
+
+def _warnings(config: ConfigDict, warmup_epochs: int, total_steps: int) -> Iterator[str]:
+    """Yields a line for each field that does not suit so short a run."""
+    schedule, decay = config.schedule, config.train.ema_decay
+    if warmup_epochs < schedule.warmup_epochs:
+        yield (
+            f"warm-up takes {warmup_epochs} of {schedule.epochs} epochs, at most half, instead of "
+            f"config.schedule.warmup_epochs {schedule.warmup_epochs}"
+        )
+    if decay > 0 and total_steps * (1 - decay) < 1:
+        better = 1 - float(f"{10 / max(total_steps, 20):.1g}")  # over a tenth of the run
+        yield (
+            f"EMA with config.train.ema_decay {decay:g} averages over {1 / (1 - decay):,.0f} steps,"
+            f" but the run has {total_steps:,}: the EMA stays near its start; set "
+            f"--config.train.ema_decay={better:g}, or 0 for no EMA"
+        )
 
 
 def _group_size(wanted: int, images: int) -> int:

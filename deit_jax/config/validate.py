@@ -3,15 +3,15 @@
 import itertools
 import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from deit_jax.config.fields import check_structure
 from deit_jax.config.randaugment_policy import parse_policy
+from deit_jax.config.structure import check_structure
 from deit_jax.errors import InputError
 
-_CHOICES = {
+CHOICES = {
     "dataset.source": ("tfds", "folder", "digits"),
     "input.train_crop": ("random_resized", "simple_random", "small"),
     "input.on_bad_image": ("error", "skip"),
@@ -23,24 +23,35 @@ _CHOICES = {
     "train.dtype": ("bfloat16", "float32"),
     "parallel.backend": ("jit", "pmap"),
 }
-_AT_LEAST_ONE = (
-    "input.image_size", "input.repeats", "mixing.group_size", "schedule.epochs",
-    "train.batch_size", "train.accumulate_steps", "train.log_every_steps",
-    "train.max_nonfinite_steps", "parallel.fsdp", "checkpoint.keep", "distributed.num_processes",
-    "distributed.start_timeout",
-)  # fmt: skip
-_PROBABILITIES = (
-    "model.drop_path_rate", "input.hflip", "mixing.random_erasing", "mixing.prob",
-    "mixing.switch_prob", "mixing.smoothing", "distill.alpha", "train.ema_decay",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "model.patch_size", "dataset.num_classes", "input.pad", "input.color_jitter",
-    "mixing.mixup_alpha", "mixing.cutmix_alpha", "distill.teacher_epochs", "optimizer.lr",
-    "optimizer.weight_decay", "optimizer.clip_norm",
-    "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr", "train.seed",
-    "train.eval_every_epochs", "checkpoint.every_epochs", "checkpoint.every_steps",
-    "distributed.process_id",
-)  # fmt: skip
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of which fields
+    "at least 1": (
+        lambda value: value >= 1,
+        "input.image_size input.repeats mixing.group_size schedule.epochs train.batch_size "
+        "train.accumulate_steps train.log_every_steps train.max_nonfinite_steps parallel.fsdp "
+        "checkpoint.keep distributed.num_processes distributed.start_timeout",
+    ),
+    "between 0 and 1": (
+        lambda value: 0 <= value <= 1,
+        "model.drop_path_rate input.hflip mixing.random_erasing mixing.prob mixing.switch_prob "
+        "mixing.smoothing distill.alpha train.ema_decay",
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        "model.patch_size dataset.num_classes input.pad input.color_jitter mixing.mixup_alpha "
+        "mixing.cutmix_alpha distill.teacher_epochs optimizer.lr optimizer.weight_decay "
+        "optimizer.clip_norm schedule.warmup_epochs schedule.warmup_lr schedule.min_lr train.seed "
+        "train.eval_every_epochs checkpoint.every_epochs checkpoint.every_steps "
+        "distributed.process_id",
+    ),
+    "greater than 0": (lambda value: value > 0, "distill.temperature optimizer.eps"),
+    "in (0, 1]": (lambda value: 0 < value <= 1, "input.crop_ratio dataset.train_fraction"),
+    "in [0, 1)": (lambda value: 0 <= value < 1, "optimizer.b1 optimizer.b2 optimizer.momentum"),
+    "numbers greater than 0": (lambda value: min(value) > 0, "input.std"),
+    "two numbers, 0 < low <= high": (
+        lambda value: 0 < value[0] <= value[1],
+        "input.scale input.ratio",
+    ),
+}
 
 
 def validate(config: ConfigDict) -> None:
@@ -50,36 +61,23 @@ def validate(config: ConfigDict) -> None:
       InputError: the first field that is wrong, what it holds and what it may hold.
     """
     check_structure(config)
-    for name, choices in _CHOICES.items():
+    for name in ("model.name", "input.image_size"):
+        if not _get(config, name):
+            refuse(
+                config, name, "set, or config.init_from a model folder to take it from"
+            )
+    for name, choices in CHOICES.items():
         if _get(config, name) not in choices:
             refuse(config, name, f"one of {', '.join(choices)}")
-    _check_range(config, _AT_LEAST_ONE, lambda value: value >= 1, "at least 1")
-    _check_range(config, _PROBABILITIES, lambda value: 0 <= value <= 1, "between 0 and 1")
-    _check_range(config, _NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
-    _check_range(
-        config,
-        ("distill.temperature", "optimizer.eps"),
-        lambda value: value > 0,
-        "greater than 0",
-    )
-    _check_range(config, ("input.crop_ratio",), lambda value: 0 < value <= 1, "in (0, 1]")
-    _check_range(config, ("dataset.train_fraction",), lambda value: 0 < value <= 1, "in (0, 1]")
-    _check_range(
-        config,
-        ("optimizer.b1", "optimizer.b2", "optimizer.momentum"),
-        lambda value: 0 <= value < 1,
-        "in [0, 1)",
-    )
-    _check_range(config, ("input.std",), lambda value: min(value) > 0, "numbers greater than 0")
+    for expected, (holds, names) in RANGES.items():
+        for name in names.split():
+            if not holds(_get(config, name)):
+                refuse(config, name, expected)
     for pattern in config.optimizer.trainable.split():
         try:
             re.compile(pattern)
         except re.error as error:
             refuse(config, "optimizer.trainable", f"regular expressions ({pattern!r}: {error})")
-    for name in ("input.scale", "input.ratio"):
-        low, high = _get(config, name)
-        if not 0 < low <= high:
-            refuse(config, name, "two numbers, 0 < low <= high")
     if config.input.auto_augment:
         try:
             parse_policy(config.input.auto_augment)
@@ -108,12 +106,6 @@ def validate(config: ConfigDict) -> None:
         refuse(config, "train.cosub", "False where distill.kind is not 'none': it has no teacher")
     if config.parallel.backend == "pmap" and config.parallel.fsdp > 1:
         refuse(config, "parallel.fsdp", "1 where parallel.backend is 'pmap', which shards nothing")
-    if config.schedule.warmup_epochs >= config.schedule.epochs:
-        refuse(
-            config,
-            "schedule.warmup_epochs",
-            f"less than schedule.epochs ({config.schedule.epochs})",
-        )
     if not _is_curve(config.train.expected_top1):
         refuse(config, "train.expected_top1", "pairs (epoch, top-1 in percent), epochs rising")
     _check_distributed(config)
@@ -136,14 +128,6 @@ def _check_distributed(config: ConfigDict) -> None:
         refuse(config, "distributed.coordinator_address", "HOST:PORT of process 0")
     if distributed.process_id >= distributed.num_processes:
         refuse(config, "distributed.process_id", "less than distributed.num_processes")
-
-
-def _check_range(
-    config: ConfigDict, names: tuple[str, ...], holds: Callable[[float], bool], expected: str
-) -> None:
-    for name in names:
-        if not holds(_get(config, name)):
-            refuse(config, name, expected)
 
 
 def _get(config: ConfigDict, name: str) -> object:

@@ -12,11 +12,11 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from deit_jax.config.plan import check_batch, plan_run
-from deit_jax.config.validate import validate
 from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
 from deit_jax.parallel.mesh import make_mesh
 from deit_jax.planning import chips, forecast, markdown, report
+from deit_jax.training.run import complete
 from deit_jax.training.setup import assemble, check_model
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
@@ -41,7 +41,7 @@ def forecast_slice(
       InputError: the recipe is wrong, the slice is unknown, or the compiler is not installed.
     """
     devices = _devices(topology)
-    validate(config)
+    config = complete(config)
     hosts = len({device.process_index for device in devices})
     check_batch(config, num_devices=len(devices), num_processes=hosts)
     check_model(config)

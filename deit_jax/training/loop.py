@@ -63,7 +63,7 @@ def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[
         folder = run.teacher_folder
         if folder is not None and model_folder.find_model(folder) is None:
             log(f"No teacher in {folder}: training one first.", on=hosts.is_first())
-            _run(teacher_config(config), folder, stop)
+            _run(teacher_config(run.config), folder, stop)
             stop.between_runs()
             log("The teacher is ready; training the student.", on=hosts.is_first())
         return _train(run, checkpoints, stop)

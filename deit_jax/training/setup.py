@@ -9,7 +9,6 @@ from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.fit import fit
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.config.plan import RunPlan, check_batch, plan_run
-from deit_jax.config.validate import validate
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Variables, split_model
@@ -17,7 +16,7 @@ from deit_jax.parallel import cpu_memory, hosts
 from deit_jax.parallel.mesh import make_mesh, state_shardings, to_host, with_shardings
 from deit_jax.training import checks, optim
 from deit_jax.training.metrics import import_tensorboard
-from deit_jax.training.run import Run, build_model
+from deit_jax.training.run import Run, build_model, complete
 from deit_jax.training.state import TrainState, new_state
 from deit_jax.training.teacher import check_teacher, teacher_folder
 
@@ -33,7 +32,7 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     Raises:
       InputError: a field, a file or the data are wrong; one line that says what and how to fix it.
     """
-    validate(config)
+    config = complete(config, workdir)
     if config.train.tensorboard:
         import_tensorboard()
     hosts.start(config.distributed)
@@ -147,6 +146,9 @@ def initial_state(run: Run, checkpoints: TrainCheckpoints) -> tuple[TrainState, 
     checks.check_weights(folder, variables)
     fresh = lambda: to_host(start(key).model)  # noqa: E731
     variables, changes = fit(variables, source.info, run.abstract, run.network.info, fresh=fresh)
+    own, ours = ((info.mean, info.std) for info in (source.info, run.network.info))
+    if own != ours:
+        changes.append(f"warning: its images had mean and std {own}, config.input says {ours}")
     begin = jax.jit(lambda v: _new_state(run, v), out_shardings=shardings)
     return begin(variables), shardings, none_yet, "; ".join([f"weights of {folder}", *changes])
 

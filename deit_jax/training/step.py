@@ -145,7 +145,7 @@ def make_train_step(
             state.step,
             steps_per_epoch=plan.steps_per_epoch,
             epochs=config.schedule.epochs,
-            warmup_epochs=config.schedule.warmup_epochs,
+            warmup_epochs=plan.warmup_epochs,
             warmup_lr=config.schedule.warmup_lr,
             peak_lr=config.optimizer.lr,
             min_lr=config.schedule.min_lr,

@@ -44,7 +44,8 @@ def describe_run(run: Run, origin: str) -> str:
     }
     if run.teacher_folder is not None:
         lines["teacher"] = _teacher(run)
-    return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())
+    rows = [*lines.items(), *(("warning", text) for text in plan.warnings)]
+    return "\n".join(f"  {name:<9} {text}" for name, text in rows)
 
 
 def _joined(parts: dict[str, object]) -> str:

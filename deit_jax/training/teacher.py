@@ -20,12 +20,11 @@ from ml_collections import ConfigDict
 
 from deit_jax.checkpoints import model_folder
 from deit_jax.config.files import load_config
-from deit_jax.config.validate import validate
 from deit_jax.errors import InputError
 from deit_jax.models.network import split_model
 from deit_jax.parallel.mesh import replicate
 from deit_jax.training import checks
-from deit_jax.training.run import Run, build_model
+from deit_jax.training.run import Run, build_model, complete
 
 if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
     from ml_collections import ConfigDict
@@ -76,8 +75,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     epochs = config.distill.teacher_epochs
     if epochs:
         teacher.schedule.epochs = epochs
-        teacher.schedule.warmup_epochs = min(teacher.schedule.warmup_epochs, epochs // 2)
-    return teacher
+    return complete(teacher)
 
 
 def check_teacher(run: Run) -> None:
@@ -98,7 +96,7 @@ def check_teacher(run: Run) -> None:
                 f"{train_one}"
             )
         try:
-            validate(teacher_config(run.config))
+            teacher_config(run.config)
         except InputError as error:
             raise InputError(
                 f"{distill.teacher_config} (config.distill.teacher_config): {error}"

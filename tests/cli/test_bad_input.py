@@ -90,7 +90,7 @@ def _save_teacher(folder, *, num_classes=10, **changes):
 
 def test_unknown_field(digits, tmp_path):
     digits.optimizer.learning_rate = 1e-3
-    assert "config.optimizer.learning_rate is not a field" in _refusal(digits, tmp_path / "run")
+    assert "did you mean config.optimizer.lr?" in _refusal(digits, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
