@@ -53,9 +53,9 @@ def load_config(recipe: str | os.PathLike) -> ConfigDict:
     names = sorted(packaged_recipes())
     wrong = Path(match[1]).stem if match else name
     close = difflib.get_close_matches(wrong, names)
-    meant = f"did you mean {', '.join(close)}? " if close else ""
+    meant = f" (did you mean {', '.join(close)}?)" if close else ""
     raise InputError(
-        f"there is no recipe {recipe}: {meant}the packaged ones are {', '.join(names)}; name one "
+        f"there is no recipe {recipe}{meant}; the packaged ones are {', '.join(names)}; name one "
         f"of them, FILE.py, a run folder or its {CONFIG_FILE}"
     )
 

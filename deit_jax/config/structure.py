@@ -85,11 +85,10 @@ def refuse_name(name: str, prefix: str = "--config.") -> NoReturn:
         names = [prefix + other for other in meant]
         every = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
         raise InputError(f"no field config.{name}; did you mean {every}?")
-    own = [field.partition(".")[2] for field in FIELDS if group and field.startswith(f"{group}.")]
-    has = (
-        f"config.{group} has {', '.join(own)}" if own else f"groups are {', '.join(sorted(GROUPS))}"
-    )
-    raise InputError(f"no field config.{name}; {has}")
+    own = [field for field in FIELDS if group and field.startswith(f"{group}.")]
+    has = f"config.{group} has" if own else "the groups of fields are"
+    names = [field.partition(".")[2] for field in own] or GROUPS
+    raise InputError(f"no field config.{name}; {has} {', '.join(names)}")
 
 
 def _meant(name: str) -> list[str]:

@@ -63,9 +63,7 @@ def validate(config: ConfigDict) -> None:
     check_structure(config)
     for name in ("model.name", "input.image_size"):
         if not _get(config, name):
-            refuse(
-                config, name, "set, or config.init_from a model folder to take it from"
-            )
+            refuse(config, name, "set, or config.init_from a model folder to take it from")
     for name, choices in CHOICES.items():
         if _get(config, name) not in choices:
             refuse(config, name, f"one of {', '.join(choices)}")

@@ -1,7 +1,9 @@
 """Fine-tuning, end to end: another resolution with a teacher, a new token, other classes."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,12 @@ from sklearn.datasets import load_digits
 from configs import digits
 from deit_jax import trees
 from deit_jax.checkpoints import model_folder
+from deit_jax.config.files import load_config
+from deit_jax.errors import InputError
+from deit_jax.models import registry
+from deit_jax.models.network import split_model
 from deit_jax.training import loop
+from deit_jax.training.run import complete
 
 CLASSES = (5, 6, 7, 8, 9)
 
@@ -121,3 +128,40 @@ def test_other_classes_by_attention_alone(base, five_classes, tmp_path, capsys):
     assert_learns(tmp_path / "run")
     assert final["top1"] > 75  # chance is 20
     assert model_folder.read_info(tmp_path / "run").class_names == tuple(map(str, CLASSES))
+
+
+def test_the_folder_recipe_starts_from_any_model(base, five_classes, tmp_path, capsys):
+    """Name, patches and image size are those of `init_from`, the classes those of the data."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(base[0] / "model", model)
+    config = load_config("folder:finetune")
+    config.init_from, config.dataset.root = str(model), str(five_classes)
+    config.schedule.epochs, config.train.batch_size = 8, 20
+    config.optimizer.lr = 2e-3  # a model so small learns at larger rates
+    config.input.hflip, config.input.scale = 0.0, (0.7, 1.0)  # digits are not symmetric
+    final = loop.train(config, str(run))
+    printed = capsys.readouterr().out
+    for words in ("deit_testing, ", " 32×32, 5 classes", "head newly initialised", "4 of 8 epochs"):
+        assert words in printed
+    assert "its images had mean and std ((0.5, 0.5, 0.5), " in printed
+    assert final["top1"] > 50  # chance is 20
+    shutil.rmtree(model)
+    again = load_config(run)  # all that it takes to go on
+    assert (again.model.name, again.model.patch_size) == ("deit_testing", 8)
+    assert loop.evaluate(again, str(run)) == loop.evaluate(config, str(run)) == final
+    with pytest.raises(InputError, match=f"--config.init_from={model}: .*no model folder"):
+        complete(config)
+
+
+def test_without_a_teacher_a_distilled_model_becomes_a_plain_one(tmp_path):
+    network, like = split_model(registry.abstract_model("deit_testing_distilled", image_size=48))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    model_folder.write_model(tmp_path / "model", zeros, network.info)
+    config = load_config("folder:finetune")
+    config.init_from = str(tmp_path / "model")
+    plain = complete(config)
+    assert (plain.model.name, plain.input.image_size) == ("deit_testing", 48)
+    assert (config.model.name, config.input.image_size) == ("", 0)
+    config.distill.kind, config.input.image_size = "hard", 64
+    taught = complete(config)
+    assert (taught.model.name, taught.input.image_size) == ("deit_testing_distilled", 64)
