@@ -43,7 +43,6 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     from deit_jax.training.run import complete
 
     config = complete(arguments.config)
-
     size = config.input.image_size
     sources = {split: data.open_source(config.dataset, split) for split in SPLITS}
     for split, source in sources.items():

@@ -89,7 +89,11 @@ def _override(config: ConfigDict, overrides: list[tuple[str, str]]) -> None:
             own = [field for field in FIELDS if field.startswith(f"{name}.")]
             fits = [field for field in own if text in CHOICES.get(field, ())]
             fits += [field for field in own if field.endswith(".name") and text.isidentifier()]
-            meant = f"did you mean --config.{fits[0]}={text}?" if fits else f"set {', '.join(own)}"
+            meant = (
+                f"did you mean --config.{fits[0]}={text}?"
+                if fits
+                else f"set its fields: {', '.join(own)}"
+            )
             raise InputError(f"config.{name} is a group of fields, not {text!r}; {meant}")
         if name not in FIELDS:
             refuse_name(name)

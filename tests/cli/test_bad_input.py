@@ -318,7 +318,7 @@ _DIGITS = "--config=configs/digits.py"
         ([_DIGITS, "--config.schedule.epochs=2.5"], ["config.schedule.epochs", "2.5"]),
         (
             [_DIGITS, "--config.model={'name': 'deit_testing'}"],
-            ["config.model ", "group of fields", "--config.model."],
+            ["config.model ", "group of fields", "model.patch_size"],
         ),
         (["--config=configs/nowhere.py"], ["configs/nowhere.py", "deit_b_distill"]),
         (["--config=configs/deit3.py:xl"], ["deit3 has no run 'xl', only ti, s, m"]),
