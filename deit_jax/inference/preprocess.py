@@ -1,19 +1,17 @@
-"""Evaluation preprocessing of one image for inference, with PIL and NumPy only.
+"""Prepares one image for inference as evaluation does, with PIL and NumPy only.
 
-Pixel for pixel what the reference evaluates with: torchvision's Resize, CenterCrop, ToTensor and
-Normalize on PIL images.
+The pixels equal those of the reference: torchvision's Resize, CenterCrop, ToTensor and Normalize on
+PIL images.
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from deit_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from deit_jax.models.registry import ModelInfo
+from deit_jax.models.info import ModelInfo
 
 _INTERPOLATIONS = {
     name: Image.Resampling[name.upper()]
@@ -22,16 +20,23 @@ _INTERPOLATIONS = {
 
 
 def preprocess(
-    model_or_info: "ModelInfo | Any", image: str | os.PathLike | Image.Image | np.ndarray
+    model_or_info: ModelInfo | Any, image: str | os.PathLike | Image.Image | np.ndarray
 ) -> np.ndarray:
-    """Return `image` as the model's float32 input [1,S,S,3].
+    """Turns an image into the model's input.
 
-    `model_or_info` is a ModelInfo or a model that carries one as `info`. `image` is a path, a PIL
-    image of any mode, or a uint8 array [H,W,3] or [H,W]. The short side is resized to
-    `int(S / crop_ratio)` and the centre S×S is cut out; with `crop_ratio` None (small images) the
-    whole image is resized to S×S. Then `(x / 255 - mean) / std`.
+    The short side is resized to `int(S / crop_ratio)` and the centre S×S is cut out; with
+    `crop_ratio` None (small images) the whole image is resized to S×S. Then
+    `(x / 255 - mean) / std`.
 
-    Raises InputError for a missing or unreadable file, an unusable array or a bad `info` field.
+    Args:
+      model_or_info: a ModelInfo, or a model that carries one as `info`.
+      image: a path, a PIL image of any mode, or a uint8 array [H,W,3] or [H,W].
+
+    Returns:
+      float32 [1,S,S,3].
+
+    Raises:
+      InputError: a missing or unreadable file, an unusable array or a bad field of `info`.
     """
     info = getattr(model_or_info, "info", model_or_info)
     if info.interpolation not in _INTERPOLATIONS:
@@ -68,7 +73,7 @@ def _resize_and_crop(
 
 
 def _load(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
-    """Open or wrap `image` and convert it to RGB."""
+    """Opens or wraps an image and converts it to RGB."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if isinstance(image, (str, os.PathLike)):

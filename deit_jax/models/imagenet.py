@@ -1,4 +1,4 @@
-"""The 1000 classes of ImageNet-1k: their WordNet ids, and names for people.
+"""Names the 1000 classes of ImageNet-1k: WordNet ids for data sets, readable names for people.
 
 Data sets name the classes by id, and so does a model trained on one; tools show the names.
 """
@@ -11,26 +11,26 @@ _MAX_OTHER_SPELLINGS = 50  # of the 1000: sources agree on the classes, not on e
 
 
 def wnids() -> tuple[str, ...]:
-    """The WordNet ids in the order of the classes, which is their sorted order."""
+    """Returns the WordNet ids in the order of the classes, which is their sorted order."""
     return tuple(_table())
 
 
 def names() -> tuple[str, ...]:
-    """A readable name for each class in the same order, no two alike even in lower case."""
+    """Returns a readable name for each class in that order, distinct even in lower case."""
     return tuple(_table().values())
 
 
 def readable(class_name: str) -> str:
-    """The readable name where `class_name` is a WordNet id of ImageNet-1k, else as it is."""
+    """Returns the readable name of a WordNet id of ImageNet-1k, and any other name as it is."""
     return _table().get(class_name, class_name)
 
 
 def wnid_of_names(names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The WordNet ids of label texts, or None unless they are ImageNet-1k in its usual order.
+    """Returns the WordNet ids of label texts, or None unless they are ImageNet-1k in its order.
 
-    A text is a WordNet id, or a name with or without synonyms after commas ("tench, Tinca tinca"),
-    of which the first counts, in any case. A few names may be spelt differently; names that stand
-    at one another's place are another order, however few.
+    A text is a WordNet id or a name, in any case; of synonyms ("tench, Tinca tinca") the first
+    counts. A few names may be spelt differently, but where even two classes have swapped places,
+    the order is another one.
     """
     ids, own = wnids(), [_plain(name) for name in _table().values()]
     if len(names) != len(ids):
@@ -47,12 +47,12 @@ def wnid_of_names(names: tuple[str, ...]) -> tuple[str, ...] | None:
 
 
 def _plain(text: str) -> str:
-    """The first synonym without the "(bird)" that sets our two cranes apart."""
+    """Returns the first synonym, without the "(bird)" that tells our two cranes apart."""
     return text.split(",")[0].split(" (")[0].replace("_", " ").strip().lower()
 
 
 @functools.cache
 def _table() -> dict[str, str]:
-    """WordNet id to readable name."""
+    """Reads {WordNet id: readable name}."""
     lines = _FILE.read_text(encoding="utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines)

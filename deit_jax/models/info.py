@@ -1,4 +1,4 @@
-"""A model's description, which travels with its weights in `model.json` and in converted files."""
+"""Describes a model: what travels with its weights in `model.json` and in converted files."""
 
 import dataclasses
 import json
@@ -42,15 +42,15 @@ class ModelInfo:
         object.__setattr__(self, "overrides", tuple(tuple(pair) for pair in self.overrides))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON knows them."""
+        """Returns the fields as JSON knows them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, fields: Any) -> "ModelInfo":
-        """Return what `to_json` described.
+        """Rebuilds what `to_json` returned.
 
-        The source may be hostile: nothing passes that a model could not be built from, or that
-        would take more memory than any real model.
+        The source may be hostile: fields that no model could be built from, or that would take
+        more memory than any real model, are rejected.
 
         Raises:
           InputError: an unknown, missing or impossible field or override.

@@ -1,4 +1,4 @@
-"""The table of model names, and the functions that create models from it."""
+"""Lists the models by name and creates them."""
 
 import dataclasses
 import difflib
@@ -16,16 +16,15 @@ from deit_jax.models.info import ModelInfo
 from deit_jax.models.regnet import RegNetY
 from deit_jax.models.vit import VisionTransformer
 
-# Options that change training only: they leave weights and predictions as they are, so they are
-# no part of a model's description.
+# Options that change training only, not weights or predictions: no part of a model's description.
 _TRAINING_OPTIONS = frozenset({"drop_rate", "drop_path_mode", "remat"})
-# Arguments of the constructors that create_model gives them by its own means.
+# Arguments of the constructors that create_model sets itself.
 _GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One row of the table: the constructor, its arguments and the evaluation crop."""
+    """One row of the table: the constructor, its arguments, image size and evaluation crop."""
 
     build: Callable[..., nnx.Module]
     options: dict[str, Any]
@@ -64,7 +63,7 @@ def _regnety(w0: int, wa: float, wm: float, group_width: int, depth: int) -> _En
 
 
 def _testing(entry: _Entry, **options: Any) -> _Entry:
-    """Shrink an entry to 32×32 images that are evaluated whole."""
+    """Shrinks an entry to 32×32 images that are evaluated whole."""
     return dataclasses.replace(
         entry, options=entry.options | options, image_size=32, crop_ratio=None
     )
@@ -100,7 +99,7 @@ _MODELS = {
     "regnety_120": _regnety(168, 73.36, 2.37, 112, 19),
     "regnety_160": _regnety(200, 106.23, 2.48, 112, 18),
     "regnety_320": _regnety(232, 115.89, 2.53, 232, 20),
-    # Small enough for a laptop and for tests, through the same door as the real ones.
+    # Small enough for a laptop and for tests.
     "deit_testing": _testing(_deit(64, 4, 2), patch_size=4),
     "deit_testing_distilled": _testing(_deit(64, 4, 2, distilled=True), patch_size=4),
     "deit3_testing": _testing(_deit3(64, 4, 2, patch_size=4)),
@@ -109,35 +108,37 @@ _MODELS = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Return the sorted names that match a shell-style pattern, for instance "deit3*"."""
+    """Returns the sorted names that match a shell-style pattern, for instance "deit3*"."""
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
 def model_options(name: str) -> dict[str, Any]:
-    """Return the registered arguments of a model's constructor, and its `image_size`.
+    """Returns the registered arguments of a model's constructor, and its `image_size`.
 
-    Raises InputError if the name is unknown.
+    Raises:
+      InputError: unknown name.
     """
     entry = _entry(name)
     return entry.options | {"image_size": entry.image_size}
 
 
 def is_distilled(name: str) -> bool:
-    """Tell whether the model has a distillation token and head. Raises InputError if unknown."""
+    """Tells whether a registered model has a distillation token and head."""
     return _entry(name).options.get("distilled", False)
 
 
 def fixed_size(info: ModelInfo) -> int | None:
-    """Return the side of the only images that a model takes, or None where it takes any."""
+    """Returns the side of the only images that a model takes, or None where it takes any."""
     return info.image_size if _entry(info.name).build is VisionTransformer else None
 
 
 def model_info(
     name: str, *, num_classes: int = 1000, image_size: int | None = None, **more: Any
 ) -> ModelInfo:
-    """Return the registry's description of a model; `more` sets further fields of ModelInfo.
+    """Returns the registry's description of a model; `more` sets further fields of ModelInfo.
 
-    Raises InputError for an unknown name or field.
+    Raises:
+      InputError: unknown name or field.
     """
     entry = _entry(name)
     fields = {field.name for field in dataclasses.fields(ModelInfo)}
@@ -161,15 +162,26 @@ def create_model(
     rngs: nnx.Rngs,
     **overrides: Any,
 ) -> nnx.Module:
-    """Create a randomly initialised model; `model.info` is its ModelInfo.
+    """Creates a randomly initialised model.
 
-    `image_size` is the side of the square input in pixels, by default the one in the name.
-    `dtype` (float32 or bfloat16) is that of the matrix products; parameters and logits are float32.
-    `overrides` are further arguments of VisionTransformer or RegNetY.
-    Raises InputError for an unknown name or override and for values that do not fit.
+    Args:
+      name: one of `list_models()`.
+      num_classes: of each head.
+      image_size: side of the square input in pixels; None takes the one in the name.
+      drop_path_rate: stochastic depth of vision transformers, of the last block or (DeiT III) of
+        all.
+      dtype: of the matmuls, float32 or bfloat16; parameters and logits are float32.
+      rngs: draws the parameters.
+      overrides: further arguments of VisionTransformer or RegNetY.
+
+    Returns:
+      The module; `model.info` is its ModelInfo.
+
+    Raises:
+      InputError: unknown name or override, or values that do not fit.
     """
     entry = _entry(name)
-    # Those of this function itself cannot be among them, but are what may be misspelt.
+    # This function's own arguments are listed for the suggestion that answers a misspelt one.
     own = {"num_classes", "image_size", "drop_path_rate", "dtype"}
     _check_known(overrides, entry.option_names() | own, f"model {name}")
     if num_classes < 1:
@@ -177,17 +189,10 @@ def create_model(
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise InputError(f"dtype is {jnp.dtype(dtype)}, expected float32 or bfloat16")
 
-    structural = {
-        option: value
-        for option, value in sorted(overrides.items())
-        if option not in _TRAINING_OPTIONS
-    }
-    info = model_info(
-        name,
-        num_classes=num_classes,
-        image_size=image_size,
-        overrides=tuple(structural.items()),
+    structural = tuple(
+        pair for pair in sorted(overrides.items()) if pair[0] not in _TRAINING_OPTIONS
     )
+    info = model_info(name, num_classes=num_classes, image_size=image_size, overrides=structural)
     arguments = entry.options | overrides | {"num_classes": num_classes, "dtype": dtype}
     if entry.build is VisionTransformer:
         arguments |= {"image_size": info.image_size, "drop_path_rate": drop_path_rate}
@@ -200,27 +205,9 @@ def create_model(
     return model
 
 
-def abstract_model(
-    name: str,
-    *,
-    num_classes: int = 1000,
-    image_size: int | None = None,
-    drop_path_rate: float = 0.0,
-    dtype: DTypeLike = jnp.float32,
-    **overrides: Any,
-) -> nnx.Module:
-    """Return what `create_model` would, with shapes in place of arrays: no memory, no compute."""
-    return nnx.eval_shape(
-        lambda: create_model(
-            name,
-            num_classes=num_classes,
-            image_size=image_size,
-            drop_path_rate=drop_path_rate,
-            dtype=dtype,
-            rngs=nnx.Rngs(0),
-            **overrides,
-        )
-    )
+def abstract_model(name: str, **options: Any) -> nnx.Module:
+    """Returns what `create_model(name, **options)` would, with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options))
 
 
 def _entry(name: str) -> _Entry:
@@ -236,7 +223,6 @@ def _check_known(given: dict[str, Any], known: set[str], owner: str) -> None:
 
 
 def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=3)
-    if close:
+    if close := difflib.get_close_matches(name, sorted(known), n=3):
         return f": did you mean {', '.join(close)}?"
     return f"; expected one of {', '.join(sorted(known))}"

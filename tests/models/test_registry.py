@@ -10,7 +10,7 @@ from flax import nnx
 
 from deit_jax import trees
 from deit_jax.errors import InputError
-from deit_jax.models import (
+from deit_jax.models.registry import (
     ModelInfo,
     abstract_model,
     create_model,
