@@ -40,7 +40,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     from deit_jax import data
     from deit_jax.data import scan
     from deit_jax.models import imagenet
-    from deit_jax.training.run import complete
+    from deit_jax.training.complete import complete
 
     config = complete(arguments.config)
     size = config.input.image_size

@@ -68,7 +68,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     """Draws."""
     _check(arguments)
-    from deit_jax.training.run import complete
+    from deit_jax.training.complete import complete
 
     config = complete(arguments.config or default_config())
     if arguments.randaugment is None:

@@ -1,16 +1,11 @@
 """A model as a pure function: its computation (`Network`) apart from its weights (`Variables`)."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx, struct
 
 from deit_jax.models.registry import ModelInfo
-
-if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
-    pass
-
 
 Tree = dict[str, object]
 

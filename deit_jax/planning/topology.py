@@ -16,7 +16,7 @@ from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
 from deit_jax.parallel.mesh import make_mesh
 from deit_jax.planning import chips, forecast, markdown, report
-from deit_jax.training.run import complete
+from deit_jax.training.complete import complete
 from deit_jax.training.setup import assemble, check_model
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")

@@ -1,28 +1,22 @@
 """Exact evaluation of a whole split: every example counts once on any number of devices."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from deit_jax.models.network import Network, Variables, join_model
+from deit_jax.parallel.mesh import batch_sharding, replicated, sum_over_processes, to_global
 from deit_jax.training import losses, mixing
+from deit_jax.training.run import Run
 from deit_jax.training.state import TrainState
 
-if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
+if TYPE_CHECKING:  # the step runs without ml_collections, which GPU hosts may lack
     from ml_collections import ConfigDict
-
-
-from collections.abc import Iterable, Iterator
-
-import numpy as np
-from ml_collections import ConfigDict
-
-from deit_jax.parallel.mesh import batch_sharding, replicated, sum_over_processes, to_global
-from deit_jax.training.run import Run
 
 _PERCENT = ("top1", "top5", "top1_cls", "top1_dist")
 _REPORTED = (*_PERCENT, "loss")
@@ -78,7 +72,7 @@ def evaluator(run: Run) -> Callable[[TrainState], dict[str, float]]:
     )
 
 
-def skipped(batches: Iterator[dict], config: ConfigDict) -> dict[str, int]:
+def skipped(batches: Iterator[dict], config: "ConfigDict") -> dict[str, int]:
     """How many images could not be read so far, if any; else nothing. Every process asks.
 
     One that several processes have met, in different epochs, counts for each of them.

@@ -5,7 +5,7 @@ update with `apply_updates`, so the rate is a pure function of the step and neve
 """
 
 import re
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ import optax
 
 from deit_jax import trees
 from deit_jax.errors import InputError
+
+if TYPE_CHECKING:  # the step runs without ml_collections, which GPU hosts may lack
+    from ml_collections import ConfigDict
 
 # Every parameter name ends in one of these or is an error: a new layer has to take a side.
 _DECAYED = ("kernel",)
@@ -23,59 +26,50 @@ OPTIMIZERS = ("adamw", "lamb", "sgd")
 Tree = Any
 
 
-class OptimizerConfig(Protocol):
-    """The fields of the config group `optimizer` that `make_optimizer` reads."""
-
-    name: str
-    weight_decay: float
-    b1: float
-    b2: float
-    eps: float
-    momentum: float
-    clip_norm: float
-    decay_dist_token: bool
-    trainable: str
-
-
 def learning_rate(
     step: jax.Array | int,
+    schedule: "ConfigDict",
     *,
-    steps_per_epoch: int,
-    epochs: int,
-    warmup_epochs: int,
-    warmup_lr: float,
     peak_lr: float,
-    min_lr: float,
-    per_epoch: bool = True,
+    warmup_epochs: int,
+    steps_per_epoch: int,
 ) -> jax.Array:
-    """Return the float32 rate of update number `step` (from 0): linear warm-up, then cosine.
+    """Returns the float32 rate of update number `step` (from 0): linear warm-up, then cosine.
 
     value(t) rises linearly from `warmup_lr` to `peak_lr` over `warmup_epochs`, then follows the
     cosine over all `epochs`; the warm-up covers the first part of the cosine, it does not delay it.
     With `per_epoch`, as in the reference, the rate is constant within an epoch and lags by one:
     epoch e runs at value(max(e - 1, 0)), so epochs 0 and 1 both run at `warmup_lr`. Without it, the
     rate follows value(step / steps_per_epoch).
+
+    Args:
+      step: the number of an update, or an array of them.
+      schedule: the config group of that name.
+      peak_lr: the rate at which the warm-up ends.
+      warmup_epochs: as the plan of the run has them.
+      steps_per_epoch: updates in an epoch.
     """
-    if per_epoch:
+    if schedule.per_epoch:
         t = jnp.maximum(jnp.asarray(step) // steps_per_epoch - 1, 0).astype(jnp.float32)
     else:
         t = jnp.asarray(step).astype(jnp.float32) / steps_per_epoch
-    angle = jnp.pi * jnp.minimum(t / epochs, 1.0)
-    rate = min_lr + 0.5 * (peak_lr - min_lr) * (1.0 + jnp.cos(angle))
+    angle = jnp.pi * jnp.minimum(t / schedule.epochs, 1.0)
+    low, start = schedule.min_lr, schedule.warmup_lr
+    rate = low + 0.5 * (peak_lr - low) * (1.0 + jnp.cos(angle))
     if warmup_epochs > 0:
-        slope = (peak_lr - warmup_lr) / warmup_epochs
-        rate = jnp.where(t < warmup_epochs, warmup_lr + t * slope, rate)
+        rate = jnp.where(t < warmup_epochs, start + t * ((peak_lr - start) / warmup_epochs), rate)
     return rate
 
 
 def decay_mask(params: Tree, *, decay_dist_token: bool = True) -> Tree:
-    """Return a tree like `params` with True where weight decay applies.
+    """Returns a tree like `params` with True where weight decay applies.
 
     Kernels decay (also convolutions); biases, norm scales, LayerScale gammas, the class token and
     position embeddings do not. The reference decays the distillation token on purpose; recent timm
     does not: `decay_dist_token`.
 
-    Raises InputError for a parameter whose name has no rule.
+    Raises:
+      InputError: a parameter's name has no rule.
     """
 
     def decays(path: jax.tree_util.KeyPath, _: Any) -> bool:
@@ -94,13 +88,16 @@ def decay_mask(params: Tree, *, decay_dist_token: bool = True) -> Tree:
 
 
 def trainable_mask(params: Tree, patterns: str) -> Tree:
-    """Return a tree like `params` with True where the optimiser may change something.
+    """Returns a tree like `params` with True where the optimiser may change something.
 
-    `patterns` are regular expressions with spaces between them, as `optimizer.trainable` has them:
-    a parameter trains where one of them matches its whole name (`blocks/0/attn/qkv/kernel`), or
-    where there are none.
+    Args:
+      params: arrays or shapes.
+      patterns: regular expressions with spaces between them, as in `optimizer.trainable`. A
+        parameter trains where one of them matches its whole name (`blocks/0/attn/qkv/kernel`), or
+        where there are none.
 
-    Raises InputError for a pattern that matches no parameter.
+    Raises:
+      InputError: a pattern matches no parameter.
     """
     names = trees.leaf_names(params)
     for pattern in patterns.split():
@@ -112,27 +109,33 @@ def trainable_mask(params: Tree, patterns: str) -> Tree:
     return trees.name_mask(params, patterns.split() or [".*"])
 
 
-def freeze(params: Tree, mask: Tree) -> Tree:
-    """Return `params` cut off from the gradient where `mask` is False."""
+def freeze(params: Tree, patterns: str) -> Tree:
+    """Returns `params` without a gradient where they do not train (`trainable_mask`)."""
+    mask = trainable_mask(params, patterns)
     return jax.tree.map(lambda p, m: p if m else jax.lax.stop_gradient(p), params, mask)
 
 
-def make_optimizer(params: Tree, config: OptimizerConfig) -> optax.GradientTransformation:
-    """Build the transformation from gradients to updates, without the learning rate.
-
-    Apply its output with `apply_updates(params, updates, lr)`. `params` (arrays or shapes) give the
-    decay mask; `clip_norm` bounds the gradient's norm over all parameters, 0 means no clipping.
+def make_optimizer(params: Tree, config: "ConfigDict") -> optax.GradientTransformation:
+    """Builds the transformation from gradients to updates, without the learning rate.
 
     "adamw" is decoupled as in torch: p ← p - lr·u with u = m̂ / (√v̂ + eps) + weight_decay·p.
     "lamb" is apex's FusedLAMB, with which DeiT III was trained (where `clip_norm` is 1): u as for
     AdamW, multiplied by ‖p‖ / ‖u‖ (1 if either is 0), tensor by tensor, where weight decay applies.
     "sgd" is torch's with Nesterov momentum: the decay is added to the gradient, and the momentum
-    carries it on.
+    carries it on. `clip_norm` bounds the gradient's norm over all parameters; 0 means no clipping.
 
     Parameters that do not train (`trainable_mask`) have no moments and do not decay: their update
     is their gradient, which is 0 behind `freeze`.
 
-    Raises InputError for an unknown optimiser name or a pattern that matches no parameter.
+    Args:
+      params: arrays or shapes; they give the decay mask.
+      config: the config group `optimizer`.
+
+    Returns:
+      A transformation whose output `apply_updates(params, updates, lr)` applies.
+
+    Raises:
+      InputError: an unknown optimiser, or a pattern that matches no parameter.
     """
     if config.name not in OPTIMIZERS:
         raise InputError(f"optimizer.name is {config.name!r}: expected {', '.join(OPTIMIZERS)}")
@@ -141,7 +144,7 @@ def make_optimizer(params: Tree, config: OptimizerConfig) -> optax.GradientTrans
     return _chain(params, config)
 
 
-def _chain(params: Tree, config: OptimizerConfig) -> optax.GradientTransformation:
+def _chain(params: Tree, config: "ConfigDict") -> optax.GradientTransformation:
     mask = decay_mask(params, decay_dist_token=config.decay_dist_token)
     # A slot in either case: a run that resumes with clipping turned on finds its moments.
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
@@ -157,14 +160,14 @@ def _chain(params: Tree, config: OptimizerConfig) -> optax.GradientTransformatio
 
 
 def apply_updates(params: Tree, updates: Tree, lr: jax.Array | float) -> Tree:
-    """Return `params - lr * updates`, leaf by leaf, in the dtype of the parameters."""
+    """Returns `params - lr * updates`, leaf by leaf, in the dtype of the parameters."""
     return jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), params, updates)
 
 
 def ema_update(ema: Tree, new: Tree, decay: float) -> Tree:
-    """Return `decay * ema + (1 - decay) * new`, leaf by leaf.
+    """Returns `decay * ema + (1 - decay) * new`, leaf by leaf.
 
     Written as a step towards `new`: .99996 and 4e-5 rounded to float32 sum to 1 + 5e-9, so that
-    plain weights scale the average by 1 + 1.3e-4 in the long run (measured over 100 000 steps).
+    plain weights scale the EMA by 1 + 1.3e-4 in the long run (measured over 100 000 steps).
     """
     return jax.tree.map(lambda e, n: e + (1.0 - decay) * (n - e), ema, new)

@@ -1,29 +1,28 @@
 """A run: its config, what follows from it, and the objects that its parts share."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from deit_jax.checkpoints import model_folder
-from deit_jax.config.files import recorded_fields
-from deit_jax.config.plan import RunPlan
-from deit_jax.config.structure import check_structure
-from deit_jax.config.validate import validate
-from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Network, Variables
+
+if TYPE_CHECKING:  # the step runs without ml_collections, which GPU hosts may lack
+    from ml_collections import ConfigDict
+
+    from deit_jax.config.plan import RunPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A checked run: nothing in it has cost more than reading the data's index."""
 
-    config: ConfigDict
+    config: "ConfigDict"
     workdir: str
-    plan: RunPlan
+    plan: "RunPlan"
     mesh: Mesh
     network: Network
     abstract: Variables  # shapes of the student's weights
@@ -40,45 +39,7 @@ class Run:
         return InputPlan.of(self.config, self.plan, process_index=index, process_count=count)
 
 
-def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
-    """Returns the config checked, with what it leaves to the model of `init_from` filled in.
-
-    That is `model.name` where it is "", with the model's patch size, and `input.image_size` where
-    it is 0. Without distillation, the plain model takes the place of a distilled one, whose second
-    head nothing would train.
-
-    Args:
-      config: as parsed; it stays as it is.
-      workdir: of the run; one that began with the same `init_from` keeps its model, also where
-        that folder is gone.
-
-    Raises:
-      InputError: a field is wrong, or `init_from` is no model folder.
-    """
-    check_structure(config)
-    if config.init_from and not (config.model.name and config.input.image_size):
-        config = config.copy_and_resolve_references()
-        known = recorded_fields(workdir) if workdir else {}
-        if known.get("init_from") != config.init_from:
-            try:
-                info = model_folder.read_info(config.init_from)
-            except InputError as error:
-                raise InputError(f"--config.init_from={config.init_from}: {error}") from error
-            name = info.name
-            if config.distill.kind == "none" and registry.is_distilled(name):
-                name = name.replace("_distilled", "")
-            patch_size = dict(info.overrides).get("patch_size", 0)
-            known = {"input.image_size": info.image_size, "model.name": name}
-            known["model.patch_size"] = patch_size
-        if not config.model.name:
-            config.model.name = known["model.name"]
-            config.model.patch_size = config.model.patch_size or known["model.patch_size"]
-        config.input.image_size = config.input.image_size or known["input.image_size"]
-    validate(config)
-    return config
-
-
-def build_model(config: ConfigDict, plan: RunPlan, *, rngs: object = None) -> object:
+def build_model(config: "ConfigDict", plan: "RunPlan", *, rngs: object = None) -> object:
     """The run's model, abstract without `rngs`; `info` holds all that prediction needs."""
     options = {
         "num_classes": plan.num_classes,

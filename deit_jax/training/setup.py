@@ -15,8 +15,9 @@ from deit_jax.models.network import Variables, split_model
 from deit_jax.parallel import cpu_memory, hosts
 from deit_jax.parallel.mesh import make_mesh, state_shardings, to_host, with_shardings
 from deit_jax.training import checks, optim
+from deit_jax.training.complete import complete
 from deit_jax.training.metrics import import_tensorboard
-from deit_jax.training.run import Run, build_model, complete
+from deit_jax.training.run import Run, build_model
 from deit_jax.training.state import TrainState, new_state
 from deit_jax.training.teacher import check_teacher, teacher_folder
 

@@ -1,16 +1,11 @@
 """The training state: what a run carries from step to step, and all that a checkpoint holds."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
 from deit_jax.models.network import Variables
-
-if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
-    pass
 
 
 @struct.dataclass
@@ -19,9 +14,9 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, batches consumed so far; data position and randomness follow from it.
-      model: parameters and statistics in training, float32.
+      model: parameters and BatchNorm statistics in training, float32.
       opt_state: the optimiser's moments.
-      ema: moving average of `model`, or None where it is off.
+      ema: the EMA of `model`, or None where it is off.
       nonfinite_steps: int32 scalar, steps skipped in a row for a non-finite loss or gradient.
       nonfinite_total: int32 scalar, steps skipped in the whole run.
     """
@@ -37,7 +32,7 @@ class TrainState:
 def new_state(
     model: Variables, optimizer: optax.GradientTransformation, *, ema: bool
 ) -> TrainState:
-    """A state at step 0. The moving average starts as a copy of the weights (reference)."""
+    """Returns a state at step 0. The EMA starts as a copy of the weights (reference)."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         model=model,
@@ -49,6 +44,6 @@ def new_state(
 
 
 def step_keys(seed: int, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The keys of a training step: of its augmentation, and of the network's own noise."""
+    """Returns the keys of a training step: of its augmentation, and of the network's own noise."""
     augment_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
     return augment_key, noise_key

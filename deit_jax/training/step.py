@@ -1,5 +1,6 @@
-"""The training state, and the pure train and eval steps that the loop compiles."""
+"""The train step: augmentation, gradient, update, and a guard that skips what is not finite."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,50 +11,15 @@ from jax.sharding import NamedSharding
 
 from deit_jax.models.network import Network, Tree, Variables
 from deit_jax.parallel import axis
-from deit_jax.training import losses, mixing, optim
-from deit_jax.training.accumulate import accumulate
+from deit_jax.training import accumulate, mixing, optim
 from deit_jax.training.state import TrainState, step_keys
+from deit_jax.training.tasks import choose_task
 from deit_jax.training.teacher import teacher_forward
 
-if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
+if TYPE_CHECKING:  # the step runs without ml_collections, which GPU hosts may lack
     from ml_collections import ConfigDict
 
     from deit_jax.config.plan import RunPlan
-
-
-def make_augment(
-    config: "ConfigDict",
-    plan: "RunPlan",
-    *,
-    replicated: NamedSharding | None = None,
-) -> Callable[[jax.Array, dict], tuple[jax.Array, jax.Array, mixing.MixDraw]]:
-    """Builds a recipe's augmentation on the device; arguments as `make_train_step`.
-
-    Returns:
-      augment(key, batch) → (images, targets, draw): what the network sees, float [B,H,W,3], what
-      the loss wants, [B,K], and how the groups were mixed. `batch` as in `make_train_step`.
-    """
-
-    def augment(key: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, mixing.MixDraw]:
-        erase_key, mix_key = jax.random.split(key)
-        images = mixing.normalize(batch["image"], config.input.mean, config.input.std)
-        if config.mixing.random_erasing:
-            images = mixing.random_erasing(erase_key, images, prob=config.mixing.random_erasing)
-        return mixing.mix(
-            mix_key,
-            images,
-            batch["label"],
-            num_classes=plan.num_classes,
-            group_size=plan.group_size,
-            smoothing=config.mixing.smoothing,
-            mixup_alpha=config.mixing.mixup_alpha,
-            cutmix_alpha=config.mixing.cutmix_alpha,
-            prob=config.mixing.prob,
-            switch_prob=config.mixing.switch_prob,
-            replicated=replicated,
-        )
-
-    return augment
 
 
 def make_train_step(
@@ -77,63 +43,22 @@ def make_train_step(
 
     Returns:
       step(state, teacher_variables, batch) → (state, metrics), to be jitted with the state
-      donated. `batch` holds uint8 images [B,H,W,3] and int32 labels [B]. Metrics are float32
-      scalars: means over the global batch (`loss`, its parts `base` and `distill` or `cosub`,
-      `teacher_agreement`), `learning_rate`, `grad_norm`, and the state's two skip counters.
-      A step whose loss or gradient is not finite changes only the counters and `step`.
+      donated. `batch` holds uint8 images [B,H,W,3] and int32 labels [B]; under pmap (see
+      `parallel.axis`) a device's own rows. Metrics are float32 scalars: means over the global batch
+      (`loss` and what `tasks` lists), `learning_rate`, `grad_norm`, and the state's two skip
+      counters. A step whose loss or gradient is not finite changes only the counters and `step`.
     """
-    distil = config.distill
     augment = make_augment(config, plan, replicated=replicated)
+    batch_loss = make_loss(config, network, teacher)
 
     def train_step(
         state: TrainState, teacher_variables: Variables | None, batch: dict
     ) -> tuple[TrainState, dict]:
-        trainable = optim.trainable_mask(state.model.params, config.optimizer.trainable)
         augment_key, noise_key = step_keys(config.train.seed, state.step)
         images, targets, _ = augment(augment_key, batch)
-
-        def gradient(
-            params: Tree, batch_stats: Tree, images: jax.Array, targets: jax.Array, key: jax.Array
-        ) -> tuple[Tree, Tree, dict]:
-            teacher_logits = None
-            if teacher is not None:
-                teacher_logits = teacher_forward(teacher, teacher_variables, images, network.info)
-
-            def loss_fn(params: Tree) -> tuple[jax.Array, tuple]:
-                variables = Variables(optim.freeze(params, trainable), batch_stats)
-                # Each image next to itself, so that both stay on their device.
-                shown = jnp.repeat(images, 2, axis=0) if config.train.cosub else images
-                heads, new_stats = network(variables, shown, key)
-                if config.train.cosub:
-                    pairs = heads[0].reshape(len(images), 2, -1)
-                    per_image, parts = losses.cosub(
-                        pairs[:, 0], pairs[:, 1], targets, base_loss=config.train.loss
-                    )
-                else:
-                    per_image, parts = losses.total_loss(
-                        heads,
-                        targets,
-                        teacher_logits,
-                        kind=distil.kind,
-                        alpha=distil.alpha,
-                        temperature=distil.temperature,
-                        reduction=distil.reduction,
-                        base_loss=config.train.loss,
-                    )
-                if teacher_logits is not None:
-                    agree = heads[-1].argmax(-1) == teacher_logits.argmax(-1)
-                    parts["teacher_agreement"] = agree.astype(jnp.float32)
-                metrics = {name: part.mean() for name, part in parts.items()}
-                loss = per_image.mean()
-                return loss, (new_stats, metrics | {"loss": loss})
-
-            grads, (new_stats, metrics) = jax.grad(loss_fn, has_aux=True)(params)
-            return grads, new_stats, metrics
-
-        grads, batch_stats, metrics = accumulate(
-            gradient,
-            state.model.params,
-            state.model.batch_stats,
+        grads, batch_stats, metrics = accumulate.gradient(
+            functools.partial(batch_loss, teacher_variables),
+            state.model,
             images,
             targets,
             noise_key,
@@ -143,42 +68,114 @@ def make_train_step(
         grads, metrics = axis.mean((grads, metrics))
         rate = optim.learning_rate(
             state.step,
-            steps_per_epoch=plan.steps_per_epoch,
-            epochs=config.schedule.epochs,
-            warmup_epochs=plan.warmup_epochs,
-            warmup_lr=config.schedule.warmup_lr,
+            config.schedule,
             peak_lr=config.optimizer.lr,
-            min_lr=config.schedule.min_lr,
-            per_epoch=config.schedule.per_epoch,
+            warmup_epochs=plan.warmup_epochs,
+            steps_per_epoch=plan.steps_per_epoch,
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model.params)
-        model = Variables(optim.apply_updates(state.model.params, updates, rate), batch_stats)
-        ema = state.ema
-        if ema is not None:
-            ema = optim.ema_update(ema, model, config.train.ema_decay)
-
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        model, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (model, opt_state, ema),
-            (state.model, state.opt_state, state.ema),
-        )
-        skipped = jnp.where(finite, 0, 1)
-        state = TrainState(
-            step=state.step + 1,
-            model=model,
-            opt_state=opt_state,
-            ema=ema,
-            nonfinite_steps=jnp.where(finite, 0, state.nonfinite_steps + 1),
-            nonfinite_total=state.nonfinite_total + skipped,
-        )
-        metrics |= {
-            "learning_rate": rate,
-            "grad_norm": grad_norm,
-            "nonfinite_steps": state.nonfinite_steps,
-            "nonfinite_total": state.nonfinite_total,
-        }
+        new = update(state, grads, batch_stats, rate, optimizer, config.train.ema_decay)
+        metrics |= {"learning_rate": rate, "grad_norm": optax.tree.norm(grads)}
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        state = guard(finite, new, state)
+        metrics |= {name: getattr(state, name) for name in ("nonfinite_steps", "nonfinite_total")}
         return state, metrics
 
     return train_step
+
+
+def make_augment(
+    config: "ConfigDict", plan: "RunPlan", *, replicated: NamedSharding | None = None
+) -> Callable[[jax.Array, dict], tuple[jax.Array, jax.Array, mixing.MixDraw]]:
+    """Builds a recipe's augmentation on the device; arguments as `make_train_step`.
+
+    Returns:
+      augment(key, batch) → (images, targets, draw): what the network sees, float [B,H,W,3], what
+      the loss wants, [B,K], and how the groups were mixed. `batch` as in `make_train_step`.
+    """
+
+    @jax.named_scope("augment")
+    def augment(key: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, mixing.MixDraw]:
+        erase_key, mix_key = jax.random.split(key)
+        images = mixing.normalize(batch["image"], config.input.mean, config.input.std)
+        images = mixing.random_erasing(erase_key, images, prob=config.mixing.random_erasing)
+        return mixing.mix(
+            mix_key,
+            images,
+            batch["label"],
+            num_classes=plan.num_classes,
+            group_size=plan.group_size,
+            smoothing=config.mixing.smoothing,
+            mixup_alpha=config.mixing.mixup_alpha,
+            cutmix_alpha=config.mixing.cutmix_alpha,
+            prob=config.mixing.prob,
+            switch_prob=config.mixing.switch_prob,
+            replicated=replicated,
+        )
+
+    return augment
+
+
+def make_loss(config: "ConfigDict", network: Network, teacher: Network | None) -> Callable:
+    """Builds the loss of a batch, or of a micro-batch; arguments as `make_train_step`.
+
+    Returns:
+      loss(teacher_variables, params, batch_stats, images, targets, key) → (mean loss,
+      (batch_stats, metrics)), of augmented images and their targets.
+    """
+    task = choose_task(config)
+
+    def loss(
+        teacher_variables: Variables | None,
+        params: Tree,
+        batch_stats: Tree,
+        images: jax.Array,
+        targets: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, tuple[Tree, dict]]:
+        teacher_logits = None
+        if teacher is not None:
+            teacher_logits = teacher_forward(teacher, teacher_variables, images, network.info)
+        if config.train.cosub:  # each image next to itself, so that both stay on their device
+            images = jnp.repeat(images, 2, axis=0)
+        with jax.named_scope("student"):
+            params = optim.freeze(params, config.optimizer.trainable)
+            heads, batch_stats = network(Variables(params, batch_stats), images, key)
+        with jax.named_scope("loss"):
+            per_image, parts = task(heads, targets, teacher_logits, config)
+            means = {name: x.mean() for name, x in (parts | {"loss": per_image}).items()}
+        return means["loss"], (batch_stats, means)
+
+    return loss
+
+
+def update(
+    state: TrainState,
+    grads: Tree,
+    batch_stats: Tree,
+    rate: jax.Array,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+) -> TrainState:
+    """Returns the state after an update by gradients like its parameters, at a learning rate.
+
+    `batch_stats` are the BatchNorm statistics after the batch; the skip counters stay.
+    """
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model.params)
+        params = optim.apply_updates(state.model.params, updates, rate)
+    model = Variables(params, batch_stats)
+    with jax.named_scope("ema"):
+        ema = None if state.ema is None else optim.ema_update(state.ema, model, ema_decay)
+    return state.replace(step=state.step + 1, model=model, opt_state=opt_state, ema=ema)
+
+
+@jax.named_scope("guard")
+def guard(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Returns `new` if `finite`, else `old` with a step counted, and counted as skipped."""
+    kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+    skipped = jnp.where(finite, 0, 1)
+    return kept.replace(
+        step=new.step,
+        nonfinite_steps=(old.nonfinite_steps + 1) * skipped,
+        nonfinite_total=old.nonfinite_total + skipped,
+    )

@@ -1,45 +1,41 @@
 """The teacher: its recipe, its checks, its weights, its forward pass and its accuracy."""
 
+import os
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from deit_jax.models import registry
-from deit_jax.models.network import Network, Variables
-from deit_jax.models.registry import ModelInfo
-from deit_jax.training.evaluate import split_evaluator
-
-if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
-    from ml_collections import ConfigDict
-
-import os
-from typing import TYPE_CHECKING
-
-from ml_collections import ConfigDict
-
 from deit_jax.checkpoints import model_folder
-from deit_jax.config.files import load_config
 from deit_jax.errors import InputError
-from deit_jax.models.network import split_model
+from deit_jax.models import registry
+from deit_jax.models.network import Network, Variables, split_model
 from deit_jax.parallel.mesh import replicate
-from deit_jax.training import checks
-from deit_jax.training.run import Run, build_model, complete
+from deit_jax.training.evaluate import split_evaluator
+from deit_jax.training.run import Run, build_model
 
-if TYPE_CHECKING:  # the step itself runs without ml_collections, which GPU hosts may lack
+# The step runs without ml_collections, which GPU hosts may lack: what needs it is imported late.
+if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 
+@jax.named_scope("teacher")
 def teacher_forward(
-    teacher: Network, variables: Variables, images: jax.Array, student: ModelInfo
+    teacher: Network, variables: Variables, images: jax.Array, student: registry.ModelInfo
 ) -> jax.Array:
-    """The teacher's logits [B,K] on the student's augmented batch, without gradient.
+    """Returns the teacher's logits [B,K] on the student's augmented batch, without gradient.
 
     The teacher sees what the student sees, mixing and erasing included (reference), moved from the
     student's to its own mean and standard deviation where they differ. A convolutional teacher
     sees the student's resolution, as in the reference; a transformer, which knows only its own,
-    the images resized to that by an antialiased cubic filter, which is PIL's bicubic but for its
+    sees the images resized to that by an antialiased cubic filter, which is PIL's bicubic but for
     rounding.
+
+    Args:
+      teacher: its computation.
+      variables: its weights.
+      images: [B,H,W,3], normalised for the student.
+      student: whose mean and standard deviation these are.
     """
     size = registry.fixed_size(teacher.info)
     if size is not None and images.shape[1:3] != (size, size):
@@ -52,18 +48,21 @@ def teacher_forward(
     return jax.lax.stop_gradient(sum(heads) / len(heads))
 
 
-def teacher_folder(config: ConfigDict, workdir: str) -> str | None:
-    """The model or run folder of the recipe's teacher, there or not; None without distillation."""
+def teacher_folder(config: "ConfigDict", workdir: str) -> str | None:
+    """Returns the model or run folder of the recipe's teacher; None without distillation."""
     if config.distill.kind == "none":
         return None
     return config.distill.teacher or os.path.join(workdir, "teacher")
 
 
-def teacher_config(config: ConfigDict) -> ConfigDict:
-    """The recipe that trains the teacher, with all that it takes over from the student's.
+def teacher_config(config: "ConfigDict") -> "ConfigDict":
+    """Returns the recipe that trains the teacher, with all that it takes from the student's.
 
-    See `distill.teacher_config` in `fields`.
+    See `distill.teacher_config` in `config/fields.py`.
     """
+    from deit_jax.config.files import load_config
+    from deit_jax.training.complete import complete
+
     teacher = load_config(config.distill.teacher_config)
     for group in ("dataset", "parallel", "checkpoint", "distributed"):
         teacher[group] = config[group]
@@ -80,7 +79,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
 
 def check_teacher(run: Run) -> None:
     """Raises InputError unless the teacher fits, or can be trained to fit."""
-    folder, distill = run.teacher_folder, run.config.distill
+    folder, distill, ours = run.teacher_folder, run.config.distill, run.plan
     if folder is None:
         return
     if model_folder.find_model(folder) is None:
@@ -103,7 +102,6 @@ def check_teacher(run: Run) -> None:
             ) from error
         return
     info = model_folder.read_info(folder)
-    ours = run.plan
     if info.num_classes != ours.num_classes:
         raise InputError(
             f"config.distill.teacher: {folder} has {info.num_classes} classes, but the data set "
@@ -121,9 +119,11 @@ def check_teacher(run: Run) -> None:
 
 
 def abstract_teacher(run: Run, default: str = "") -> tuple[Network, Variables] | tuple[None, None]:
-    """The teacher's computation and the shapes of its weights, trained or not; or (None, None).
+    """Returns the teacher's computation and the shapes of its weights, trained or not.
 
-    `default` names its model where there is neither a folder nor a recipe.
+    Args:
+      run: without a teacher, the result is (None, None).
+      default: names the teacher's model where there is neither a folder nor a recipe.
     """
     folder, config = run.teacher_folder, run.config
     if folder is None:
@@ -137,7 +137,9 @@ def abstract_teacher(run: Run, default: str = "") -> tuple[Network, Variables] |
 
 
 def load_teacher(run: Run) -> tuple[Network, Variables] | tuple[None, None]:
-    """The frozen teacher on every device of the mesh, or (None, None)."""
+    """Returns the frozen teacher on every device of the mesh, or (None, None)."""
+    from deit_jax.training import checks
+
     if run.teacher_folder is None:
         return None, None
     check_teacher(run)  # again: it may have been trained since
@@ -150,10 +152,9 @@ def load_teacher(run: Run) -> tuple[Network, Variables] | tuple[None, None]:
 def teacher_accuracy(
     run: Run, teacher: Network | None, variables: Variables | None
 ) -> dict[str, float]:
-    """The teacher's `teacher_top1` on the eval split, at the resolution that it sees in training.
+    """Returns the teacher's `teacher_top1` on the eval split, or {} without a teacher.
 
-    Nothing without a teacher. One that knows only its own resolution gets whole images of that,
-    not the student's images resized.
+    A transformer gets whole images of its own resolution, not the student's images resized.
     """
     if teacher is None:
         return {}

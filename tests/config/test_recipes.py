@@ -79,13 +79,10 @@ def test_rates_are_those_of_the_reference_at_every_epoch(run):
     schedule = config.schedule
     rates = optim.learning_rate(
         np.arange(schedule.epochs) * 3,
-        steps_per_epoch=3,
-        epochs=schedule.epochs,
-        warmup_epochs=schedule.warmup_epochs,
-        warmup_lr=schedule.warmup_lr,
+        schedule,
         peak_lr=config.optimizer.lr,
-        min_lr=schedule.min_lr,
-        per_epoch=schedule.per_epoch,
+        warmup_epochs=schedule.warmup_epochs,
+        steps_per_epoch=3,
     )
     want = torch_training.rates(config.optimizer.lr, schedule)
     if not schedule.per_epoch:  # without the lag, which doubles the first value

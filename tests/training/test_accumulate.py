@@ -74,19 +74,17 @@ def test_batch_norm_records_every_micro_batch():
     )
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 32, 32, 3)), jnp.float32)
 
-    def gradient(params, batch_stats, images, targets, key):
-        heads, after = network(Variables(variables.params, batch_stats), images, key)
-        return {"sum": heads[0].sum()}, after, {}
+    def loss(params, batch_stats, images, targets, key):
+        heads, after = network(Variables(params, batch_stats), images, key)
+        return heads[0].sum(), (after, {})
 
-    total = {"sum": jnp.zeros(())}
-    run = jax.jit(
-        lambda x: accumulate.accumulate(
-            gradient, total, variables.batch_stats, x, x[:, 0, 0], jax.random.key(0), steps=2
-        )
-    )
-    _, found, _ = run(images)
-    first = gradient(total, variables.batch_stats, images[:4], None, jax.random.key(0))[1]
-    second = gradient(total, first, images[4:], None, jax.random.key(0))[1]
+    def run(model, images, steps=1):
+        key = jax.random.key(0)
+        return accumulate.gradient(loss, model, images, images[:, 0, 0], key, steps=steps)[1]
+
+    found = jax.jit(run, static_argnames="steps")(variables, images, steps=2)
+    first = run(variables, images[:4])
+    second = run(variables.replace(batch_stats=first), images[4:])
     for name, want in trees.flat(second).items():
         np.testing.assert_allclose(trees.flat(found)[name], want, rtol=1e-4, atol=1e-6)
 
@@ -98,8 +96,9 @@ def test_micro_batches_of_one_device_are_consecutive_rows():
 
 ON_EIGHT_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
-from deit_jax import parallel
-from deit_jax.accumulate import accumulate, micro_batches
+from deit_jax.models.network import Variables
+from deit_jax.parallel import mesh as parallel
+from deit_jax.training.accumulate import gradient, micro_batches
 
 mesh = parallel.make_mesh(fsdp=2)
 rows, replicated = parallel.batch_sharding(mesh), parallel.replicated(mesh)
@@ -110,20 +109,16 @@ want = np.arange(32.0).reshape(8, 2, 2).swapaxes(0, 1).reshape(2, 16)
 np.testing.assert_array_equal(cut(x), want)
 
 images = np.random.default_rng(0).normal(size=(32, 4, 4, 3)).astype(np.float32)
-targets = images[:, 0, 0]
-def gradient(params, stats, images, targets, key):
-    def loss(w):
-        return jnp.square(images.mean((1, 2)) @ w - targets).mean()
-    value, grads = jax.value_and_grad(loss)(params)
-    return grads, stats, {"loss": value}
-def run(steps, mesh_sharding):
-    step = lambda x, y: accumulate(
-        gradient, jnp.eye(3), {}, x, y, jax.random.key(0), steps=steps, replicated=mesh_sharding
-    )
-    return jax.jit(step)
-grads, _, metrics = run(1, None)(images, targets)
-on_mesh = [jax.device_put(a, rows) for a in (images, targets)]
-again, _, metrics_again = run(4, replicated)(*on_mesh)
+def loss(weights, stats, images, targets, key):
+    value = jnp.square(images.mean((1, 2)) @ weights - targets).mean()
+    return value, (stats, {"loss": value})
+def run(images, steps, sharding):
+    model, targets = Variables(jnp.eye(3), {}), images[:, 0, 0]
+    key = jax.random.key(0)
+    return gradient(loss, model, images, targets, key, steps=steps, replicated=sharding)
+run = jax.jit(run, static_argnums=(1, 2))
+grads, _, metrics = run(images, 1, None)
+again, _, metrics_again = run(jax.device_put(images, rows), 4, replicated)
 np.testing.assert_allclose(again, grads, rtol=1e-5, atol=1e-7)
 np.testing.assert_allclose(metrics_again["loss"], metrics["loss"], rtol=1e-6)
 print("followed")
@@ -132,6 +127,5 @@ print("followed")
 
 def test_micro_batches_take_a_share_of_every_devices_rows(run_python):
     """On a 4 × 2 mesh: no row leaves its device, and the gradient is that of the batch."""
-    eight = {"JAX_NUM_CPU_DEVICES": "8"}
-    done = run_python("-c", ON_EIGHT_DEVICES, env=eight)
+    done = run_python("-c", ON_EIGHT_DEVICES, env={"JAX_NUM_CPU_DEVICES": "8"})
     assert done.stdout.strip() == "followed", done.stderr

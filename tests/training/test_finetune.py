@@ -17,7 +17,7 @@ from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.training import loop
-from deit_jax.training.run import complete
+from deit_jax.training.complete import complete
 
 CLASSES = (5, 6, 7, 8, 9)
 

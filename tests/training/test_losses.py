@@ -1,4 +1,6 @@
-"""Losses against torch, timm and hand-checked numbers."""
+"""Losses and task losses against torch, timm and hand-checked numbers."""
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,80 +10,109 @@ import torch
 import torch.nn.functional as F
 
 from deit_jax.errors import InputError
-from deit_jax.training import losses, mixing
+from deit_jax.training import losses, mixing, tasks
 from tests.oracles import torch_training
 
-INDEX = np.arange(20, dtype=np.float64).reshape(4, 5)
-STUDENT, STUDENT_DIST, TEACHER = np.sin(1 + INDEX), np.cos(2 + INDEX), np.sin(0.5 * INDEX)
+INDEX = np.arange(20, dtype=np.float32).reshape(4, 5)
+STUDENT, STUDENT_DIST = jnp.sin(1 + INDEX), jnp.cos(2 + INDEX)
+TEACHER = jnp.sin(0.5 * INDEX)
 LABELS = np.array([0, 2, 4, 1])
 
 
-def mixed_targets(smoothing: float = 0.1) -> jax.Array:
+def mixed_targets(smoothing=0.1):
     draw = mixing.MixDraw(jnp.array([0.7]), jnp.array([False]), jnp.zeros((1, 4), jnp.int32))
     hot = mixing.one_hot_smooth(jnp.asarray(LABELS), 5, smoothing)
     return mixing.apply_mix(jnp.zeros((4, 1, 1, 3)), hot, draw)[1]
 
 
-def total(kind: str, **options):
-    heads = (jnp.asarray(STUDENT), jnp.asarray(STUDENT_DIST))
-    options = {"alpha": 0.5, "temperature": 1.0, "reduction": "numel"} | options
-    return losses.total_loss(heads, mixed_targets(), jnp.asarray(TEACHER), kind=kind, **options)
+def recipe(kind="none", *, loss="cross_entropy", cosub=False, **distill):
+    distill = {"alpha": 0.5, "temperature": 1.0, "reduction": "numel"} | distill
+    return SimpleNamespace(
+        distill=SimpleNamespace(kind=kind, **distill),
+        train=SimpleNamespace(loss=loss, cosub=cosub),
+    )
 
 
-def test_recipe_vectors():
+def task_loss(config, heads=(STUDENT, STUDENT_DIST), targets=None, teacher=TEACHER):
+    targets = mixed_targets() if targets is None else targets
+    return tasks.choose_task(config)(heads, targets, teacher, config)
+
+
+def submodels(first, second):
+    """Class logits in the order in which the step has them, each image twice in a row."""
+    return (jnp.stack([first, second], axis=1).reshape(-1, first.shape[-1]),)
+
+
+def random(*shape, scale=1.0, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32) * scale
+
+
+def distributions(seed, *shape):
+    return np.random.default_rng(seed).dirichlet(np.ones(shape[-1]), shape[0]).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "part", "known"),
+    [
+        (recipe(), "base", 1.6084588),
+        (recipe("hard"), "distill", 1.6162078),
+        (recipe("hard"), "", 1.6123333),
+        (recipe("soft"), "", 0.8359652),
+        (recipe("soft", alpha=0.1, temperature=3.0), "", 1.4543908),
+        (recipe("soft", alpha=0.1, temperature=3.0, reduction="batchmean"), "", 1.4815023),
+    ],
+)
+def test_recipe_vectors(config, part, known):
     np.testing.assert_allclose(mixed_targets()[0], [0.65, 0.29, 0.02, 0.02, 0.02], atol=1e-7)
-    base = losses.soft_cross_entropy(jnp.asarray(STUDENT), mixed_targets())
-    assert base.shape == (4,)
-    assert base.mean() == pytest.approx(1.6084588, abs=2e-7)
-    binary = losses.binary_cross_entropy(jnp.asarray(STUDENT), mixed_targets(smoothing=0.0))
-    assert binary.shape == (4,)
+    loss, parts = task_loss(config)
+    value = parts[part] if part else loss
+    assert value.shape == (4,)
+    assert value.mean() == pytest.approx(known, abs=2e-7)
+
+
+def test_recipe_vectors_of_labels_and_of_single_classes():
+    binary = losses.binary_cross_entropy(STUDENT, mixed_targets(smoothing=0.0))
     assert binary.mean() == pytest.approx(0.6796833, abs=2e-7)
-    smooth = losses.cross_entropy(jnp.asarray(STUDENT), jnp.asarray(LABELS), 0.1)
+    smooth = losses.cross_entropy(STUDENT, jnp.asarray(LABELS), 0.1)
     assert smooth.mean() == pytest.approx(1.5394616, abs=2e-7)
-    hard = losses.hard_distillation(jnp.asarray(STUDENT_DIST), jnp.asarray(TEACHER))
-    assert hard.mean() == pytest.approx(1.6162078, abs=2e-7)
-    assert total("hard")[0].mean() == pytest.approx(1.6123333, abs=2e-7)
-    assert total("soft")[0].mean() == pytest.approx(0.8359652, abs=2e-7)
-    cool = {"alpha": 0.1, "temperature": 3.0}
-    assert total("soft", **cool)[0].mean() == pytest.approx(1.4543908, abs=2e-7)
-    per_batch = total("soft", **cool, reduction="batchmean")[0].mean()
-    assert per_batch == pytest.approx(1.4815023, abs=2e-7)
 
 
 def test_label_losses_equal_torch_per_example():
-    logits = np.random.default_rng(0).normal(size=(6, 11)).astype(np.float32) * 4
-    labels = np.array([0, 10, 3, 3, 7, 5])
-    targets = np.random.default_rng(1).dirichlet(np.ones(11), 6).astype(np.float32)
+    logits, labels = random(6, 11, scale=4), np.array([0, 10, 3, 3, 7, 5])
+    head = torch.tensor(logits)
     for smoothing in (0.0, 0.1):
         got = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
-        want = F.cross_entropy(
-            torch.tensor(logits),
-            torch.tensor(labels),
-            label_smoothing=smoothing,
-            reduction="none",
-        )
+        options = {"label_smoothing": smoothing, "reduction": "none"}
+        want = F.cross_entropy(head, torch.tensor(labels), **options)
         np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
+    targets = distributions(1, 6, 11)
     got = losses.soft_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
-    want = F.cross_entropy(torch.tensor(logits), torch.tensor(targets), reduction="none")
+    want = F.cross_entropy(head, torch.tensor(targets), reduction="none")
     np.testing.assert_allclose(got, want.numpy(), rtol=2e-6)
+
+
+def assert_equals_torch(loss, want_loss, heads, rtol):
+    """The mean of `loss` and its gradient by every head, beside torch's."""
+    value, grads = jax.value_and_grad(lambda heads: loss(heads).mean())(tuple(heads))
+    tensors = [torch.tensor(x, requires_grad=True) for x in heads]
+    want = want_loss(tensors)
+    want.backward()
+    assert value == pytest.approx(want.item(), rel=2e-6)
+    for got, tensor in zip(grads, tensors, strict=True):
+        np.testing.assert_allclose(got, tensor.grad.numpy(), rtol=rtol, atol=1e-8)
 
 
 def test_binary_cross_entropy_equals_the_reference():
     """engine.py of the reference: 1[t > 0], then torch's mean over batch and classes."""
-    rng = np.random.default_rng(4)
-    logits = rng.normal(size=(6, 11)).astype(np.float32) * 20
-    targets = rng.dirichlet(np.ones(11), 6).astype(np.float32) * (rng.random((6, 11)) < 0.3)
+    targets = distributions(4, 6, 11) * (np.random.default_rng(4).random((6, 11)) < 0.3)
     targets[0] = 0  # no class, as no reference batch has
-
-    def mean_loss(logits):
-        return losses.binary_cross_entropy(logits, targets).mean()
-
-    value, grad = jax.value_and_grad(mean_loss)(jnp.asarray(logits))
-    head = torch.tensor(logits, requires_grad=True)
-    want = torch.nn.BCEWithLogitsLoss()(head, torch.tensor(targets).gt(0.0).float())
-    want.backward()
-    assert value == pytest.approx(want.item(), rel=1e-6)
-    np.testing.assert_allclose(grad, head.grad.numpy(), rtol=2e-6, atol=1e-9)
+    hot = torch.tensor(targets).gt(0.0).float()
+    assert_equals_torch(
+        lambda heads: losses.binary_cross_entropy(heads[0], targets),
+        lambda heads: torch.nn.BCEWithLogitsLoss()(heads[0], hot),
+        [random(6, 11, scale=20)],
+        rtol=2e-6,
+    )
 
 
 def torch_cosub(first, second, targets):
@@ -92,121 +123,92 @@ def torch_cosub(first, second, targets):
     return loss + 0.25 * criterion(second, first.detach().sigmoid())
 
 
-def test_cosub_equals_the_reference():
-    hot = mixed_targets(smoothing=0.0)
-    loss, parts = losses.cosub(
-        jnp.asarray(STUDENT), jnp.asarray(STUDENT_DIST), hot, base_loss="bce"
+@pytest.mark.parametrize("base_loss", losses.BASE_LOSSES)
+def test_cosub_equals_the_reference(base_loss):
+    config = recipe(loss=base_loss, cosub=True)
+    targets = distributions(5, 6, 9) * (np.random.default_rng(5).random((6, 9)) < 0.5)
+    wanted = torch.tensor(np.float32(targets > 0) if base_loss == "bce" else targets)
+    assert_equals_torch(
+        lambda heads: task_loss(config, submodels(*heads), jnp.asarray(targets))[0],
+        lambda heads: torch_cosub(*heads, wanted),
+        random(2, 6, 9, scale=5),
+        rtol=2e-6,
     )
+
+
+def test_cosub_recipe_vector():
+    config = recipe(loss="bce", cosub=True)
+    loss, parts = task_loss(config, submodels(STUDENT, STUDENT_DIST), mixed_targets(0.0))
     assert loss.shape == (4,)
     assert loss.mean() == pytest.approx(0.8154081, abs=2e-7)
     np.testing.assert_allclose(loss, 0.5 * parts["base"] + 0.5 * parts["cosub"], rtol=1e-6)
-    rng = np.random.default_rng(5)
-    first, second = rng.normal(size=(2, 6, 9)).astype(np.float32) * 5
-    targets = rng.dirichlet(np.ones(9), 6).astype(np.float32) * (rng.random((6, 9)) < 0.5)
-    for base_loss, wanted in (("bce", targets > 0), ("cross_entropy", targets)):
-
-        def mean_loss(first, second, base_loss=base_loss):
-            return losses.cosub(first, second, targets, base_loss=base_loss)[0].mean()
-
-        value, grads = jax.value_and_grad(mean_loss, argnums=(0, 1))(
-            jnp.asarray(first), jnp.asarray(second)
-        )
-        heads = [torch.tensor(x, requires_grad=True) for x in (first, second)]
-        want = torch_cosub(*heads, torch.tensor(wanted.astype(np.float32)))
-        want.backward()
-        assert value == pytest.approx(want.item(), rel=1e-6)
-        for got, head in zip(grads, heads, strict=True):
-            np.testing.assert_allclose(got, head.grad.numpy(), rtol=2e-6, atol=1e-8)
-
-
-def test_bce_as_base_of_the_total_loss():
-    loss, parts = total("hard", base_loss="bce", alpha=0.25)
-    base = losses.binary_cross_entropy(jnp.asarray(STUDENT), mixed_targets())
-    np.testing.assert_array_equal(parts["base"], base)
-    np.testing.assert_allclose(loss, 0.75 * base + 0.25 * parts["distill"], rtol=1e-6)
-    np.testing.assert_array_equal(total("none", base_loss="bce")[0], base)
 
 
 @pytest.mark.parametrize(
     ("kind", "reduction"), [("hard", "numel"), ("soft", "numel"), ("soft", "batchmean")]
 )
-def test_total_loss_and_gradients_equal_torch(kind, reduction):
-    rng = np.random.default_rng(2)
-    cls, dist, teacher = rng.normal(size=(3, 6, 9)).astype(np.float32) * 3
-    targets = rng.dirichlet(np.ones(9), 6).astype(np.float32)
+def test_distillation_and_its_gradients_equal_torch(kind, reduction):
+    cls, dist, teacher = random(3, 6, 9, scale=3)
+    targets = distributions(2, 6, 9)
     options = {"kind": kind, "alpha": 0.3, "temperature": 2.5, "reduction": reduction}
-
-    def mean_loss(heads, teacher_logits):
-        return losses.total_loss(heads, targets, teacher_logits, **options)[0].mean()
-
-    value, (head_grads, teacher_grad) = jax.value_and_grad(mean_loss, argnums=(0, 1))(
-        (jnp.asarray(cls), jnp.asarray(dist)), jnp.asarray(teacher)
+    assert_equals_torch(
+        lambda heads: task_loss(recipe(**options), heads, targets, teacher)[0],
+        lambda heads: torch_training.total_loss(
+            heads, torch.tensor(targets), torch.tensor(teacher), **options
+        ),
+        [cls, dist],
+        rtol=2e-5,
     )
-    heads = [torch.tensor(x, requires_grad=True) for x in (cls, dist)]
-    want = torch_training.total_loss(heads, torch.tensor(targets), torch.tensor(teacher), **options)
-    want.backward()
-    assert value == pytest.approx(want.item(), rel=2e-6)
-    for got, head in zip(head_grads, heads, strict=True):
-        np.testing.assert_allclose(got, head.grad.numpy(), rtol=2e-5, atol=1e-8)
-    assert not np.any(teacher_grad)
+    to_teacher = jax.grad(lambda x: task_loss(recipe(**options), (cls, dist), targets, x)[0].sum())
+    assert not np.any(to_teacher(teacher))
 
 
-def test_parts_and_kind_none():
-    loss, parts = total("hard", alpha=0.25)
-    assert set(parts) == {"base", "distill"}
+def test_parts_of_each_task():
+    loss, parts = task_loss(recipe("hard", alpha=0.25, loss="bce"))
+    assert set(parts) == {"base", "distill", "teacher_agreement"}
     np.testing.assert_allclose(loss, 0.75 * parts["base"] + 0.25 * parts["distill"], rtol=1e-6)
-    loss, parts = total("none")
+    base = losses.binary_cross_entropy(STUDENT, mixed_targets())
+    np.testing.assert_array_equal(parts["base"], base)
+    agrees = STUDENT_DIST.argmax(1) == TEACHER.argmax(1)
+    np.testing.assert_array_equal(parts["teacher_agreement"], agrees)
+    loss, parts = task_loss(recipe(loss="bce"))
     assert set(parts) == {"base"}
-    np.testing.assert_array_equal(loss, parts["base"])
-
-    def label_loss(head):
-        heads = (jnp.asarray(STUDENT), head)
-        return losses.total_loss(
-            heads, mixed_targets(), None, kind="none", alpha=0.5, temperature=1.0
-        )[0].mean()
-
-    assert not np.any(jax.grad(label_loss)(jnp.asarray(STUDENT_DIST)))
+    np.testing.assert_array_equal(loss, base)
+    to_second = jax.grad(lambda head: task_loss(recipe(), (STUDENT, head))[0].mean())
+    assert not np.any(to_second(STUDENT_DIST))
 
 
-def test_bfloat16_logits_are_reduced_in_float32():
-    low = jnp.asarray(np.random.default_rng(3).normal(size=(3, 1000)) * 5, jnp.bfloat16)
-    labels = jnp.array([1, 2, 999])
-    for got, want in (
-        (losses.cross_entropy(low, labels), losses.cross_entropy(low.astype("float32"), labels)),
-        (
-            losses.soft_distillation(low, low[::-1], temperature=3.0),
-            losses.soft_distillation(
-                low.astype("float32"), low[::-1].astype("float32"), temperature=3.0
-            ),
-        ),
-        (
-            losses.binary_cross_entropy(low, low[::-1]),
-            losses.binary_cross_entropy(low.astype("float32"), low[::-1]),
-        ),
-    ):
-        assert got.dtype == jnp.float32
-        np.testing.assert_array_equal(got, want)
+def soft(logits, teacher):
+    return losses.soft_distillation(logits, teacher, temperature=3.0)
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.soft_cross_entropy, losses.hard_distillation, soft, losses.binary_cross_entropy]
+)
+def test_bfloat16_logits_are_reduced_in_float32(loss):
+    low = jnp.asarray(random(3, 1000, scale=5, seed=3), jnp.bfloat16)
+    wide = low.astype(jnp.float32)
+    got = loss(low, low[::-1])
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, loss(wide, wide[::-1]))
 
 
 def test_large_logits_stay_finite():
     logits = jnp.array([[1e4, -1e4, 0.0]])
     assert losses.cross_entropy(logits, jnp.array([1]))[0] == pytest.approx(2e4)
-    distill = losses.soft_distillation(logits, logits[:, ::-1], temperature=1.0)
-    assert np.isfinite(distill[0])
-    assert losses.binary_cross_entropy(logits, logits < 0)[0] == pytest.approx(
-        (2e4 + np.log(2)) / 3
-    )
+    assert np.isfinite(soft(logits, logits[:, ::-1])[0])
+    binary = losses.binary_cross_entropy(logits, logits < 0)[0]
+    assert binary == pytest.approx((2e4 + np.log(2)) / 3)
 
 
-def test_bad_input_is_one_line_that_names_the_field():
-    with pytest.raises(InputError, match=r"distill\.kind is 'harder'"):
-        total("harder")
-    with pytest.raises(InputError, match=r"distill\.reduction is 'mean'"):
-        total("soft", reduction="mean")
-    with pytest.raises(InputError, match=r"train\.loss is 'focal'"):
-        total("none", base_loss="focal")
-    heads, options = (jnp.ones((2, 3)),), {"kind": "hard", "alpha": 0.5, "temperature": 1.0}
-    with pytest.raises(InputError, match="1 head"):
-        losses.total_loss(heads, jnp.ones((2, 3)), jnp.ones((2, 3)), **options)
-    with pytest.raises(InputError, match=r"distill\.teacher"):
-        losses.total_loss(heads * 2, jnp.ones((2, 3)), None, **options)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": recipe("soft", reduction="mean")}, "distill.reduction is 'mean'"),
+        ({"config": recipe("hard"), "heads": (STUDENT,)}, "1 head"),
+        ({"config": recipe("hard"), "teacher": None}, "distill.teacher"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_field(arguments, message):
+    with pytest.raises(InputError, match=message):
+        task_loss(**arguments)

@@ -48,16 +48,12 @@ def config(**changes):
 )
 def test_learning_rate_follows_the_reference_loop(peak, low, epochs, known):
     per_epoch = 7
+    schedule = SimpleNamespace(epochs=epochs, min_lr=low, per_epoch=True, **WARMUP)
+    steps = jnp.arange(epochs * per_epoch)
     rates = optim.learning_rate(
-        jnp.arange(epochs * per_epoch),
-        steps_per_epoch=per_epoch,
-        epochs=epochs,
-        peak_lr=peak,
-        min_lr=low,
-        **WARMUP,
+        steps, schedule, peak_lr=peak, warmup_epochs=5, steps_per_epoch=per_epoch
     )
     assert rates.dtype == jnp.float32
-    schedule = SimpleNamespace(epochs=epochs, min_lr=low, **WARMUP)
     want = np.repeat(torch_training.rates(peak, schedule), per_epoch)
     np.testing.assert_allclose(rates, want, rtol=0, atol=1e-9)
     for epoch, value in known.items():
@@ -65,32 +61,18 @@ def test_learning_rate_follows_the_reference_loop(peak, low, epochs, known):
 
 
 def test_learning_rate_per_step_has_no_lag():
-    def rate(step):
-        return optim.learning_rate(
-            step,
-            steps_per_epoch=4,
-            epochs=10,
-            peak_lr=1.0,
-            min_lr=0.1,
-            per_epoch=False,
-            **WARMUP,
-        )
+    schedule = SimpleNamespace(epochs=10, min_lr=0.1, per_epoch=False, **WARMUP)
+
+    def rate(step, warmup=5):
+        options = {"peak_lr": 1.0, "warmup_epochs": warmup, "steps_per_epoch": 4}
+        return optim.learning_rate(step, schedule, **options)
 
     np.testing.assert_allclose(rate(2), 1e-6 + 0.5 * (1 - 1e-6) / 5, rtol=1e-6)
     np.testing.assert_allclose(rate(0), 1e-6, rtol=1e-6)
     # The cosine has been running since step 0; at epoch 7.5 of 10 it stands at cos(0.75 π).
     np.testing.assert_allclose(rate(30), 0.1 + 0.45 * (1 + math.cos(0.75 * math.pi)), rtol=1e-6)
     np.testing.assert_allclose(jax.jit(rate)(40), 0.1, rtol=1e-6)
-    no_warmup = optim.learning_rate(
-        0,
-        steps_per_epoch=4,
-        epochs=10,
-        warmup_epochs=0,
-        warmup_lr=1e-6,
-        peak_lr=0.3,
-        min_lr=0.0,
-    )
-    assert no_warmup == pytest.approx(0.3)
+    assert rate(0, warmup=0) == pytest.approx(1.0)
 
 
 def abstract_params(name: str) -> dict:

@@ -1,0 +1,48 @@
+"""Fills in what a config leaves to the model that it fine-tunes, and checks the config."""
+
+from ml_collections import ConfigDict
+
+from deit_jax.checkpoints import model_folder
+from deit_jax.config.files import recorded_fields
+from deit_jax.config.structure import check_structure
+from deit_jax.config.validate import validate
+from deit_jax.errors import InputError
+from deit_jax.models import registry
+
+
+def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
+    """Returns the config checked, with what it leaves to the model of `init_from` filled in.
+
+    That is `model.name` where it is "", with the model's patch size, and `input.image_size` where
+    it is 0. Without distillation, the plain model takes the place of a distilled one, whose second
+    head nothing would train.
+
+    Args:
+      config: as parsed; it stays as it is.
+      workdir: of the run; one that began with the same `init_from` keeps its model, also where
+        that folder is gone.
+
+    Raises:
+      InputError: a field is wrong, or `init_from` is no model folder.
+    """
+    check_structure(config)
+    if config.init_from and not (config.model.name and config.input.image_size):
+        config = config.copy_and_resolve_references()
+        known = recorded_fields(workdir) if workdir else {}
+        if known.get("init_from") != config.init_from:
+            try:
+                info = model_folder.read_info(config.init_from)
+            except InputError as error:
+                raise InputError(f"--config.init_from={config.init_from}: {error}") from error
+            name = info.name
+            if config.distill.kind == "none" and registry.is_distilled(name):
+                name = name.replace("_distilled", "")
+            patch_size = dict(info.overrides).get("patch_size", 0)
+            known = {"input.image_size": info.image_size, "model.name": name}
+            known["model.patch_size"] = patch_size
+        if not config.model.name:
+            config.model.name = known["model.name"]
+            config.model.patch_size = config.model.patch_size or known["model.patch_size"]
+        config.input.image_size = config.input.image_size or known["input.image_size"]
+    validate(config)
+    return config
