@@ -2,9 +2,10 @@
 
 import difflib
 import os
-import re
 import textwrap
 from collections.abc import Iterable
+
+from deit_jax import couplings
 
 
 class InputError(ValueError):
@@ -42,19 +43,8 @@ def brief(error: BaseException, width: int = 200) -> str:
 
 def system_reason(error: BaseException) -> str | None:
     """What the system said where it refused to read or write, or None for any other error."""
-    number = system_errno(error)
+    number = couplings.system_errno(error)
     return None if number is None else os.strerror(number)
-
-
-def system_errno(error: BaseException) -> int | None:
-    """The number of what the system said, or None.
-
-    tensorstore raises a ValueError then, of many lines, with the system's number in it.
-    """
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

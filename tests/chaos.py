@@ -161,8 +161,12 @@ class Chaos:
             process.kill()
         codes = [process.returncode for process in processes]
         if not killed:
-            # A process that has not got as far as to listen dies of the signal.
-            allowed = {0} if struck and blow.steps is not None else {0, -signal.SIGTERM, 1, 2}
+            # A process that does not listen yet dies of the signal, and the other one of its loss.
+            allowed = (
+                {75}
+                if struck and blow.steps is not None
+                else {0, 75, 1, -signal.SIGTERM, -signal.SIGABRT}
+            )
             self._expect(
                 not left and allowed.issuperset(codes),
                 f"SIGTERM ended in {codes}:\n" + "\n".join(p.stderr[-2000:] for p in processes),

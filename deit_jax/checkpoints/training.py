@@ -1,24 +1,22 @@
 """Training checkpoints: saved and restored as the loop goes. Model folders are in model_folder."""
 
 import contextlib
-import logging
-import sys
-import threading
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from deit_jax import couplings, trees
 from deit_jax.checkpoints import recovery
-from deit_jax.errors import InputError, TransientError, brief, system_reason
+from deit_jax.errors import InputError, TransientError, system_reason
 from deit_jax.models import registry
-from deit_jax.parallel import hosts
 
 _SAME_RUN = ("name", "num_classes", "image_size", "overrides")
-_SAVE_SECONDS = 3600  # for a large state on a slow disk; processes that fail are noticed at once
+_SAVE_SECONDS = 3600  # for a large state on a slow disk
+_MAX_LISTED = 3
 
 
 class TrainCheckpoints:
@@ -29,27 +27,27 @@ class TrainCheckpoints:
     """
 
     def __init__(self, workdir: str, *, keep: int, set_aside: bool = True):
-        """Opens WORKDIR/checkpoints, creating it where needed; every process of a run does.
+        """Looks into WORKDIR/checkpoints, which may not be there; every process of a run does.
 
         Args:
           workdir: of the run.
           keep: how many of the latest checkpoints.
-          set_aside: renames what cannot be read to STEP.unreadable, so that its step can be saved
-            anew and nothing is lost; for a run that will save.
-
-        Raises:
-          InputError: there are checkpoints, but none that can be read.
+          set_aside: renames what cannot be read to STEP.unreadable; for a run that will save.
         """
         self._directory = Path(workdir).absolute() / "checkpoints"
-        self._latest = recovery.newest_readable(self._directory, set_aside=set_aside)
-        self._saved = self._latest  # the last one for which a save was begun
-        latest, best = (
-            policy.LatestN(keep),
-            policy.BestN(
-                get_metric_fn=lambda metrics: metrics["top1"],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
+        self._keep, self._set_aside = keep, set_aside
+        self._steps = recovery.list_steps(self._directory)
+        self._saved = None  # the last step for which a save was begun
+        self._failure = None  # of a save in the background
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's, which reads the metrics of all steps, and so comes after `restore`."""
+        latest = policy.LatestN(self._keep)
+        best = policy.BestN(
+            get_metric_fn=lambda metrics: metrics["top1"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
         # max_to_keep with best_fn would delete the latest checkpoint when it is not the best.
         options = ocp.CheckpointManagerOptions(
@@ -57,15 +55,67 @@ class TrainCheckpoints:
             best_fn=lambda metrics: metrics["top1"],
             best_mode="max",
             async_options=ocp.options.AsyncOptions(
-                timeout_secs=_SAVE_SECONDS, barrier_sync_fn=self._barrier
+                timeout_secs=_SAVE_SECONDS,
+                barrier_sync_fn=couplings.orbax_barrier(self._save_failed),
             ),
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-        recovery.check_same_steps(self._directory, list(self._manager.all_steps()))
+        try:
+            return ocp.CheckpointManager(self._directory, options=options)
+        except ValueError as error:
+            raise InputError(
+                f"{self._directory}: the file metrics/metrics of a step is damaged ({error}); move "
+                "that step's folder away"
+            ) from error
 
     def latest_step(self) -> int | None:
-        """The step of the newest readable checkpoint when this was opened, or None."""
-        return self._latest
+        """Returns the newest step when this was opened, or None; it may turn out unreadable."""
+        return max(self._steps, default=None)
+
+    def check(self, info: registry.ModelInfo, *, ema: bool) -> None:
+        """Raises InputError unless the latest checkpoint, if any, is of this model.
+
+        Args:
+          info: of the model that the config asks for.
+          ema: whether the config keeps an EMA.
+        """
+        for step in reversed(self._steps):
+            folder = self._directory / str(step)
+            try:
+                saved = _read_json(folder / "meta")
+            except Exception:  # `restore` says why, and goes on from the one before
+                continue
+            _check_model(folder, saved, info, ema)
+            return
+
+    def restore(self, abstract: Any) -> tuple[Any, dict, int] | None:
+        """Reads the newest checkpoint that can be read; every process of a run does.
+
+        Args:
+          abstract: the state's shapes and shardings.
+
+        Returns:
+          The state, what was passed as `best` when it was saved, and its step; None without any
+          checkpoint.
+
+        Raises:
+          InputError: no checkpoint can be read, or it is of another optimiser.
+          TransientError: the disk does not answer, or a permission is missing.
+        """
+
+        def read(folder: Path) -> tuple[Any, dict]:
+            meta, handler = _read_json(folder / "meta"), ocp.StandardCheckpointHandler()
+            if (folder / "metrics").exists():
+                _read_json(folder / "metrics")
+            _check_names(folder, handler.metadata(folder / "state").tree, abstract)
+            # The manager would wait for processes that have met an error.
+            restore_args = ocp.args.StandardRestore(abstract)
+            return handler.restore(folder / "state", args=restore_args), meta["best"]
+
+        found = recovery.newest_readable(self._directory, read, set_aside=self._set_aside)
+        if found is None:
+            return None
+        step, (state, best) = found
+        return state, best, step
 
     def save(
         self,
@@ -87,8 +137,7 @@ class TrainCheckpoints:
           top1: of this very step, where it was evaluated.
 
         Raises:
-          TryAgain: this one, or the one before, cannot be written: a full disk, for example. In a
-            run of several processes all of them end as soon as one finds that out.
+          TransientError: this one, or the one before, cannot be written: a full disk, for example.
         """
         meta = {"model": info.to_json(), "ema": state.ema is not None, "best": best}
         with self._saving():
@@ -103,125 +152,71 @@ class TrainCheckpoints:
                 metrics=None if top1 is None else {"top1": top1},
             )
 
-    def check(self, info: registry.ModelInfo, *, ema: bool) -> None:
-        """Raises InputError unless the latest checkpoint, if any, is of this model.
+    def check_saves(self) -> None:
+        """Raises as `save` where this process could not write its share; call it every step.
 
-        Args:
-          info: of the model that the config asks for.
-          ema: whether the config keeps a moving average.
+        The other processes wait for that share, and would train on until they save again.
         """
-        step = self.latest_step()
-        if step is None:
-            return
-        where = self._directory / str(step)
-        saved, wanted = (
-            self._restore(step, meta=ocp.args.JsonRestore())["meta"],
-            info.to_json(),
-        )
-        for field in _SAME_RUN:
-            if saved["model"].get(field) != wanted[field]:
-                raise InputError(
-                    f"{where} holds a model with {field} {saved['model'].get(field)!r}, but the "
-                    f"config asks for {wanted[field]!r}; choose another --workdir, or the config "
-                    "that the run was started with"
-                )
-        if saved["ema"] != ema:
-            raise InputError(
-                f"{where} was saved {'with' if saved['ema'] else 'without'} a moving average, but "
-                "config.train.ema_decay asks for the opposite; keep the setting of the first run"
-            )
-
-    def restore(self, abstract: Any) -> tuple[Any, dict]:
-        """Reads the latest checkpoint into the shapes and shardings of `abstract`.
-
-        Returns:
-          The state, and what was passed as `best` when it was saved.
-
-        Raises:
-          InputError: the checkpoint is damaged, or of another optimiser.
-        """
-        step = self.latest_step()
-        items = {"state": ocp.args.StandardRestore(abstract), "meta": ocp.args.JsonRestore()}
-        try:
-            restored = self._restore(step, **items)
-            # Orbax lets parameters that had no moments, being frozen, pass for ones that have.
-            if jax.tree.structure(restored["state"]) != jax.tree.structure(abstract):
-                raise ValueError("moments of other parameters, see optimizer.trainable")
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"{self._directory / str(step)} cannot be restored ({brief(error)}); keep the "
-                "optimizer settings that the run was started with, or remove this checkpoint"
-            ) from error
-        return restored["state"], restored["meta"]["best"]
-
-    def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        with self._saving():
+            if self._failure is not None:
+                raise self._failure
 
     def close(self) -> None:
-        """Waits for saves in progress; raises TryAgain as `save`."""
-        with self._saving():
-            self._manager.close()
+        """Waits for saves in progress; raises as `save`."""
+        if self._saved is not None:
+            with self._saving():
+                self._manager.close()
+
+    def _save_failed(self, error: BaseException) -> None:
+        self._failure = error
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """One line for a disk that is full or has failed, which is noticed in a later call."""
+        """One line for a disk that is full or has failed."""
         try:
             yield
         except Exception as error:
-            line = self._line(error)
-            if line is None:
+            reason = system_reason(error)
+            if reason is None:
                 raise
-            raise TransientError(line) from error
+            kept = [int(path.name) for path in self._directory.glob("*") if path.name.isdigit()]
+            last = f"the last good state is that of step {max(kept)}" if kept else "none was saved"
+            raise TransientError(
+                f"{self._directory / str(self._saved)} cannot be saved ({reason}); {last}; mend "
+                "that and run the same command to go on"
+            ) from error
 
-    def _line(self, error: BaseException) -> str | None:
-        reason = system_reason(error)
-        if reason is None:
-            return None
-        kept = [int(path.name) for path in self._directory.glob("*") if path.name.isdigit()]
-        last = f"the last good state is that of step {max(kept)}" if kept else "none was saved"
-        return (
-            f"{self._directory / str(self._saved)} cannot be saved ({reason}); {last}; mend that "
-            "and run the same command to go on"
+
+def _read_json(folder: Path) -> dict:
+    name = "metrics" if folder.name == "metrics" else None
+    return ocp.JsonCheckpointHandler(name).restore(folder, args=ocp.args.JsonRestore())
+
+
+def _check_model(folder: Path, saved: dict, info: registry.ModelInfo, ema: bool) -> None:
+    wanted = info.to_json()
+    for field in _SAME_RUN:
+        if saved["model"].get(field) != wanted[field]:
+            raise InputError(
+                f"{folder} holds a model with {field} {saved['model'].get(field)!r}, but the "
+                f"config asks for {wanted[field]!r}; choose another --workdir, or the config "
+                "that the run was started with"
+            )
+    if saved["ema"] != ema:
+        raise InputError(
+            f"{folder} was saved {'with' if saved['ema'] else 'without'} an EMA, but "
+            "config.train.ema_decay asks for the opposite; keep the setting of the first run"
         )
 
-    def _barrier(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's own barrier between processes, but in a background save that has failed here.
 
-        There Orbax would wait for the others before it reports the failure, and they would wait for
-        its share: this one ends them all.
-        """
-        failure = sys.exception()
-        if failure is None or threading.current_thread() is threading.main_thread():
-            ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
-            return
-        # Orbax's own time-out: another process died, which JAX notices. The system's has a number.
-        died = isinstance(failure, TimeoutError) and failure.errno is None
-        if hosts.connected() and not died:
-            line = self._line(failure)
-            if line is None:
-                hosts.crash(failure)
-            hosts.fail(line, status=TransientError.exit_status)
-        raise failure
-
-
-def silence_orbax() -> None:
-    """Keeps Orbax from printing what is as it should be, and pages about a save that fails.
-
-    That raises, too.
-
-    For a program, at its start: it changes what the whole process logs.
-    """
-
-    def wanted(record: logging.LogRecord) -> bool:
-        ours = "orbax" in record.pathname
-        # Most checkpoints are saved without an evaluation.
-        return not ours or (record.levelno < logging.ERROR and "did not provide" not in record.msg)
-
-    def unraisable(failed: object) -> None:
-        # What tensorstore has to say to Orbax's event loop, which has ended with the first error.
-        if str(failed.exc_value) != "Event loop is closed":
-            sys.__unraisablehook__(failed)
-
-    logging.getLogger("absl").addFilter(wanted)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = unraisable
+def _check_names(folder: Path, saved: Any, abstract: Any) -> None:
+    """Raises InputError unless a checkpoint holds arrays of the names and shapes of `abstract`."""
+    found, wanted = (
+        {(name, tuple(leaf.shape)) for name, leaf in trees.flat(tree).items()}
+        for tree in (saved, abstract)
+    )
+    if differing := sorted(found ^ wanted):
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in differing[:_MAX_LISTED])
+        raise InputError(
+            f"{folder} holds another optimizer's state: {len(differing)} arrays differ, such as "
+            f"{listed}; keep the optimizer settings that the run was started with"
+        )

@@ -12,14 +12,13 @@ trains and writes nothing.
 Status: 0 finished; 75 stopped and saved, run me again; 2 a mistake; 1 what a retry may mend.
 """
 
-import contextlib
-import signal
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from deit_jax.cli.status import INTERRUPTED, outcome, report
-from deit_jax.errors import Preempted
+from deit_jax.cli.status import outcome, report
+from deit_jax.console import log_error
 
 RECIPE = "required"  # or that of the run in --workdir
 _CTRL_C = "interrupted; the last checkpoint stays, run the same command to go on"
@@ -36,59 +35,33 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     Raises:
       SystemExit: with the status of an error whose line has been printed.
     """
-    from deit_jax.checkpoints.training import silence_orbax
-    from deit_jax.parallel import hosts
+    from deit_jax.config.validate import validate
+    from deit_jax.couplings import silence_orbax
+    from deit_jax.parallel import exits, hosts
     from deit_jax.planning import forecast
     from deit_jax.training import loop
 
     silence_orbax()
     modes = {"train": loop.train, "eval": loop.evaluate, "plan": forecast.plan}
     try:
-        with _ctrl_c():
-            result = modes[arguments.command](arguments.config, arguments.workdir)
-            if hosts.is_first():
-                emit(result)
+        validate(arguments.config)  # a mistake is found before the others are waited for
+        exits.connect(arguments.config.distributed)
+        result = modes[arguments.command](arguments.config, arguments.workdir)
+        if hosts.is_first():
+            emit(result)
     except BaseException as error:
         status, text = outcome(error, system=1)  # the disk may have room later
-        if hosts.connected():
-            _end_together(error, status, text)
-        if text is None:
+        if isinstance(error, KeyboardInterrupt):
+            text = _CTRL_C
+        if status == 1:  # it may be a failure of another process that this one met
+            exits.let_others_end_it()
+        exits.claim_the_end()
+        if text is not None:
+            report(status, text, hosts.label())
+        elif hosts.several():
+            log_error("".join(traceback.format_exception(error)))
+        else:
             raise
-        report(status, text, hosts.label(arguments.config.distributed))
+        exits.end(status, text or "it crashed; see its traceback")
         sys.exit(status)
-    if hosts.connected():
-        hosts.leave()
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[None]:
-    """Says on Ctrl-C what stays. Connected processes end at once: none waits for the others."""
-    from deit_jax.parallel import hosts
-
-    def interrupt(*_: object) -> None:
-        if hosts.connected():
-            hosts.fail(_CTRL_C, status=INTERRUPTED)
-        raise KeyboardInterrupt(_CTRL_C)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # whoever started this process ignores Ctrl-C
-        yield
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _end_together(error: BaseException, status: int, text: str | None) -> None:
-    """Ends this process and those that wait for it, without Python's own end, which would wait."""
-    from deit_jax.parallel import hosts
-
-    if isinstance(error, Preempted):
-        hosts.leave(f"deit-jax: {hosts.label()}{text}", status=status)
-    if status == 1:  # it may be a failure of another process that this one met
-        hosts.let_others_end_it()
-    if text is None:
-        hosts.crash(error)
-    hosts.fail(text, status=status)
+    exits.end(0)

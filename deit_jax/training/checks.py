@@ -1,6 +1,5 @@
 """What the processes of a run make sure of together before any long work."""
 
-import json
 import os
 import secrets
 import shutil
@@ -10,15 +9,12 @@ from typing import TYPE_CHECKING
 
 import jax
 import jaxlib
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from deit_jax import trees
 from deit_jax.config.files import recipe_fields
-from deit_jax.errors import InputError, TransientError, brief
+from deit_jax.errors import InputError
 from deit_jax.parallel import hosts
-from deit_jax.parallel.mesh import replicated, to_global
 
 if TYPE_CHECKING:
     from deit_jax.data import Source
@@ -29,7 +25,7 @@ _LAG_SECONDS = 5  # that a network file system may take to show one host another
 
 
 def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
-    """Checks that all processes run the same, add up, and share the workdir.
+    """Checks that all processes do the same, have as many devices, and share the workdir.
 
     Args:
       config: of the run.
@@ -41,12 +37,12 @@ def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
     """
     if not hosts.several():
         return
-    hosts.agree("the comparison of configs", _facts(config, mode), _differing_fact)
-    devices = {"devices": jax.device_count(), "local devices": jax.local_device_count()}
-    hosts.agree("the count of devices", json.dumps(devices), _differing_fact)
-    _check_sum()
+    facts = {"--mode": mode, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    facts |= {f"config.{name}": value for name, value in recipe_fields(config).items()}
+    hosts.compare("the comparison of configs", facts)
+    hosts.compare("the count of devices", {"local devices": jax.local_device_count()})
     if mode != "plan":  # which writes nothing
-        _check_workdir(workdir)
+        _check_shared(workdir)
 
 
 def check_data(train_source: "Source", eval_source: "Source", teacher: bool | None) -> None:
@@ -72,12 +68,7 @@ def check_data(train_source: "Source", eval_source: "Source", teacher: bool | No
         "a trained teacher:": teacher,
     }
     # A host that sees its data for the first time reads them all for their index.
-    hosts.agree(
-        "the comparison of data",
-        json.dumps(facts),
-        _differing_fact,
-        seconds=hosts.LONG_SECONDS,
-    )
+    hosts.compare("the comparison of data", facts, seconds=hosts.LONG_SECONDS)
 
 
 def check_weights(folder: str, weights: object) -> None:
@@ -86,61 +77,9 @@ def check_weights(folder: str, weights: object) -> None:
     Raises:
       InputError: on every process, as `check_processes`.
     """
-    if not hosts.several():
-        return
-    digest = trees.digest(*jax.tree.leaves(weights))
-    hosts.agree(
-        f"the comparison of the weights in {folder}",
-        json.dumps({f"weights in {folder} with digest": digest}),
-        _differing_fact,
-        seconds=hosts.LONG_SECONDS,
-    )
-
-
-def _facts(config: ConfigDict, mode: str) -> str:
-    fields = {f"config.{name}": value for name, value in recipe_fields(config).items()}
-    own = {"--mode": mode, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    return json.dumps(own | fields)
-
-
-def _differing_fact(told: list[str]) -> str | None:
-    first, *rest = map(json.loads, told)
-    for index, other in enumerate(rest, start=1):
-        for name in first.keys() | other.keys():
-            if first.get(name) != other.get(name):
-                return (
-                    f"{hosts.name(index)} has {name} {other.get(name)!r}, but process 0 has "
-                    f"{first.get(name)!r}; they must be the same on every process"
-                )
-    return None
-
-
-def _check_sum() -> None:
-    """Adds up over all devices what every process knows of itself."""
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    mine = np.full(jax.local_device_count(), 1.0 + jax.process_index(), np.float32)
-    split = NamedSharding(mesh, PartitionSpec("all"))
-    try:
-        rows = to_global({"rows": mine}, split)["rows"]
-        total = float(jax.jit(lambda x: x.sum(), out_shardings=replicated(mesh))(rows))
-    except jax.errors.JaxRuntimeError as error:
-        raise TransientError(  # a process that died in between, perhaps
-            f"a sum over the devices of all processes fails ({brief(error)}); can the hosts reach "
-            "each other on every port?"
-        ) from error
-    count = jax.process_count()
-    expected = float(jax.local_device_count() * count * (count + 1) // 2)
-
-    def wrong(told: list[str]) -> str | None:
-        for index, text in enumerate(told):
-            if float(text) != expected:
-                return (
-                    f"a sum over the devices of all processes is {text} on {hosts.name(index)},"
-                    f" but must be {expected}; its devices or its network are faulty"
-                )
-        return None
-
-    hosts.agree("a sum over all devices", str(total), wrong)
+    if hosts.several():
+        facts = {f"weights in {folder} with digest": trees.digest(*jax.tree.leaves(weights))}
+        hosts.compare("the comparison of weights", facts, seconds=hosts.LONG_SECONDS)
 
 
 def check_place(workdir: str) -> None:
@@ -171,53 +110,28 @@ def check_renaming(workdir: str) -> None:
         shutil.rmtree(after, ignore_errors=True)
 
 
-def _check_workdir(workdir: str) -> None:
-    """Every process must read there what process 0 has just written."""
-
-    def write() -> str:
-        token = secrets.token_hex(8)
-        try:
-            folder = Path(workdir)
-            folder.mkdir(parents=True, exist_ok=True)
-            for left_behind in folder.glob(_TOKEN + "*"):
-                left_behind.unlink(missing_ok=True)
-            (folder / (_TOKEN + token)).write_text(token, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--workdir={workdir} cannot be written ({error})") from error
-        return token
-
-    token = hosts.from_first("the check of the workdir", write)
-    # Of a new name: no host remembers that it was not there, or what it said.
+def _check_shared(workdir: str) -> None:
+    """Raises InputError unless every process finds in `workdir` what process 0 writes there."""
+    # A new name each time: no host remembers that it was not there.
+    token, *_ = hosts.gather("the check of the workdir", secrets.token_hex(8))
     file = Path(workdir, _TOKEN + token)
-    found = _read(file, token)
-
-    def differing(told: list[str]) -> str | None:
-        for index, text in enumerate(told):
-            if text != token:
-                return (
-                    f"{hosts.name(index)} does not find in --workdir={workdir} what process 0 "
-                    f"wrote there ({text}); all processes need the same, shared folder"
-                )
-        return None
-
     try:
-        hosts.agree("the check of the workdir", found, differing)
-    finally:
-        if jax.process_index() == 0:
-            file.unlink(missing_ok=True)
-
-
-def _read(file: Path, token: str) -> str:
-    """The token, or in a few words what is there instead."""
+        if hosts.is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for left_behind in file.parent.glob(_TOKEN + "*"):
+                left_behind.unlink(missing_ok=True)
+            file.touch()
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written ({error})") from error
+    hosts.gather("the check of the workdir", "written")
     deadline = time.monotonic() + _LAG_SECONDS
-    while True:
-        try:
-            found = file.read_text(encoding="utf-8")
-            if found == token:
-                return token
-            problem = "the file says something else"
-        except OSError as error:
-            problem = error.strerror or str(error)
-        if time.monotonic() > deadline:
-            return problem
+    while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
+    found = hosts.gather("the check of the workdir", str(file.exists()))
+    if hosts.is_first():
+        file.unlink()
+    if "False" in found:
+        raise InputError(
+            f"{hosts.name(found.index('False'))} does not find in --workdir={workdir} what process "
+            "0 wrote there; all processes need the same, shared folder"
+        )

@@ -35,7 +35,8 @@ from deit_jax.training.state import TrainState
 from deit_jax.training.step import make_train_step
 from deit_jax.training.teacher import load_teacher, teacher_accuracy, teacher_config
 
-_STEPS_IN_FLIGHT = 2  # more gain nothing, and collectives on CPU devices can deadlock
+# With more, collectives on CPU devices can deadlock, and processes stop after different steps.
+_STEPS_IN_FLIGHT = 2
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -50,8 +51,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       Preempted: after SIGTERM, with the state saved.
       NonFiniteLoss: see `train.max_nonfinite_steps`.
 
-    SIGTERM before the first step ends the process, and a second one, more than a second later, does
-    so at any time.
+    It never ends the interpreter, leaves SIGTERM as it was, and may be called again.
     """
     with preemption.StopSignal() as stop:
         return _run(config, workdir, stop)
@@ -64,7 +64,6 @@ def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[
         if folder is not None and model_folder.find_model(folder) is None:
             log(f"No teacher in {folder}: training one first.", on=hosts.is_first())
             _run(teacher_config(run.config), folder, stop)
-            stop.between_runs()
             log("The teacher is ready; training the student.", on=hosts.is_first())
         return _train(run, checkpoints, stop)
 
@@ -137,8 +136,9 @@ def _train(
             step += 1
             window.add(step, metrics)
             progress.step_done()
+            checkpoints.check_saves()
             # Asked once a step: a signal between two answers must not skip the save.
-            last, stop, results = step == plan.total_steps, stopped.asked(step), None
+            last, stop, results = step == plan.total_steps, stopped.asked(), None
             if last or step % config.train.log_every_steps == 0:
                 values = window.means() | progress.report(step) | skipped(batches, config)
                 if probe is not None:

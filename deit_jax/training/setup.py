@@ -128,10 +128,10 @@ def initial_state(run: Run, checkpoints: TrainCheckpoints) -> tuple[TrainState, 
     key = jax.random.key(run.config.train.seed)
     shapes, shardings = state_layout(run)
     none_yet = {"top1": -1.0, "step": -1}
-    latest = checkpoints.latest_step()
-    if latest is not None:
-        state, best = checkpoints.restore(with_shardings(shapes, shardings))
-        origin = f"resumed at step {latest}"
+    restored = checkpoints.restore(with_shardings(shapes, shardings))
+    if restored is not None:
+        state, best, step = restored
+        origin = f"resumed at step {step}"
         if run.config.init_from:
             origin += f" of {run.workdir} (so init_from {run.config.init_from} is not read)"
         return state, shardings, best, origin

@@ -336,7 +336,8 @@ def test_restore_is_exact_with_optimiser_and_average(tmp_path, ema):
     with _open(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 17
         checkpoints.check(info, ema=ema)
-        restored, best = checkpoints.restore(_abstract(state))
+        restored, best, step = checkpoints.restore(_abstract(state))
+    assert step == 17
     assert best == {"top1": 61.5, "step": 12}
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     _assert_equal(restored, state)
@@ -391,7 +392,7 @@ def test_an_interrupted_save_is_ignored(tmp_path):
         ({"num_classes": 4}, True, "num_classes 3, but the config asks for 4"),
         ({"depth": 2}, True, "overrides"),
         ({"image_size": 64}, True, "image_size 32, but the config asks for 64"),
-        ({}, False, "was saved with a moving average, but config.train.ema_decay"),
+        ({}, False, "was saved with an EMA, but config.train.ema_decay"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, options, ema, words):
@@ -405,27 +406,27 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, options, ema, words)
         assert str(tmp_path / "checkpoints" / "5") in message
 
 
-def test_moments_of_other_parameters_are_refused(tmp_path):
-    def freezing(*frozen):
-        mask = {name: name not in frozen for name in _state()[1].model.params}
-        return optax.masked(optax.adamw(1e-3), mask)
-
-    info, state = _state(optimizer=freezing("blocks", "pos_embed"))
-    with _open(tmp_path) as checkpoints:
-        _save(checkpoints, info, state, 1)
-    with _open(tmp_path) as checkpoints:
-        _assert_equal(checkpoints.restore(_abstract(state))[0], state)
-        _, other = _state(optimizer=freezing("blocks", "cls_token"))
-        message = _message(checkpoints.restore, _abstract(other))
-    assert "moments of other parameters, see optimizer.trainable" in message
+def _freezing(*frozen):
+    mask = {name: name not in frozen for name in _state()[1].model.params}
+    return optax.masked(optax.adamw(1e-3), mask)
 
 
-def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
-    info, state = _state()
+@pytest.mark.parametrize(
+    ("optimizer", "other", "words"),
+    [
+        (None, optax.sgd(0.1, momentum=0.9), "opt_state/0/mu"),
+        # Orbax lets parameters that had no moments, being frozen, pass for ones that have.
+        (_freezing("blocks", "pos_embed"), _freezing("blocks", "cls_token"), "cls_token [1, 1, 8]"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, optimizer, other, words):
+    """And not taken for damaged: it stays."""
+    info, state = _state(optimizer=optimizer)
     with _open(tmp_path) as checkpoints:
         _save(checkpoints, info, state, 5)
-    _, other = _state(optimizer=optax.sgd(0.1, momentum=0.9))
     with _open(tmp_path) as checkpoints:
-        message = _message(lambda: checkpoints.restore(_abstract(other)))
-    assert f"{tmp_path / 'checkpoints' / '5'} cannot be restored" in message
-    assert len(message) < 500
+        message = _message(checkpoints.restore, _abstract(_state(optimizer=other)[1]))
+    assert f"{tmp_path / 'checkpoints' / '5'} holds another optimizer's state" in message
+    assert words in message
+    with _open(tmp_path) as checkpoints:
+        _assert_equal(checkpoints.restore(_abstract(state))[0], state)

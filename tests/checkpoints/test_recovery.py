@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import itertools
 import json
+import logging
 import os
 import resource
 import shutil
@@ -12,17 +14,17 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from configs import digits
-from deit_jax.checkpoints import model_folder, recovery
+from deit_jax import couplings
+from deit_jax.checkpoints import model_folder, recovery, training
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.errors import InputError, TransientError
 from deit_jax.training import checks, loop
 from tests import kill_and_resume, several, small_main
 from tests.checkpoints.test_checkpoint import _abstract, _assert_equal, _save, _state
-
-DELETE, CUT = "delete", "cut"
 
 
 @pytest.fixture(scope="module")
@@ -44,55 +46,65 @@ def workdir(three, tmp_path):
     return tmp_path / "run"
 
 
-def spoil(file, how):
-    if how == DELETE:
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+@pytest.fixture(autouse=True)
+def silence(monkeypatch):
+    """As a program has it: without pages on stderr about what is reported in one line."""
+    monkeypatch.setattr(logging.getLogger("absl"), "filters", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    couplings.silence_orbax()
+
+
+SPOIL = {
+    "delete": lambda file: file.unlink(),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "garbage": lambda file: file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size)),
+}
 
 
 def restored(workdir, like, **options):
     """The step to resume at, and its state."""
     with contextlib.closing(TrainCheckpoints(workdir, keep=3, **options)) as checkpoints:
-        return checkpoints.latest_step(), checkpoints.restore(_abstract(like))[0]
+        state, best, step = checkpoints.restore(_abstract(like))
+        assert best["step"] == step
+        return step, state
 
 
 def test_any_file_damaged_costs_one_checkpoint_at_most(three, tmp_path, capsys):
-    """Each file of the newest one, deleted and cut: it is read all the same, or the one before."""
+    """Each file of the newest one: it is read all the same, or the one before, bit for bit."""
     source, _, states = three
     newest = source / "checkpoints" / "3"
     files = [path.relative_to(source) for path in newest.rglob("*") if path.is_file()]
     fell_back = set()
-    for file in files:
-        for how in (DELETE, CUT):
-            copy = tmp_path / "copy"
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(source, copy)
-            spoil(copy / file, how)
-            step, state = restored(copy, states[1])
-            _assert_equal(state, states[step])
-            printed = capsys.readouterr().out
-            if step == 3:
-                assert printed == ""
-                continue
-            assert step == 2
-            (line,) = printed.splitlines()
-            assert line.startswith(f"warning: {copy / 'checkpoints' / '3'} cannot be read (")
-            assert line.endswith("; using step 2 instead; it stays as 3.unreadable")
-            assert (copy / "checkpoints" / "3.unreadable").is_dir()
-            fell_back.add((file.name, how))
-    assert {"_METADATA", "_CHECKPOINT_METADATA", "metadata", "manifest.ocdbt"} <= {
-        name for name, how in fell_back if how == CUT
-    }
-    assert any(len(name) == 32 for name, _ in fell_back), "no file with arrays mattered"
+    for file, (how, spoil) in itertools.product(files, SPOIL.items()):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy)
+        spoil(copy / file)
+        step, state = restored(copy, states[1])
+        _assert_equal(state, states[step])
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        if step == 3:
+            assert captured.out == ""
+            continue
+        assert step == 2
+        (line,) = captured.out.splitlines()
+        assert line.startswith(f"warning: {copy / 'checkpoints' / '3'} cannot be read (")
+        assert line.endswith("; using step 2 instead; it stays as 3.unreadable")
+        assert (copy / "checkpoints" / "3.unreadable").is_dir()
+        fell_back.add((file.parent.name, file.name, how))
+    for parts in (("state", "_METADATA"), ("meta", "metadata"), ("metrics", "metrics"),
+                  ("state", "manifest.ocdbt")):  # fmt: skip
+        assert {(*parts, how) for how in SPOIL} <= fell_back
+    assert {how for parent, _, how in fell_back if parent == "d"} == SPOIL.keys()  # of arrays
 
 
 def test_what_was_set_aside_is_kept_and_its_step_saved_anew(three, workdir):
     _, info, states = three
     for again in ("", ".2"):
-        spoil(workdir / "checkpoints" / "3" / "state" / "manifest.ocdbt", CUT)
+        SPOIL["cut"](workdir / "checkpoints" / "3" / "state" / "manifest.ocdbt")
         with contextlib.closing(TrainCheckpoints(workdir, keep=3)) as checkpoints:
-            assert checkpoints.latest_step() == 2
+            assert checkpoints.restore(_abstract(states[1]))[2] == 2
             _save(checkpoints, info, states[2], 3)
         assert (workdir / "checkpoints" / f"3.unreadable{again}" / "state").is_dir()
         step, state = restored(workdir, states[1])
@@ -102,7 +114,7 @@ def test_what_was_set_aside_is_kept_and_its_step_saved_anew(three, workdir):
 
 def test_evaluation_changes_nothing(three, workdir, capsys):
     """A run may go on meanwhile: what cannot be read is passed over, and stays where it is."""
-    spoil(workdir / "checkpoints" / "3" / "meta" / "metadata", DELETE)
+    SPOIL["delete"](workdir / "checkpoints" / "3" / "meta" / "metadata")
     step, state = restored(workdir, three[2][1], set_aside=False)
     assert step == 2
     _assert_equal(state, three[2][2])
@@ -110,54 +122,63 @@ def test_evaluation_changes_nothing(three, workdir, capsys):
     assert (workdir / "checkpoints" / "3").is_dir()
 
 
-def test_no_checkpoint_that_can_be_read_is_an_error(workdir):
+def test_no_checkpoint_that_can_be_read_is_an_error(three, workdir):
     """Never from scratch in silence: nothing is renamed either."""
     for step in ("1", "2", "3"):
-        spoil(workdir / "checkpoints" / step / "state" / "_METADATA", CUT)
+        SPOIL["cut"](workdir / "checkpoints" / step / "state" / "_METADATA")
     with pytest.raises(InputError, match="and there is no older checkpoint that can") as caught:
-        TrainCheckpoints(workdir, keep=3)
+        restored(workdir, three[2][1])
     assert str(workdir / "checkpoints" / "3") in str(caught.value)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_disk_that_does_not_answer_is_no_damage(three, workdir, monkeypatch, capsys, number):
-    """Nothing is set aside: it is tried again, and then left to whoever starts the run."""
-    failures = []
-    opened = recovery._open
+@pytest.mark.parametrize(
+    ("function", "where"),
+    [
+        (f"{recovery.__name__}.os.listdir", "checkpoints cannot be read now"),
+        (f"{training.__name__}._read_json", "3 cannot be read now"),
+    ],
+)
+def test_a_disk_that_does_not_answer_is_no_damage(
+    three, workdir, monkeypatch, capsys, number, function, where
+):
+    """Nothing is set aside: whoever started the run starts it again."""
 
-    def refuse(*arguments):
-        if failures:
-            failures.pop()
-            raise OSError(number, "as the system says")
-        return opened(*arguments)
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(recovery, "_open", refuse)
-    monkeypatch.setattr(recovery, "_PAUSE_SECONDS", 0)
-    failures += [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(function, refuse)
+        with pytest.raises(TransientError, match=f"{where} .{os.strerror(number)}"):
+            restored(workdir, three[2][1])
     assert restored(workdir, three[2][1])[0] == 3
-    failures += [1, 2, 3]
-    with pytest.raises(TransientError) as caught:
-        TrainCheckpoints(workdir, keep=3)
-    assert str(caught.value) == (
-        f"{workdir / 'checkpoints' / '3'} cannot be read now ({os.strerror(number)}); mend that, "
-        "or move it away to go on from the checkpoint before it"
-    )
-    monkeypatch.setattr(recovery.os, "listdir", refuse)
-    failures += [1, 2, 3]
-    with pytest.raises(
-        TransientError, match=r"checkpoints cannot be read now .*; mend that and start"
-    ):
-        TrainCheckpoints(workdir, keep=3)
-    monkeypatch.undo()
     assert capsys.readouterr().out == ""
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
-def test_a_mistake_in_the_check_is_not_taken_for_damage(three, monkeypatch):
-    monkeypatch.setattr(recovery, "_open", lambda *_: jax.no_such_name)
+@pytest.mark.parametrize("kind", ["Damage", "InputError", "TransientError"])
+def test_what_another_process_meets_counts_for_this_one(three, workdir, monkeypatch, kind):
+    """It must not go on from what the other cannot read, nor wait for it."""
+
+    def gather(what, mine, **_):
+        return [mine, f"{kind} its words" if what == f"the reading of {newest}" else mine]
+
+    newest = workdir / "checkpoints" / "3"
+    monkeypatch.setattr(recovery.hosts, "gather", gather)
+    if kind == "Damage":
+        assert restored(workdir, three[2][1])[0] == 2
+        return
+    with pytest.raises(InputError, match=r"^its words$") as caught:
+        restored(workdir, three[2][1])
+    assert type(caught.value).__name__ == kind
+    assert newest.exists()
+
+
+def test_a_mistake_of_ours_is_not_taken_for_damage(three, workdir, monkeypatch):
+    monkeypatch.setattr(training, "_check_names", lambda *_: jax.no_such_name)
     with pytest.raises(AttributeError):
-        recovery.find_damage(three[0] / "checkpoints" / "3")
+        restored(workdir, three[2][1])
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
 # The disk
@@ -200,7 +221,7 @@ def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
         f"error: {failed} cannot be saved (No space left on device); the last good state is that "
         f"of step {good}; mend that and run the same command to go on"
     )
-    assert recovery.find_damage(small_disk / "run" / "checkpoints" / str(good)) is None
+    assert kill_and_resume.final_arrays(small_disk / "run")
 
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     line = _error(run_main(*flags), status=2)
@@ -218,18 +239,18 @@ def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
 def test_a_process_that_cannot_save_ends_every_one(tmp_path):
     """At once: none trains on, or waits for the share that one could not write; both go on later.
 
-    A limit on the size of its files stands for a full disk of that host alone.
+    A limit on the size of its files stands for a full disk of that host alone. In between, the
+    newest checkpoint is damaged.
     """
-    workdir, every, good = tmp_path / "run", 10, 0
+    workdir, every, good = tmp_path / "run", 10, 20
     flags = [*SHORT, f"--workdir={workdir}", "--config.schedule.epochs=3"]
     flags += [f"--config.checkpoint.every_steps={every}"]
-    for failing in (0, 1):
+    for failing, start in ((0, "from scratch"), (1, f"resumed at step {good - every}")):
         with several.started(flags, processes=2, script=small_main.SCRIPT) as both:
-            good += every
+            both[0].wait_for(start)
             while kill_and_resume.newest_step(workdir) != good:
                 assert all(process.running for process in both)
                 time.sleep(0.05)
-            assert (f"resumed at step {good - every}" in both[0].stdout) == (good > every)
             limits = (50_000, resource.RLIM_INFINITY)
             resource.prlimit(both[failing].pid, resource.RLIMIT_FSIZE, limits)
             assert [process.wait(60) for process in both] == [1, 1]
@@ -241,6 +262,9 @@ def test_a_process_that_cannot_save_ends_every_one(tmp_path):
             assert line.startswith(f"process {number} of 2: error: ")
             assert (f"error: process {failing} of 2 failed: " in line) == (number != failing)
             assert reason in line
+        SPOIL["cut"](workdir / "checkpoints" / str(good) / "state" / "manifest.ocdbt")
+    assert "using step 10 instead; it stays as 20.unreadable" in both[0].stdout
+    assert "warning: " not in both[1].stdout
 
 
 def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
@@ -281,8 +305,8 @@ def test_a_disk_that_renames_no_folders(tmp_path, monkeypatch):
 def test_nobody_reads_what_it_prints(output):
     """Nor is there room: the run goes on, and ends as one that is read, with all its last lines."""
     script = (
-        "import time; from deit_jax.console import complain, say; time.sleep(0.5)\n"
-        "for number in range(1000): say(f'line {number}'); complain('two')"
+        "import time; from deit_jax.console import log, log_error; time.sleep(0.5)\n"
+        "for number in range(1000): log(f'line {number}'); log_error('two')"
     )
     command = f'exec "$0" -c "$1" {output}'
     done = subprocess.run(
@@ -292,54 +316,6 @@ def test_nobody_reads_what_it_prints(output):
         timeout=60,
     )
     assert done.returncode == 0
-
-
-# SIGTERM
-
-STANDING_STILL = """
-import sys, time
-from deit_jax import stopping
-with stopping.StopSignal() as stop:
-    if sys.argv[1] != "set-up":
-        stop.asked(1)
-    print("ready", flush=True)
-    time.sleep(60 if sys.argv[1] != "slow step" else 3)
-    if stop.asked(2):
-        print("saved", flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("phase", "signals", "status", "words"),
-    [
-        ("set-up", 1, 0, "stopped before the first step; run the same command to start again"),
-        ("training", 2, 143, "stopped at once by a second SIGTERM"),
-        ("slow step", 2, 0, "saved"),  # signalled twice at once
-    ],
-)
-def test_signals_that_the_loop_cannot_answer(phase, signals, status, words):
-    """In set-up the first one ends the process, cleanly; in a step that hangs, the second one.
-
-    Two at once, as `timeout` sends them, are one, which the loop does answer after its step.
-    """
-    with subprocess.Popen(
-        [sys.executable, "-c", STANDING_STILL, phase],
-        cwd=several.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
-        for number in range(signals):
-            assert process.poll() is None, "ended by the first signal"
-            process.send_signal(signal.SIGTERM)
-            if number + 1 < signals:
-                time.sleep(0.1 if phase == "slow step" else 3)
-        try:
-            assert process.wait(10) == status
-        finally:
-            process.kill()
-        assert words in process.stdout.read()
 
 
 # What starts the tests may ignore Ctrl-C, as a shell does for its background jobs.
@@ -373,4 +349,4 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert (process.returncode, stderr) == (130, line)
     step = kill_and_resume.newest_step(workdir)
     assert step >= 2
-    assert recovery.find_damage(workdir / "checkpoints" / str(step)) is None
+    assert kill_and_resume.final_arrays(workdir)

@@ -1,14 +1,11 @@
-"""How the processes of a run are found, connected, checked and ended together."""
+"""How the processes of a run are found, connected, compared and ended together."""
 
-import subprocess
-import sys
+import json
 
 import numpy as np
 import pytest
 import sklearn.datasets
 
-from deit_jax.config.fields import default_config
-from deit_jax.errors import InputError
 from deit_jax.parallel import cluster, hosts
 from deit_jax.training import checks
 from tests import several
@@ -22,51 +19,34 @@ SLURM = {
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
 }
-OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1"}
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "packages", "kind"),
+    ("environment", "libtpu", "kind"),
     [
-        ({}, (), None),
-        (SLURM, (), "Slurm"),
+        ({}, False, None),
+        (SLURM, False, "Slurm"),
         # sbatch without srun, a shell by srun --pty or salloc in an allocation of more tasks
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (), None),
-        (SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, (), None),
-        (SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, (), None),
-        (OPEN_MPI, (), "Open MPI"),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (), None),
-        (POD, ("kubernetes",), None),  # a notebook
-        (POD | {"JOB_COMPLETION_INDEX": "3"}, ("kubernetes",), "Kubernetes"),
-        ({}, ("libtpu",), "Cloud TPU"),
-        ({"TPU_SKIP_MDS_QUERY": "1"}, ("libtpu",), None),  # no chips here
-        ({"JAX_PLATFORMS": "cpu"}, ("libtpu",), None),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ("libtpu",), None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, ("libtpu",), "Cloud TPU"),
-        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, ("libtpu",), "Cloud TPU"),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, (), None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False, None),
+        (SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False, None),
+        ({"PMI_SIZE": "4", "PMI_RANK": "1"}, False, "MPI"),
+        (POD, False, None),  # a notebook
+        (POD | {"JOB_COMPLETION_INDEX": "3"}, False, "Kubernetes"),
+        ({}, True, "Cloud TPU"),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, True, None),  # no chips here
+        ({"JAX_PLATFORMS": "cpu"}, True, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, True, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, None),
     ],
 )
-def test_a_cluster_is_one_that_started_several_processes(monkeypatch, environment, packages, kind):
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name in packages or None)
+def test_a_cluster_is_one_that_started_several_processes(monkeypatch, environment, libtpu, kind):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda _: libtpu or None)
     assert cluster.detect(environment) == kind
-
-
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI started 2 processes"),
-        ({"PMI_SIZE": "4", "PMI_RANK": "1"}, r"started 4 processes \(PMI_SIZE\)"),  # MPICH
-        (POD | {"JOB_COMPLETION_INDEX": "0"}, "pip install kubernetes"),
-    ],
-)
-def test_a_cluster_whose_coordinator_cannot_be_found(monkeypatch, environment, words):
-    """Each process alone on one workdir would be worse than an error."""
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=words) as caught:
-        cluster.detect(environment)
-    assert "--config.distributed.auto=False" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -85,29 +65,6 @@ def test_one_process_a_host_has_all_its_devices(environment, alone):
     assert cluster.alone_on_its_host(environment) == alone
 
 
-@pytest.mark.parametrize(
-    ("environment", "label"),
-    [
-        ({}, ""),
-        (SLURM | {"SLURM_PROCID": "1"}, "process 1 of 2: "),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, ""),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "1"}, "process 1 of 2: "),
-        ({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, "process 2 of 4: "),
-        ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, ""),
-    ],
-)
-def test_errors_before_the_processes_are_connected_name_them(monkeypatch, environment, label):
-    distributed = default_config().distributed
-    with monkeypatch.context() as patch:
-        for name in (*SLURM, *OPEN_MPI, "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"):
-            patch.delenv(name, raising=False)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        assert hosts.label(distributed) == label
-        distributed.auto = False
-        assert hosts.label(distributed) == ""
-
-
 def _error(process, status=2):
     """The one error line of a process that refused to run."""
     assert process.returncode == status, (process.returncode, process.stdout, process.stderr)
@@ -116,39 +73,41 @@ def _error(process, status=2):
     return line
 
 
-def test_a_config_that_differs_in_processes_that_slurm_started(tmp_path):
-    """No field says what the processes are; both of them end with one line, before long work."""
-    port = {"JAX_COORDINATOR_PORT": str(several.free_port())}
-    env = {i: SLURM | port | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in (0, 1)}
+def test_a_cluster_whose_processes_jax_cannot_find(tmp_path):
+    """Each process alone on one workdir would be worse than an error."""
     flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
-    own = {1: ["--config.train.seed=1"]}
-    for number, process in enumerate(
-        several.run(flags, processes=2, own_flags=own, own_env=env, detected=True)
-    ):
-        assert _error(process) == (
-            f"process {number} of 2: error: process 1 of 2 has config.train.seed 1, but process 0 "
-            "has 0; they must be the same on every process"
-        )
-    assert not (tmp_path / "run").exists()
+    (process,) = several.run(flags, processes=1, own_env={0: {"PMI_SIZE": "4"}})
+    line = _error(process)
+    assert line.startswith("error: MPI started several processes")
+    assert "--config.distributed.auto=False" in line
 
 
-def test_processes_that_do_not_do_the_same(tmp_path):
-    """One that trains would wait in vain for one that evaluates."""
-    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
-    for process in several.run(flags, processes=2, own_flags={1: ["--mode=eval"]}):
-        assert "error: process 1 of 2 has --mode 'eval', but process 0 has 'train'" in _error(
-            process
-        )
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_workdir_that_is_not_shared(tmp_path):
-    own = {1: [f"--workdir={tmp_path / 'other'}"]}
-    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
-    for process in several.run(flags, processes=2, own_flags=own):
-        assert "error: process 1 of 2 does not find in --workdir=" in _error(process)
-        assert "No such file or directory" in _error(process)
-    assert list((tmp_path / "run").iterdir()) == []
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"own_flags": {1: ["--config.train.seed=1"]}, "slurm": True},
+            "process 1 of 2 has config.train.seed 1, but process 0 has 0",
+        ),
+        # One that trains would wait in vain for one that evaluates.
+        ({"own_flags": {1: ["--mode=eval"]}}, "--mode 'eval', but process 0 has 'train'"),
+        ({"devices": [1, 3]}, "local devices 3, but process 0 has 1"),
+        ({"own_flags": {1: ["--workdir=OTHER"]}}, "process 1 of 2 does not find in --workdir="),
+    ],
+)
+def test_processes_that_differ_end_with_one_line(tmp_path, options, words):
+    """Before long work. Slurm's environment says which processes there are, in place of fields."""
+    options = json.loads(json.dumps(options).replace("OTHER", str(tmp_path / "other")))
+    options["own_flags"] = {1: options.get("own_flags", {}).get("1", [])}
+    if options.pop("slurm", False):
+        shared = SLURM | {"JAX_COORDINATOR_PORT": str(several.free_port())}
+        options["own_env"] = {
+            i: shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in (0, 1)
+        }
+        options["detected"] = True
+    for process in several.run([*DIGITS, f"--workdir={tmp_path / 'run'}"], processes=2, **options):
+        assert words in _error(process)
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_copies_of_the_data_that_differ(tmp_path):
@@ -167,9 +126,7 @@ def test_copies_of_the_data_that_differ(tmp_path):
     path = {"PYTHONPATH": f"{tmp_path / 'modules'}:{several.ROOT}"}
     flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
     for process in several.run(flags, processes=2, own_env={1: path}):
-        line = _error(process)
-        assert "error: process 1 of 2 has training data with digest '" in line
-        assert line.endswith("; they must be the same on every process")
+        assert "process 1 of 2 has training data with digest '" in _error(process)
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -177,109 +134,32 @@ def test_weights_that_differ(monkeypatch):
     """Each host may have a copy of a teacher of its own."""
     told = []
     monkeypatch.setattr(hosts, "several", lambda: True)
-    monkeypatch.setattr(hosts, "count", lambda: 2)
-    monkeypatch.setattr(hosts, "agree", lambda what, mine, judge, **_: told.append(mine))
+    monkeypatch.setattr(hosts, "compare", lambda what, facts, **_: told.append(facts))
     weights = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(3)}
     for change in (0, 0, 1e-6):
         weights["bias"][1] += change
         checks.check_weights("teacher", weights)
-    assert checks._differing_fact(told[:2]) is None
-    problem = checks._differing_fact(told[1:])
-    assert problem.startswith("process 1 of 2 has weights in teacher with digest '")
+    assert told[0] == told[1] != told[2]
 
 
-# A process that is there, but is asked for something that it never says.
-MISSING = """
+# What each process of the next tests does, in the place of a training.
+FAILING = """
 import sys, time
-from deit_jax import processes
-from deit_jax.errors import InputError
-from deit_jax.fields import default_config
-
-distributed = default_config().distributed
-distributed.coordinator_address, index = sys.argv[1], int(sys.argv[2])
-distributed.num_processes, distributed.process_id = 3, index
-processes.start(distributed)
-processes._patience = 2
-if index == 2:
-    time.sleep(100)
-try:
-    processes.agree("the meeting", "here", lambda told: None)
-except InputError as error:
-    print(error, file=sys.stderr)
-    processes.fail(str(error), status=error.exit_status)
-"""
-
-
-def test_who_did_not_come_is_named_on_every_process():
-    address = f"127.0.0.1:{several.free_port()}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", MISSING, address, str(number)],
-            cwd=several.ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(3)
-    ]
-    try:
-        said = [process.communicate(timeout=60)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    reason = "process 2 of 3 did not come to the meeting in time; see what it printed"
-    for number, text in enumerate(said):
-        failed = f"process {number} of 3: error: process 0 of 3 failed: " if number else ""
-        assert failed + reason in text.splitlines()
-    assert [process.returncode for process in started] == [1, 1, 1]
-
-
-def test_different_numbers_of_devices(tmp_path):
-    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
-    for process in several.run(flags, processes=2, devices=[1, 3]):
-        assert "error: process 1 of 2 has local devices 3, but process 0 has 1" in _error(process)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_process_that_does_not_come(tmp_path):
-    """A mistake of one process alone, before it connects, does not leave the other one waiting."""
-    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}", "--config.distributed.start_timeout=4"]
-    first, second = several.run(
-        flags, processes=2, own_flags={1: ["--config.train.batch_size=0"]}, seconds=60
-    )
-    assert _error(second).startswith("process 1 of 2: error: config.train.batch_size is 0")
-    line = _error(first, status=1)  # the other may come yet
-    assert line.startswith("process 0 of 2: error: not all processes connected to 127.0.0.1:")
-    assert "within 4 s (config.distributed.start_timeout)" in line
-
-
-def test_a_process_that_crashes_ends_the_other(tmp_path):
-    """Process 1 has a broken scikit-learn; process 0 ends too, and says which one failed."""
-    broken = tmp_path / "modules" / "sklearn" / "__init__.py"
-    broken.parent.mkdir(parents=True)
-    broken.write_text("raise RuntimeError('broken scikit-learn')")
-    path = {"PYTHONPATH": f"{tmp_path / 'modules'}:{several.ROOT}"}
-    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}"]
-    first, second = several.run(flags, processes=2, own_env={1: path}, seconds=100)
-    assert (first.returncode, second.returncode) == (1, 1)
-    assert "RuntimeError: broken scikit-learn" in second.stderr
-    expected = "process 0 of 2: error: process 1 of 2 failed: it crashed; see its traceback"
-    assert expected in first.stderr.splitlines()
-    assert "Traceback" not in first.stderr
-
-
-# main.py, with a training that only exchanges something in every step.
-ERROR_IN_TRAINING = """
-import sys
 from deit_jax.cli.main import main
-from deit_jax.training import loop
-from deit_jax import processes
+from deit_jax.config.fields import default_config
 from deit_jax.errors import InputError
+from deit_jax.parallel import hosts
+from deit_jax.training import loop
 from jax.experimental import multihost_utils
 
 def train(config, workdir):
-    processes.start(config.distributed)
+    assert hosts.index() != 1 or workdir != "crash", "process 1 has a bug"
+    if workdir == "missing":
+        hosts._patience = 2
+        time.sleep(100 * (hosts.index() == 2))
+        hosts.gather("the meeting", "here")
     for step in range(1000):
-        if step == 3 and processes.index() == 1:
+        if step == 3 and hosts.index() == 1:
             raise InputError("image 7 cannot be used")
         multihost_utils.process_allgather(step)
         print("step", step, flush=True)
@@ -289,14 +169,38 @@ sys.exit(main(by_mode=True))
 """
 
 
-def test_an_error_of_one_process_in_training_ends_the_others(tmp_path):
-    """With its own status, which tells whether a repetition would mend it."""
+@pytest.mark.parametrize(
+    ("how", "processes", "status", "words"),
+    [
+        # With its own status, which tells whether a retry can help.
+        ("error", 2, 2, "image 7 cannot be used"),
+        ("crash", 2, 1, "it crashed; see its traceback"),
+        ("missing", 3, 1, "process 2 of 3 did not come to the meeting in time"),
+    ],
+)
+def test_one_process_that_fails_ends_every_one(tmp_path, how, processes, status, words):
     script = tmp_path / "failing.py"
-    script.write_text(ERROR_IN_TRAINING)
-    first, second = several.run(
-        [*DIGITS, "--workdir=unused"], processes=2, script=script, seconds=60
-    )
-    assert second.stdout.count("step") == 3
-    assert _error(second) == "process 1 of 2: error: image 7 cannot be used"
-    failed = "process 0 of 2: error: process 1 of 2 failed: image 7 cannot be used"
-    assert _error(first) == failed
+    script.write_text(FAILING)
+    ended = several.run([*DIGITS, f"--workdir={how}"], processes=processes, script=script)
+    if how == "crash":
+        crashed = ended.pop(1)
+        assert crashed.returncode == status
+        assert "AssertionError: process 1 has a bug" in crashed.stderr
+    elif how == "error":
+        assert ended[1].stdout.count("step") == 3
+        assert _error(ended[1]) == f"process 1 of 2: error: {words}"
+    for process in ended:
+        assert words in _error(process, status)
+    if how != "missing":
+        assert f"process 0 of 2: error: process 1 of 2 failed: {words}" in _error(ended[0], status)
+
+
+def test_a_process_that_does_not_come(tmp_path):
+    """A mistake of one process alone, before it connects, does not leave the other one waiting."""
+    flags = [*DIGITS, f"--workdir={tmp_path / 'run'}", "--config.distributed.start_timeout=4"]
+    own = {1: ["--config.train.batch_size=0"]}
+    first, second = several.run(flags, processes=2, own_flags=own)
+    assert _error(second).startswith("error: config.train.batch_size is 0")
+    line = _error(first, status=1)  # the other may come yet
+    assert line.startswith("process 0 of 2: error: not all processes connected to 127.0.0.1:")
+    assert "within 4 s (config.distributed.start_timeout)" in line

@@ -16,14 +16,11 @@ NUM_EVAL = 1003  # neither two nor three processes divide it, nor does the batch
 
 
 def test_chaos_changes_no_bit(tmp_path, capsys):
-    """Kill one process; stop one in training, and both with it; stop one in set-up."""
-    problems, rounds = chaos.run(3, 90, tmp_path, small_main.SCRIPT)
-    assert not problems
-    assert rounds == 3
+    """Kill one process in training; stop one, and both with it."""
+    assert chaos.run(2, 90, tmp_path, small_main.SCRIPT) == ([], 2)
     printed = capsys.readouterr().out
     assert "SIGKILL to 1 after step" in printed
-    assert re.search(r"SIGTERM to 1 after step .* with \[0, 0\]", printed)
-    assert re.search(r"SIGTERM to 1 after no step, .* with \[0, 0\]", printed)
+    assert re.search(r"SIGTERM to 1 after step .* with \[75, 75\]", printed)
 
 
 @pytest.fixture(scope="module")

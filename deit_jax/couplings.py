@@ -1,0 +1,102 @@
+"""Everything that deit-jax uses beyond the public interfaces of its libraries.
+
+Private names of JAX, texts of other people's errors, and what Orbax prints and does in its threads:
+an upgrade may break them. tests/test_couplings.py checks each.
+"""
+
+import logging
+import re
+import sys
+import threading
+from collections.abc import Callable
+
+import jax
+
+
+def process_id() -> int:
+    """The number of this process; unlike `jax.process_index` it starts no backend."""
+    return jax._src.distributed.global_state.process_id
+
+
+def num_processes() -> int:
+    """How many processes `jax.distributed` connects or is connecting, without a backend."""
+    return jax._src.distributed.global_state.num_processes
+
+
+def coordinator_address() -> str | None:
+    """Where process 0 listens, known as soon as JAX has detected it."""
+    return jax._src.distributed.global_state.coordinator_address
+
+
+def store() -> object:
+    """The keys and values that the coordinator keeps for all processes; JAX has no public name."""
+    return jax._src.distributed.global_state.client
+
+
+def is_no_cluster(error: BaseException) -> bool:
+    """Whether `jax.distributed.initialize()` failed because it detects no cluster."""
+    return "coordinator_address should be defined" in str(error)
+
+
+def system_errno(error: BaseException | None) -> int | None:
+    """The number of the system's refusal to read or write, behind an error or its causes; or None.
+
+    tensorstore raises a ValueError of many lines, with the number in it, and Orbax an Exception
+    that it causes.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            return int(found[1])
+        error = error.__cause__
+    return None
+
+
+def is_unreadable(error: BaseException) -> bool:
+    """Whether Orbax says by `error` that a file is missing or damaged; else it may be our mistake.
+
+    Where an array cannot be read it raises a bare Exception.
+    """
+    return isinstance(error, (OSError, ValueError, KeyError)) or type(error) is Exception
+
+
+def orbax_barrier(failed: Callable[[BaseException], None]) -> Callable[..., None]:
+    """Orbax's barrier between processes, but for a background save that has failed here.
+
+    A process whose share of a checkpoint could not be written would wait in the barrier of a
+    `finally` before it reports the failure, and the others in another one for its share.
+    """
+    import orbax.checkpoint as ocp
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        error = sys.exception()
+        if error is not None and threading.current_thread() is not threading.main_thread():
+            failed(error)
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    return barrier
+
+
+def silence_orbax() -> None:
+    """Silences Orbax's routine messages, and the pages that it prints about errors that it raises.
+
+    For a program, at its start: it changes what the whole process logs.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        ours = "orbax" in record.pathname
+        # Most checkpoints are saved without an evaluation.
+        return not ours or (record.levelno < logging.ERROR and "did not provide" not in record.msg)
+
+    def unraisable(failed: object) -> None:
+        # Orbax gives up at the first array; the readers of the others then miss its event loop.
+        if str(failed.exc_value) != "Event loop is closed" and "_read_array" not in repr(
+            failed.object
+        ):
+            sys.__unraisablehook__(failed)
+
+    logging.getLogger("absl").addFilter(wanted)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = unraisable
