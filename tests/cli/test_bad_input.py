@@ -220,7 +220,7 @@ def test_checkpoint_with_an_average_where_the_config_has_none(digits, tmp_path):
     _save_checkpoint(tmp_path / "run", "deit_testing", patch_size=digits.model.patch_size)
     digits.train.ema_decay = 0.0
     message = _refusal(digits, tmp_path / "run")
-    assert "with a moving average, but config.train.ema_decay" in message
+    assert "with an EMA, but config.train.ema_decay" in message
 
 
 # And what else people get wrong
