@@ -10,27 +10,21 @@ import sys
 import threading
 from collections.abc import Callable
 
-import jax
 
+def distributed_state() -> object:
+    """Returns what JAX knows of the processes that it connects, without starting a backend.
 
-def process_id() -> int:
-    """The number of this process; unlike `jax.process_index` it starts no backend."""
-    return jax._src.distributed.global_state.process_id
+    It has `process_id`, `num_processes` and `coordinator_address`, all of them known while the
+    processes are connecting yet, and as `client` the coordinator's store of keys and values.
+    """
+    from jax._src.distributed import global_state
 
-
-def num_processes() -> int:
-    """How many processes `jax.distributed` connects or is connecting, without a backend."""
-    return jax._src.distributed.global_state.num_processes
-
-
-def coordinator_address() -> str | None:
-    """Where process 0 listens, known as soon as JAX has detected it."""
-    return jax._src.distributed.global_state.coordinator_address
+    return global_state
 
 
 def store() -> object:
-    """The keys and values that the coordinator keeps for all processes; JAX has no public name."""
-    return jax._src.distributed.global_state.client
+    """Returns the keys and values that process 0 keeps for all processes."""
+    return distributed_state().client
 
 
 def is_no_cluster(error: BaseException) -> bool:

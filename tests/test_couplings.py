@@ -20,9 +20,10 @@ try:
     jax.distributed.initialize()
 except Exception as error:
     assert couplings.is_no_cluster(error), repr(error)
-assert couplings.num_processes() == 1 and couplings.process_id() == 0
+state = couplings.distributed_state()
+assert (state.num_processes, state.process_id, state.coordinator_address) == (1, 0, None)
 jax.distributed.initialize(sys.argv[1], num_processes=1, process_id=0)
-assert couplings.coordinator_address() == sys.argv[1]
+assert state.coordinator_address == sys.argv[1]
 store = couplings.store()
 store.key_value_set("folder/0", "zero")
 assert store.blocking_key_value_get("folder/0", 1000) == "zero"

@@ -49,10 +49,11 @@ def connect(distributed: "ConfigDict") -> None:
 
 
 def _nobody_came(seconds: int) -> None:
+    where = couplings.distributed_state().coordinator_address
     log_error(
-        f"{hosts.label()}error: not all processes connected to {couplings.coordinator_address()} "
-        f"within {seconds} s (config.distributed.start_timeout); start the same command once for "
-        "each process, and check config.distributed and what the others printed"
+        f"{hosts.label()}error: not all processes connected to {where} within {seconds} s "
+        "(config.distributed.start_timeout); start the same command once for each process, and "
+        "check config.distributed and what the others printed"
     )
     os._exit(TransientError.exit_status)
 

@@ -52,7 +52,7 @@ def start(distributed: "ConfigDict") -> None:
         if couplings.is_no_cluster(error):
             cluster.refuse_alone(kind)
             return
-        where = couplings.coordinator_address()
+        where = couplings.distributed_state().coordinator_address
         raise TransientError(
             f"cannot connect the processes{f' at {where}' if where else f' of {kind}'} "
             f"({brief(error)}); is the port free on process 0? see config.distributed, or "
@@ -62,7 +62,7 @@ def start(distributed: "ConfigDict") -> None:
 
 def index() -> int:
     """Returns the number of this process."""
-    return couplings.process_id()
+    return couplings.distributed_state().process_id
 
 
 def is_first() -> bool:
@@ -72,7 +72,7 @@ def is_first() -> bool:
 
 def count() -> int:
     """Returns how many processes the run has."""
-    return couplings.num_processes()
+    return couplings.distributed_state().num_processes
 
 
 def several() -> bool:
