@@ -35,18 +35,19 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     Raises:
       SystemExit: with the status of an error whose line has been printed.
     """
-    from deit_jax.config.validate import validate
     from deit_jax.couplings import silence_orbax
     from deit_jax.parallel import exits, hosts
     from deit_jax.planning import forecast
     from deit_jax.training import loop
+    from deit_jax.training.complete import complete
 
     silence_orbax()
     modes = {"train": loop.train, "eval": loop.evaluate, "plan": forecast.plan}
     try:
-        validate(arguments.config)  # a mistake is found before the others are waited for
-        exits.connect(arguments.config.distributed)
-        result = modes[arguments.command](arguments.config, arguments.workdir)
+        # A mistake is found before the others are waited for.
+        config = complete(arguments.config, arguments.workdir)
+        exits.connect(config.distributed)
+        result = modes[arguments.command](config, arguments.workdir)
         if hosts.is_first():
             emit(result)
     except BaseException as error:
