@@ -1,8 +1,7 @@
-"""Every field a recipe may set, with its meaning and its value for DeiT-B; recipes change a copy.
+"""Defines every field of a config, with its meaning and its value for DeiT-B.
 
-A config holds choices only. Steps, warm-up steps, group sizes and the like are computed from them
-after the command line is parsed (`deit_jax.config.plan.plan_run`), so an override can never leave a
-derived number behind.
+A config holds choices only. Numbers that follow from them, such as warm-up steps, are computed
+after the command line is parsed (`plan.plan_run`), so no override leaves an old one behind.
 """
 
 from ml_collections import ConfigDict
@@ -12,18 +11,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def default_config() -> ConfigDict:
-    """The DeiT-B recipe for ImageNet-1k (300 epochs, no distillation), all fields spelt out."""
+    """Returns the recipe of DeiT-B on ImageNet-1k, 300 epochs; other recipes change it."""
     config = ConfigDict()
 
     # Model or run folder to start from ("": from scratch). A checkpoint in the workdir wins.
-    # Another image size, other classes, and a distillation token more or less are made to fit; in
-    # evaluation, the image size alone.
+    # Image size, classes and distillation token may differ; in evaluation, the image size alone.
     config.init_from = ""
 
     config.model = ConfigDict()
     config.model.name = "deit_base_patch16_224"  # see deit_jax.list_models(); "": as in init_from
     config.model.patch_size = 0  # 0: the model's own
-    # Stochastic depth: growing to this over the blocks of DeiT, the same in all blocks of DeiT III.
+    # Stochastic depth: rises to this over the blocks of DeiT, equal in all blocks of DeiT III.
     config.model.drop_path_rate = 0.1
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
 
@@ -33,16 +31,14 @@ def default_config() -> ConfigDict:
     config.dataset.root = ""  # tfds: data_dir ("": TFDS's default); folder: where the splits are
     config.dataset.train_split = "train"
     config.dataset.eval_split = "validation"
-    config.dataset.label_file = (
-        ""  # folder: file with "name,label" rows, where there are no class folders
-    )
+    config.dataset.label_file = ""  # folder: file of "name,label" rows, without class folders
     config.dataset.num_classes = 0  # 0: as found in the data
     config.dataset.train_fraction = 1.0  # train on a fixed, stratified part of the train split
 
     config.input = ConfigDict()  # on the host, in uint8
     config.input.image_size = 224  # 0: as in init_from
-    # random_resized | simple_random (DeiT III: short side resized, padded by reflection, cropped) |
-    # small (resized whole, padded with zeros, cropped; evaluation uncropped)
+    # random_resized | simple_random (DeiT III: resizes the short side, pads by reflection, crops) |
+    # small (resizes the whole image, pads with zeros, crops; evaluation does not crop)
     config.input.train_crop = "random_resized"
     config.input.scale = (0.08, 1.0)  # random_resized: area of the crop
     config.input.ratio = (3 / 4, 4 / 3)  # random_resized: aspect of the crop
@@ -50,12 +46,11 @@ def default_config() -> ConfigDict:
     config.input.hflip = 0.5  # probability
     config.input.auto_augment = "rand-m9-mstd0.5-inc1"  # RandAugment, as timm writes it; "": none
     config.input.three_augment = False  # DeiT III: one of grey, solarise, blur; no auto_augment
-    # Brightness, contrast and saturation, each by a factor from [1 - this, 1 + this].
+    # Factors of brightness, contrast and saturation are drawn from [1 - this, 1 + this].
     config.input.color_jitter = 0.0
     config.input.repeats = 3  # repeated augmentation: views of each drawn image in an epoch
-    # error | skip (the next readable image in place of one that is not). Where it is an error and
-    # an image has one view, and in evaluation, a JPEG is decoded down to the end of its crop:
-    # damage below it is not noticed, and harms nothing.
+    # error | skip (takes the next readable image). With error and one view of each image, and in
+    # evaluation, a JPEG is decoded only down to the end of its crop: damage below goes unnoticed.
     config.input.on_bad_image = "error"
     config.input.interpolation = "bicubic"  # bicubic | bilinear
     config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side
@@ -69,7 +64,7 @@ def default_config() -> ConfigDict:
     config.mixing.prob = 1.0  # probability that a group is mixed at all
     config.mixing.switch_prob = 0.5  # probability of cutmix where both are on
     config.mixing.smoothing = 0.1  # label smoothing
-    # Images that share one draw: the published run's batch a GPU (64 for B, 256 for Ti and S).
+    # Images that share one draw: the published run's images per GPU (64 for B, 256 for Ti and S).
     config.mixing.group_size = 64
 
     config.distill = ConfigDict()
@@ -78,9 +73,9 @@ def default_config() -> ConfigDict:
     config.distill.temperature = 1.0  # soft only
     config.distill.reduction = "numel"  # soft only: numel (reference: mean over B·K) | batchmean
     config.distill.teacher = ""  # model folder or run folder that exists; "": WORKDIR/teacher
-    # Recipe that trains the teacher in WORKDIR/teacher where there is none. It takes over the
-    # student's dataset, parallel, checkpoint and distributed; image size, interpolation, mean, std
-    # and on_bad_image of input; batch size, dtype, seed and tensorboard of train.
+    # Recipe that trains the teacher in WORKDIR/teacher where there is none. It takes from the
+    # student: dataset, parallel, checkpoint and distributed; of input image_size, interpolation,
+    # mean, std and on_bad_image; of train batch_size, dtype, seed and tensorboard.
     config.distill.teacher_config = ""
     config.distill.teacher_epochs = 0  # 0: as that recipe says
 
@@ -95,10 +90,9 @@ def default_config() -> ConfigDict:
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.clip_norm = 0.0  # of the gradient over all parameters; 0: none (DeiT)
     config.optimizer.decay_dist_token = True  # the reference decays it; timm does not
-    # Regular expressions, with spaces between them, for the whole names of the parameters that
-    # train ("": all); the others stay as they began (BatchNorm's statistics are no parameters).
-    # Attention alone, as in "Three things everyone should know about vision transformers":
-    # ".*/attn/.* head/.* pos_embed".
+    # Regular expressions, separated by spaces, for the full names of the parameters to train ("":
+    # all); the others stay frozen, but not the statistics of BatchNorm. Attention alone, as in
+    # "Three things everyone should know about vision transformers": ".*/attn/.* head/.* pos_embed".
     config.optimizer.trainable = ""
 
     config.schedule = ConfigDict()
@@ -111,26 +105,26 @@ def default_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.batch_size = 1024  # global, over all devices of all hosts
-    # Micro-batches in which the gradient of a batch is taken, one after the other: memory for
-    # images / this, the same update. Mixing happens before, so that its groups stay whole;
-    # stochastic depth is drawn anew for each, and BatchNorm (RegNetY) has each one's statistics.
+    # Micro-batches that a batch is split into for its gradient: less memory, the same update.
+    # Mixing comes first, so its groups stay whole; stochastic depth is drawn for each micro-batch,
+    # and BatchNorm (RegNetY) uses the statistics of each.
     config.train.accumulate_steps = 1
     config.train.seed = 0
-    # Of the class head. bce: every class a question of its own, to which mixed images have two
-    # answers (DeiT III); evaluation always reports the cross-entropy.
+    # Of the class head. bce (DeiT III): a binary question per class, where mixed images belong to
+    # both of their classes. Evaluation always reports the cross-entropy.
     config.train.loss = "cross_entropy"  # cross_entropy | bce
-    # Each image twice, in two submodels that stochastic depth draws: they learn from the labels and
-    # from one another (arXiv 2212.04884). Always class by class; `loss` only says whether mixed
-    # images have two whole answers (bce) or two shares of one.
+    # Co-training of submodels (arXiv 2212.04884): each image passes through two, which stochastic
+    # depth draws; they learn from the labels and from each other. Always binary per class; `loss`
+    # only decides whether a mixed image belongs to both classes in full (bce) or in part.
     config.train.cosub = False
-    config.train.dtype = "bfloat16"  # of matrix products: bfloat16 | float32
-    config.train.ema_decay = 0.99996  # 0: no moving average
+    config.train.dtype = "bfloat16"  # of the matmuls: bfloat16 | float32
+    config.train.ema_decay = 0.99996  # 0: no EMA
     config.train.log_every_steps = 50
-    # attention_max among the train metrics: the largest logit of any softmax of the last logged
-    # batch, for a forward pass more at every log line.
+    # Adds attention_max to the train metrics: the largest attention logit of the last batch. Costs
+    # one more forward pass per log line.
     config.train.log_attention = False
     config.train.eval_every_epochs = 1  # 0: only at the end
-    # Pairs (epochs done, top-1 in percent) of the published run: an evaluation well below says so.
+    # Pairs (epochs, top-1 in percent) of the published run; an evaluation well below it warns.
     config.train.expected_top1 = ()
     config.train.max_nonfinite_steps = 10  # in a row, before the run stops
     config.train.tensorboard = False  # also write TensorBoard events (extra: tensorboard)
@@ -146,7 +140,7 @@ def default_config() -> ConfigDict:
     config.checkpoint.keep = 2  # latest ones; the best one is kept besides
 
     # Several processes. Cloud TPU slices, Slurm steps, Open MPI 4 and indexed Kubernetes jobs are
-    # detected; address, number and own number win over that, and are needed elsewhere.
+    # detected; the fields below take precedence, and are needed elsewhere.
     config.distributed = ConfigDict()
     config.distributed.auto = True  # False: detect nothing
     config.distributed.coordinator_address = ""  # host:port of process 0

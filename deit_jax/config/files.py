@@ -10,7 +10,6 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -39,7 +38,7 @@ def load_config(recipe: str | os.PathLike) -> ConfigDict:
     text = find_recipe(os.fspath(recipe), ".")
     match = _FILE_AND_RUN.fullmatch(text)
     name, colon, run = text.partition(":")
-    if match is None and name in packaged_recipes():
+    if name in packaged_recipes():
         return _run_recipe(packaged_recipes()[name], text, run if colon else None)
     if match is not None and os.path.isfile(match[1]):
         return _run_recipe(Path(match[1]), text, match[2])
@@ -51,8 +50,7 @@ def load_config(recipe: str | os.PathLike) -> ConfigDict:
             return _read_config(path / CONFIG_FILE)
         raise InputError(f"{recipe} is no run folder: it holds no {CONFIG_FILE}")
     names = sorted(packaged_recipes())
-    wrong = Path(match[1]).stem if match else name
-    close = difflib.get_close_matches(wrong, names)
+    close = difflib.get_close_matches(Path(match[1]).stem if match else name, names)
     meant = f" (did you mean {', '.join(close)}?)" if close else ""
     raise InputError(
         f"there is no recipe {recipe}{meant}; the packaged ones are {', '.join(names)}; name one "
@@ -113,12 +111,17 @@ def _run_recipe(file: Path, recipe: str, run: str | None) -> ConfigDict:
         spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file.stem}", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = _call(module, recipe, run)
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise InputError(f"recipe {recipe} defines no get_config()")
+        if run is not None and not inspect.signature(get_config).parameters:
+            raise InputError(f"recipe {recipe} has one run only, not {run!r}; leave out ':{run}'")
+        config = get_config() if run is None else get_config(run)
         if not isinstance(config, ConfigDict):
             raise InputError(f"recipe {recipe}: get_config() returns {config!r}, no ConfigDict")
         if config.distill.teacher_config:
-            found = find_recipe(config.distill.teacher_config, file.absolute().parent)
-            config.distill.teacher_config = found
+            named = config.distill.teacher_config
+            config.distill.teacher_config = find_recipe(named, file.absolute().parent)
         return upgrade(config)
     except InputError:
         raise
@@ -131,23 +134,8 @@ def _run_recipe(file: Path, recipe: str, run: str | None) -> ConfigDict:
             del sys.modules[name]
 
 
-def _call(module: types.ModuleType, recipe: str, run: str | None) -> ConfigDict:
-    get_config: Callable[..., ConfigDict] | None = getattr(module, "get_config", None)
-    if get_config is None:
-        raise InputError(f"recipe {recipe} defines no get_config()")
-    if run is None:
-        return get_config()
-    if not inspect.signature(get_config).parameters:
-        raise InputError(f"recipe {recipe} has one run only, not {run!r}; leave out ':{run}'")
-    return get_config(run)
-
-
 def _read_config(file: Path) -> ConfigDict:
-    """Reads a run's config.json, and says what another version of deit-jax left out of it.
-
-    Raises:
-      InputError: it cannot be read, or has a field that this version does not know.
-    """
+    """Reads a run's config.json; prints which fields it lacks, as another version wrote it."""
     try:
         tree = upgrade(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
@@ -174,7 +162,7 @@ def tuples(value: object) -> object:
 
 
 def upgrade(config: ConfigDict | dict) -> ConfigDict | dict:
-    """Gives values of earlier versions their present names, in place, and returns the config."""
+    """Renames values of earlier versions in place, and returns the config."""
     if config.get("parallel", {}).get("backend") == "mesh":
         config["parallel"]["backend"] = "jit"
     return config

@@ -1,7 +1,4 @@
-"""Command lines that take a config: --config=RECIPE --config.GROUP.FIELD=VALUE, besides their own.
-
-Whatever is wrong with them is an InputError of one line.
-"""
+"""Parses the config of a command line: --config=RECIPE --config.GROUP.FIELD=VALUE."""
 
 import argparse
 import ast
@@ -69,9 +66,9 @@ def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], list[str
         elif no:
             raise InputError(f"{token}: only a field that is True or False can be switched off so")
         if text is None:
-            text = next(tokens, None)
-        if text is None:
-            raise InputError(f"{token} lacks its value; write {token}=VALUE")
+            text = next(tokens, "--")
+            if text.startswith("--"):
+                raise InputError(f"{token} lacks its value; write {token}=VALUE")
         if name:
             overrides.append((name, text))
         else:
@@ -89,11 +86,7 @@ def _override(config: ConfigDict, overrides: list[tuple[str, str]]) -> None:
             own = [field for field in FIELDS if field.startswith(f"{name}.")]
             fits = [field for field in own if text in CHOICES.get(field, ())]
             fits += [field for field in own if field.endswith(".name") and text.isidentifier()]
-            meant = (
-                f"did you mean --config.{fits[0]}={text}?"
-                if fits
-                else f"set its fields: {', '.join(own)}"
-            )
+            meant = f"did you mean --config.{fits[0]}={text}?" if fits else f"set {', '.join(own)}"
             raise InputError(f"config.{name} is a group of fields, not {text!r}; {meant}")
         if name not in FIELDS:
             refuse_name(name)

@@ -1,4 +1,4 @@
-"""The numbers that follow from a config, its data and its devices."""
+"""Derives the numbers of a run from its config, its data and its devices."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from deit_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """The numbers a run follows, derived from its config, its data and its devices."""
+    """The derived numbers of a run."""
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -38,19 +38,12 @@ def check_batch(config: ConfigDict, *, num_devices: int, num_processes: int) -> 
     if batch % num_devices:
         lower = batch // num_devices * num_devices
         nearest = f"{lower} or {lower + num_devices}" if lower else str(num_devices)
-        refuse(
-            config,
-            "train.batch_size",
-            f"a multiple of the {num_devices} devices of the mesh ({num_processes} processes): "
-            f"try {nearest}",
-        )
-    if batch // num_devices % config.train.accumulate_steps:
-        refuse(
-            config,
-            "train.accumulate_steps",
-            f"a divisor of the {batch // num_devices} images of a device (config.train.batch_size "
-            f"{batch} over {num_devices} devices)",
-        )
+        devices = f"{num_devices} devices of the mesh ({num_processes} processes)"
+        refuse(config, "train.batch_size", f"a multiple of the {devices}: try {nearest}")
+    images = batch // num_devices
+    if images % config.train.accumulate_steps:
+        share = f"{images} images of a device (train.batch_size {batch} over {num_devices} devices)"
+        refuse(config, "train.accumulate_steps", f"a divisor of the {share}")
 
 
 def plan_run(
@@ -62,14 +55,22 @@ def plan_run(
     class_names: tuple[str, ...],
     num_devices: int,
 ) -> RunPlan:
-    """Derives the run's numbers.
+    """Returns the run's numbers.
 
-    A repeated-augmentation epoch follows the reference's sampler: as many samples as the split has
-    (rounded down to a multiple of 256), drawn as `repeats` views of a `repeats`-th of the images.
+    An epoch of repeated augmentation follows the reference's sampler (RASampler): as many samples
+    as the split has, rounded down to a multiple of 256, each image `repeats` times.
+
+    Args:
+      config: checked by `validate` and `check_batch`.
+      num_train: examples in the train split.
+      num_eval: examples in the eval split.
+      num_classes: of the data.
+      class_names: in the order of the labels; () where there are none.
+      num_devices: of all processes.
 
     Raises:
-      InputError: the train split is smaller than one global batch, or a device's images do not
-        pair up for mixing.
+      InputError: the train split is smaller than a batch, or the images of a device do not pair up
+        for mixing.
     """
     batch, repeats = config.train.batch_size, config.input.repeats
     samples = num_train // 256 * 256 if repeats > 1 and num_train >= 256 else num_train
@@ -88,7 +89,7 @@ def plan_run(
             "pair images; choose an even group and a batch with an even number of images a device"
         )
     images = steps_per_epoch * batch
-    epochs = config.schedule.epochs
+    epochs, checkpoint = config.schedule.epochs, config.checkpoint
     warmup_epochs = min(config.schedule.warmup_epochs, epochs // 2)
     return RunPlan(
         num_classes=num_classes,
@@ -104,10 +105,7 @@ def plan_run(
         images_per_epoch=images,
         distinct_images_per_epoch=-(-images // repeats),
         eval_every=steps_per_epoch * config.train.eval_every_epochs,
-        save_every=(
-            steps_per_epoch * config.checkpoint.every_epochs,
-            config.checkpoint.every_steps,
-        ),
+        save_every=(steps_per_epoch * checkpoint.every_epochs, checkpoint.every_steps),
         warnings=tuple(_warnings(config, warmup_epochs, steps_per_epoch * epochs)),
     )
 
@@ -130,7 +128,7 @@ def _warnings(config: ConfigDict, warmup_epochs: int, total_steps: int) -> Itera
 
 
 def _group_size(wanted: int, images: int) -> int:
-    """The largest group of at most `wanted` that divides `images`, an even one if there is any.
+    """Returns the largest divisor of `images` up to `wanted`; an even one if there is any.
 
     Groups never span devices, and mixing pairs the images of a group.
     """

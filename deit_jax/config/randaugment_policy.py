@@ -1,4 +1,4 @@
-"""RandAugment policies: their strings, as timm writes them, and the operations they name."""
+"""Reads RandAugment policies, which are strings as timm writes them."""
 
 import dataclasses
 import math
@@ -6,14 +6,13 @@ import re
 
 from deit_jax.errors import InputError
 
-# In timm's order, which the index of a drawn operation refers to.
+# In timm's order: a draw is an index of it.
 OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
     "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
 )  # fmt: skip
 
-_KNOWN = "n, m, mstd, mmax, p and inc, each with a number"
-# Of each part: its field, what its number has to be, and the smallest and largest one.
+# Of each part: its field, and the type, minimum and maximum of its number.
 _PARTS = {
     "n": ("num_ops", int, 1, 100),
     "m": ("magnitude", int, 0, 1000),
@@ -26,10 +25,10 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """`num_ops` times: draw one of OPERATIONS, apply it with `probability`, at a random level.
+    """Draws one of OPERATIONS `num_ops` times, and applies each with `probability`.
 
-    The level is drawn from a normal distribution around `magnitude` and clipped to
-    [0, `magnitude_max`]; where `magnitude_std` is infinite it is uniform in [0, `magnitude`].
+    Its level is normal around `magnitude`, clipped to [0, `magnitude_max`]; where `magnitude_std`
+    is infinite it is uniform in [0, `magnitude`].
     """
 
     num_ops: int = 2
@@ -43,12 +42,12 @@ class Policy:
 def parse_policy(text: str) -> Policy:
     """Reads a string such as "rand-m9-mstd0.5-inc1"; parts left out have timm's defaults.
 
-    Meanings are those of timm 1.0.31: inc0 is off (in timm 0.3.2, of the published DeiT runs, any
-    digit was on: its runs say inc1), and mstd above 100 stands for uniform levels.
+    Meanings are those of timm 1.0.31: inc0 is off, and mstd above 100 stands for uniform levels.
+    (timm 0.3.2, of the published DeiT runs, takes any digit of inc for on; those say inc1.)
 
     Raises:
-      InputError: a part that is unknown, malformed, out of range or given twice. timm ignores some
-        of these, such as "inc" without a digit; here nothing is ignored.
+      InputError: a part is unknown, malformed, out of range or given twice. timm ignores some of
+        these, such as "inc" without a digit.
     """
     name, *parts = text.split("-")
     if name != "rand":
@@ -59,22 +58,17 @@ def parse_policy(text: str) -> Policy:
     fields = {}
     for part in parts:
         letters, number = re.fullmatch(r"([a-z]*)(.*)", part, re.DOTALL).groups()
-        if letters not in _PARTS:
+        field, kind, low, high = _PARTS.get(letters, ("", int, 0, 0))
+        digits = r"\d+" if kind is int else r"\d+\.?\d*|\.\d+"
+        valid = field and re.fullmatch(digits, number, re.ASCII) and low <= kind(number) <= high
+        if not valid:
+            known = (f"{name} {low}..{high}" for name, (_, _, low, high) in _PARTS.items())
             raise InputError(
-                f"policy {text!r} has the part {part!r}, which is unknown; known are {_KNOWN}, "
-                "as in rand-m9-mstd0.5-inc1"
+                f"policy {text!r} has the part {part!r}, expected a number behind one of: "
+                f"{', '.join(known)} (whole but for mstd and p), as in rand-m9-mstd0.5-inc1"
             )
-        field, kind, low, high = _PARTS[letters]
         if field in fields:
             raise InputError(f"policy {text!r} has the part {letters!r} twice; remove one of them")
-        whole, digits = kind is int, r"\d+" if kind is int else r"\d+\.?\d*|\.\d+"
-        if not re.fullmatch(digits, number, re.ASCII) or not low <= kind(number) <= high:
-            expected = "a whole number" if whole else "a number"
-            span = f"of at least {low}" if high == math.inf else f"in {low}..{high}"
-            raise InputError(
-                f"policy {text!r} has the part {part!r}, but {letters!r} needs {expected} {span} "
-                f"after it; known are {_KNOWN}, as in rand-m9-mstd0.5-inc1"
-            )
         fields[field] = kind(number)
     if fields.get("magnitude_std", 0) > 100:
         fields["magnitude_std"] = math.inf

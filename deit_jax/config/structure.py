@@ -1,7 +1,6 @@
 """Which fields a config must have, of which types, and what a wrong name probably means."""
 
 import difflib
-from collections.abc import Iterable
 from typing import NoReturn
 
 from ml_collections import ConfigDict
@@ -16,19 +15,14 @@ optimizer.name: opt optim optimiser
 optimizer.lr: learning_rate base_lr peak_lr max_lr blr
 optimizer.weight_decay: wd decay
 optimizer.clip_norm: clip clip_grad grad_clip max_norm max_grad_norm
-optimizer.trainable: freeze frozen
 schedule.epochs: num_epochs n_epochs max_epochs steps num_steps max_steps
 schedule.warmup_epochs: warmup warmup_steps
 train.batch_size: batch bs global_batch_size train_batch_size
 train.accumulate_steps: accum_iter accum_steps grad_accum gradient_accumulation_steps
 train.dtype: precision amp bf16 fp16 mixed_precision
 train.ema_decay: ema model_ema use_ema model_ema_decay
-train.log_every_steps: log_every log_interval print_freq
-train.eval_every_epochs: eval_every eval_interval eval_freq
-checkpoint.every_epochs: save_every save_interval save_freq
 input.image_size: img_size input_size resolution size res
 input.auto_augment: aa randaugment rand_augment augment
-input.hflip: flip horizontal_flip
 mixing.mixup_alpha: mixup
 mixing.cutmix_alpha: cutmix
 mixing.smoothing: label_smoothing
@@ -38,10 +32,8 @@ model.drop_path_rate: drop_path stochastic_depth dropout drop_rate drop
 model.remat: checkpointing grad_checkpointing gradient_checkpointing
 dataset.num_classes: classes n_classes nb_classes num_labels
 dataset.root: data data_dir data_path data_root root_dir path
-dataset.name: data_set dataset_name
 distill.kind: distillation distillation_type
 distill.teacher: teacher_model teacher_path
-distill.temperature: tau distillation_tau
 init_from: pretrained finetune weights checkpoint_path
 """
 # Answers to names of what is no field here: "answer: names".
@@ -129,14 +121,8 @@ def check_structure(config: ConfigDict) -> None:
 
 
 def _same_type(found: object, expected: object) -> bool:
-    if expected == ():
-        return isinstance(found, tuple)
-    if isinstance(expected, tuple):
-        return isinstance(found, tuple) and len(found) == len(expected) and _are_numbers(found)
     if isinstance(expected, float):
-        return _are_numbers((found,))
+        return isinstance(found, (int, float)) and not isinstance(found, bool)
+    if isinstance(expected, tuple) and expected and isinstance(found, tuple):
+        return len(found) == len(expected) and all(map(_same_type, found, expected))
     return type(found) is type(expected)
-
-
-def _are_numbers(values: Iterable[object]) -> bool:
-    return all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values)

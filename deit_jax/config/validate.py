@@ -1,4 +1,4 @@
-"""Validation of a parsed config, and every number that follows from it."""
+"""Checks the values of a config, and that they go together."""
 
 import itertools
 import re
@@ -33,7 +33,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of wh
     "between 0 and 1": (
         lambda value: 0 <= value <= 1,
         "model.drop_path_rate input.hflip mixing.random_erasing mixing.prob mixing.switch_prob "
-        "mixing.smoothing distill.alpha train.ema_decay",
+        "mixing.smoothing distill.alpha",
     ),
     "0 or more": (
         lambda value: value >= 0,
@@ -45,7 +45,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of wh
     ),
     "greater than 0": (lambda value: value > 0, "distill.temperature optimizer.eps"),
     "in (0, 1]": (lambda value: 0 < value <= 1, "input.crop_ratio dataset.train_fraction"),
-    "in [0, 1)": (lambda value: 0 <= value < 1, "optimizer.b1 optimizer.b2 optimizer.momentum"),
+    "in [0, 1)": (
+        lambda value: 0 <= value < 1,
+        "optimizer.b1 optimizer.b2 optimizer.momentum train.ema_decay",
+    ),
     "numbers greater than 0": (lambda value: min(value) > 0, "input.std"),
     "two numbers, 0 < low <= high": (
         lambda value: 0 < value[0] <= value[1],
@@ -82,22 +85,11 @@ def validate(config: ConfigDict) -> None:
         except InputError as error:
             raise InputError(f"config.input.auto_augment: {error}") from None
         if config.input.three_augment:
-            raise InputError(
-                f"config.input.three_augment is True, but config.input.auto_augment is "
-                f"{config.input.auto_augment!r}: the one takes the place of the other; set "
-                "auto_augment to '' or three_augment to False"
-            )
+            refuse(config, "input.three_augment", "False, or input.auto_augment ''")
     if config.distill.kind == "none" and (config.distill.teacher or config.distill.teacher_config):
-        raise InputError(
-            "config.distill.teacher or teacher_config is set, but config.distill.kind is 'none'; "
-            "set --config.distill.kind=hard (or soft), or remove the teacher"
-        )
+        refuse(config, "distill.kind", "hard or soft with a distill.teacher or teacher_config")
     if config.train.loss == "bce" and config.mixing.smoothing:
-        refuse(
-            config,
-            "mixing.smoothing",
-            "0 where train.loss is 'bce', which counts every smoothed target as a true class",
-        )
+        refuse(config, "mixing.smoothing", "0 where train.loss is 'bce', which takes whole labels")
     if config.train.cosub and not config.model.drop_path_rate:
         refuse(config, "train.cosub", "False where model.drop_path_rate is 0: no two submodels")
     if config.train.cosub and config.distill.kind != "none":
@@ -106,7 +98,12 @@ def validate(config: ConfigDict) -> None:
         refuse(config, "parallel.fsdp", "1 where parallel.backend is 'pmap', which shards nothing")
     if not _is_curve(config.train.expected_top1):
         refuse(config, "train.expected_top1", "pairs (epoch, top-1 in percent), epochs rising")
-    _check_distributed(config)
+    distributed = config.distributed
+    address, several = distributed.coordinator_address, distributed.num_processes > 1
+    if (several or address) and not address.rpartition(":")[2].isdigit():
+        refuse(config, "distributed.coordinator_address", "HOST:PORT of process 0")
+    if distributed.process_id >= distributed.num_processes:
+        refuse(config, "distributed.process_id", "less than distributed.num_processes")
 
 
 def _is_curve(pairs: tuple) -> bool:
@@ -117,15 +114,6 @@ def _is_curve(pairs: tuple) -> bool:
             return False
     epochs = [0, *(pair[0] for pair in pairs)]
     return all(before < after for before, after in itertools.pairwise(epochs))
-
-
-def _check_distributed(config: ConfigDict) -> None:
-    distributed = config.distributed
-    address, several = distributed.coordinator_address, distributed.num_processes > 1
-    if (several or address) and not address.rpartition(":")[2].isdigit():
-        refuse(config, "distributed.coordinator_address", "HOST:PORT of process 0")
-    if distributed.process_id >= distributed.num_processes:
-        refuse(config, "distributed.process_id", "less than distributed.num_processes")
 
 
 def _get(config: ConfigDict, name: str) -> object:
