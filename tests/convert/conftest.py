@@ -1,15 +1,16 @@
 """Small models with weights of full effect, as PyTorch modules and as ours."""
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
+from deit_jax.checkpoints import model_folder
+from deit_jax.cli.main import main
 from deit_jax.models import registry
+from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import Variables, split_model
-from deit_jax.models.registry import ModelInfo
 from tests.oracles import timm_models
 
 SMALL = ("deit_testing", "deit_testing_distilled", "deit3_testing", "regnety_testing")
@@ -34,12 +35,38 @@ def timm_twin(name: str, *, num_classes: int = 7, seed: int = 0) -> torch.nn.Mod
     return model
 
 
+def numpy_state(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {key: tensor.numpy() for key, tensor in module.state_dict().items()}
+
+
+def save(path, tensors: dict[str, np.ndarray], container: str | None = None):
+    """Writes a state dict by the suffix, a .pth perhaps inside a container; returns the path."""
+    if path.suffix == ".safetensors":
+        safetensors.numpy.save_file(tensors, path)
+    else:
+        state = {key: torch.from_numpy(value) for key, value in tensors.items()}
+        content = {container: state, "epoch": 3} if container else state
+        torch.save(content, path, _use_new_zipfile_serialization=not path.name.endswith("old.pth"))
+    return path
+
+
 def random_variables(name: str, *, num_classes: int = 7) -> tuple[Variables, ModelInfo]:
     """Our weights of a testing model, drawn by NumPy."""
     network, like = split_model(registry.abstract_model(name, num_classes=num_classes))
     rng = np.random.default_rng(0)
     fill = lambda x: rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
     return jax.tree.map(fill, like), network.info
+
+
+def random_folder(folder, name: str):
+    """A model folder with these weights."""
+    model_folder.write_model(folder, *random_variables(name))
+    return folder
+
+
+def command(name: str, src, dst, *more: str) -> int:
+    """Runs `deit-jax convert` or `export-torch`."""
+    return main([name, "--src", str(src), "--dst", str(dst), *map(str, more)])
 
 
 @pytest.fixture(scope="session")
@@ -49,15 +76,18 @@ def images() -> np.ndarray:
 
 
 @pytest.fixture
-def one_error_line(capsys: pytest.CaptureFixture) -> Callable[[int], str]:
-    """Checks that a tool ended with status 2 and one line of error, and returns the line."""
+def refused(capsys: pytest.CaptureFixture, tmp_path):
+    """Runs a command that has to end with status 2, one line, and nothing new; returns the line."""
 
-    def check(status: int) -> str:
+    def run(*arguments) -> str:
+        before, _ = sorted(tmp_path.rglob("*")), capsys.readouterr()
+        status = command(*arguments)
         captured = capsys.readouterr()
         lines = captured.err.strip().splitlines()
         assert status == 2, (captured.out, captured.err)
         assert len(lines) == 1, captured.err
         assert lines[0].startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before  # no folder, not even half of one
         return lines[0]
 
-    return check
+    return run

@@ -24,12 +24,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np  # noqa: E402
-import safetensors.numpy  # noqa: E402
-import torch  # noqa: E402
 
-from deit_jax.cli.main import main  # noqa: E402
 from deit_jax.convert import from_torch, torch_files  # noqa: E402
-from tests.convert.conftest import timm_twin  # noqa: E402
+from tests.convert.conftest import command, numpy_state, save, timm_twin  # noqa: E402
 
 
 def originals() -> dict[str, bytes]:
@@ -37,12 +34,10 @@ def originals() -> dict[str, bytes]:
     files = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("deit_testing_distilled", "deit3_testing", "regnety_testing"):
-            state = timm_twin(name, num_classes=3).state_dict()
+            arrays = numpy_state(timm_twin(name, num_classes=3))
             path = Path(folder) / name
-            arrays = {key: tensor.numpy() for key, tensor in state.items()}
-            safetensors.numpy.save_file(arrays, f"{path}.safetensors", {"format": "pt"})
-            torch.save({"model": state, "epoch": 1}, f"{path}.pth")
-            torch.save(state, f"{path}_old.pth", _use_new_zipfile_serialization=False)
+            for kind in (".safetensors", ".pth", "_old.pth"):
+                save(Path(f"{path}{kind}"), arrays, container=None if "old" in kind else "model")
             # As our own converter writes it, with the model's description.
             info = from_torch.from_tensors(arrays, what=name).info
             torch_files.write(f"{path}_ours.safetensors", arrays, info=info)
@@ -91,14 +86,6 @@ def mutate(name: str, content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def convert(path: Path, target: Path) -> tuple[int, str]:
-    """Runs the tool in this process; returns its status and what it wrote to stderr."""
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        status = main(["convert", "--src", str(path), "--dst", str(target)])
-    return status, errors.getvalue()
-
-
 def fuzz(files: int, seed: int) -> collections.Counter:
     """Converts that many damaged files. Raises AssertionError at the first misbehaviour."""
     sound = originals()
@@ -109,17 +96,18 @@ def fuzz(files: int, seed: int) -> collections.Counter:
             name = list(sound)[number % len(sound)]
             path, target = Path(folder) / name, Path(folder) / "model"
             path.write_bytes(mutate(name, sound[name], rng))
+            errors = io.StringIO()
             try:
-                status, errors = convert(path, target)
+                with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+                    status = command("convert", path, target)
             except BaseException as error:
                 raise AssertionError(f"file {number} ({name}): {traceback.format_exc()}") from error
             if status == 0:
                 assert (target / "model.json").is_file()
                 shutil.rmtree(target)
             else:
-                lines = errors.strip().splitlines()
-                assert len(lines) == 1, f"file {number} ({name}): {errors}"
-                assert lines[0].startswith("error: "), errors
+                (line,) = errors.getvalue().strip().splitlines()
+                assert line.startswith("error: "), f"file {number} ({name}): {line}"
             assert sorted(p.name for p in Path(folder).iterdir()) == [name], f"file {number}"
             counts["converted" if status == 0 else "refused"] += 1
             path.unlink()

@@ -47,14 +47,12 @@ jax.block_until_ready(model.head.kernel[...])
 
 def peak_gib(*arguments: str) -> float:
     """Runs Python and returns the largest resident set of the process, in GiB."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
+    command = [sys.executable, *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         sys.exit(f"error: {arguments[0]} failed")
     return usage.ru_maxrss / 2**20  # Linux counts in KiB
 

@@ -11,80 +11,59 @@ import safetensors.numpy
 import torch
 
 from deit_jax.checkpoints import model_folder
-from deit_jax.cli.main import main
 from deit_jax.convert import to_torch
-from tests.convert.conftest import random_variables, timm_twin
+from tests.convert.conftest import (
+    command,
+    numpy_state,
+    random_folder,
+    random_variables,
+    save,
+    timm_twin,
+)
 from tests.convert.fuzz import fuzz
 
 
 @pytest.fixture(scope="module")
 def state():
-    return {key: tensor.numpy() for key, tensor in timm_twin("deit_testing").state_dict().items()}
+    return numpy_state(timm_twin("deit_testing"))
 
 
 @pytest.fixture
-def refused(tmp_path, one_error_line):
-    """Runs torch_to_jax, which has to refuse; returns its line."""
-
-    def run(source, *more):
-        before = sorted(tmp_path.rglob("*"))
-        status = main(["convert", "--src", str(source), "--dst", str(tmp_path / "model"), *more])
-        line = one_error_line(status)
-        assert sorted(tmp_path.rglob("*")) == before  # no folder, not even half of one
-        return line
-
-    return run
+def converted(tmp_path, refused):
+    """Runs convert, which has to refuse; returns its line."""
+    return lambda source, *more: refused("convert", source, tmp_path / "model", *more)
 
 
-def changed(state, **changes):
-    return {**state, **{key.replace("__", "."): value for key, value in changes.items()}}
+def full(value, *shape, dtype=np.float32):
+    return np.full(shape, value, dtype)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: {k: v for k, v in s.items() if k != "norm.bias"}, ["missing norm.bias"]),
-        (lambda s: changed(s, extra__weight=np.ones(3, np.float32)), ["unexpected extra.weight"]),
-        (
-            lambda s: changed(s, blocks__1__mlp__fc1__bias=np.ones(3, np.float32)),
-            ["blocks.1.mlp.fc1.bias has shape (3,), expected (256,)"],
-        ),
-        (
-            lambda s: changed(s, norm__bias=np.full(64, np.nan, np.float32)),
-            ["norm.bias", "64 values that are not finite"],
-        ),
-        (
-            lambda s: changed(s, norm__bias=np.full(64, np.inf, np.float32)),
-            ["norm.bias", "64 values that are not finite"],
-        ),
-        (lambda s: changed(s, norm__bias=np.ones(64, np.int32)), ["norm.bias", "dtype int32"]),
-        (lambda s: {}, ["not recognised", "0 tensors"]),
-        (lambda s: {"something": np.ones(3, np.float32)}, ["not recognised", "something"]),
-        (
-            lambda s: {k: v for k, v in s.items() if not k.startswith("blocks.3.")},
-            ["no registered model has embed_dim 64, depth 3"],
-        ),
-        (
-            lambda s: changed(s, pos_embed=np.ones((1, 60, 64), np.float32)),
-            ["60 position embeddings", "no square grid"],
-        ),
-        (
-            lambda s: changed(s, pos_embed=np.ones((60, 64), np.float32)),
-            ["pos_embed has shape (60, 64), expected 3 axes"],
-        ),
-        (lambda s: {k: v for k, v in s.items() if "head" not in k}, ["no tensor head.weight"]),
+        ({"norm.bias": None}, "missing norm.bias"),
+        ({"extra.weight": full(1, 3)}, "unexpected extra.weight"),
+        ({"blocks.1.mlp.fc1.bias": full(1, 3)}, "blocks.1.mlp.fc1.bias has shape (3,)"),
+        ({"norm.bias": full(np.nan, 64)}, "norm.bias has 64 values"),
+        ({"norm.bias": full(np.inf, 64)}, "norm.bias has 64 values"),
+        ({"norm.bias": full(1, 64, dtype=np.int32)}, "norm.bias has dtype int32"),
+        ({"": None}, "0 tensors"),
+        ({"": None, "something": full(1, 3)}, "something"),
+        ({"blocks.3.": None}, "embed_dim 64, depth 3"),
+        ({"pos_embed": full(1, 1, 60, 64)}, "60 position embeddings"),
+        ({"pos_embed": full(1, 60, 64)}, "pos_embed has shape (60, 64)"),
+        ({"head": None}, "head.weight"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_wrong_tensors(tmp_path, state, refused, suffix, change, words):
-    source = tmp_path / f"weights{suffix}"
-    tensors = change(state)
-    if suffix == ".pth":
-        torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, source)
-    else:
-        safetensors.numpy.save_file(tensors, source)
-    line = refused(source)
-    assert all(word in line for word in [source.name, *words]), line
+def test_wrong_tensors(tmp_path, state, converted, suffix, change, words):
+    """None takes away all keys with this start."""
+    gone = tuple(key for key, value in change.items() if value is None)
+    tensors = {key: value for key, value in state.items() if not key.startswith(gone)}
+    tensors |= {key: value for key, value in change.items() if value is not None}
+    line = converted(save(tmp_path / f"weights{suffix}", tensors))
+    assert f"weights{suffix}" in line
+    assert words in line
 
 
 class _Attack:
@@ -98,19 +77,16 @@ class _Attack:
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "pickle", "among tensors"])
-def test_a_file_that_would_run_code_does_not(tmp_path_factory, tmp_path, refused, form):
+def test_pickles_that_would_execute_code_are_rejected(tmp_path_factory, tmp_path, converted, form):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     source, attack = tmp_path / "weights.pth", _Attack(elsewhere / "run")
-    if form == "zip":
-        torch.save(attack, source)
-    elif form == "old":
-        torch.save(attack, source, _use_new_zipfile_serialization=False)
-    elif form == "pickle":
+    if form == "pickle":
         source.write_bytes(pickle.dumps(attack))
     else:
-        torch.save({"model": timm_twin("deit_testing").state_dict(), "args": attack}, source)
-    line = refused(source)
-    assert "could execute code" in line
+        state = {"model": timm_twin("deit_testing").state_dict(), "args": attack}
+        content = state if form == "among tensors" else attack
+        torch.save(content, source, _use_new_zipfile_serialization=form != "old")
+    assert "could execute code" in converted(source)
     assert not any(elsewhere.iterdir())
     # The attack is a real one: plain pickle falls for it.
     pickle.loads(pickle.dumps(attack))
@@ -119,103 +95,87 @@ def test_a_file_that_would_run_code_does_not(tmp_path_factory, tmp_path, refused
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "old.pth"])
-def test_truncated_files(tmp_path, state, refused, name, share):
-    source = tmp_path / name
-    if name.endswith(".pth"):
-        tensors = {key: torch.from_numpy(value) for key, value in state.items()}
-        torch.save(tensors, source, _use_new_zipfile_serialization=name != "old.pth")
-    else:
-        safetensors.numpy.save_file(state, source)
+def test_truncated_files(tmp_path, state, converted, name, share):
+    source = save(tmp_path / name, state)
     source.write_bytes(source.read_bytes()[: int(source.stat().st_size * share)])
-    line = refused(source)
+    line = converted(source)
     assert name in line
     assert "not a readable" in line
 
 
-def test_a_header_that_promises_too_much(tmp_path, refused):
+def test_a_header_that_promises_too_much(tmp_path, converted):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**62) + b'{"a": 1}')
-    assert "not a readable .safetensors file" in refused(tmp_path / "a.safetensors")
+    assert "a.safetensors" in converted(tmp_path / "a.safetensors")
 
 
-def test_wrong_names_and_places(tmp_path, state, refused, one_error_line):
-    source = tmp_path / "a.safetensors"
-    safetensors.numpy.save_file(state, source)
-    assert 'unknown model "deit_testin"' in refused(source, "--model", "deit_testin")
-    assert "did you mean deit_testing" in refused(source, "--model", "deit_testin")
-    assert "regnety_testing" in refused(source, "--model", "regnety_testing")
-    assert "deit3_testing" in refused(source, "--model", "deit3_testing")
-    assert "nowhere.pth" in refused(tmp_path / "nowhere.pth")
+@pytest.mark.parametrize("counter", [np.float32(np.nan), np.ones(2, np.int64), np.int32(1)])
+def test_damaged_counters(tmp_path, converted, counter):
+    tensors = numpy_state(timm_twin("regnety_testing"))
+    tensors["stem.bn.num_batches_tracked"] = np.asarray(counter)
+    source = save(tmp_path / "a.safetensors", tensors)
+    assert "stem.bn.num_batches_tracked" in converted(source)
+
+
+def test_a_tensor_that_claims_more_than_it_has(tmp_path, state, converted):
+    tensors = {key: torch.from_numpy(value) for key, value in state.items()}
+    tensors["head.weight"] = torch.zeros(1, 64).expand(10**11, 64)
+    torch.save(tensors, tmp_path / "a.pth")
+    assert "head.weight claims" in converted(tmp_path / "a.pth")
+
+
+def test_wrong_names_and_places(tmp_path, state, converted, refused):
+    source, target = save(tmp_path / "a.safetensors", state), tmp_path / "model"
     (tmp_path / "folder").mkdir()
-    assert "model.safetensors" in refused(tmp_path / "folder")
-    assert "EMA" in refused(source, "--weights", "ema")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
-    line = refused(source, "--class_names", str(tmp_path / "names.txt"))
-    assert "2 class names for 7 classes" in line
+    for flags, words in {
+        ("--model", "deit_testin"): "did you mean deit_testing",
+        ("--model", "regnety_testing"): "regnety_testing",
+        ("--model", "deit3_testing"): "deit3_testing",
+        ("--weights", "ema"): "EMA",
+        ("--class_names", tmp_path / "names.txt"): "2 class names for 7 classes",
+        **{("--num_classes", value): value for value in ("0", "-3", str(10**12))},
+        **{("--image_size", value): value for value in ("0", "-3", str(10**12))},
+    }.items():
+        assert words in converted(source, *flags)
+    assert "nowhere.pth" in converted(tmp_path / "nowhere.pth")
+    assert "model.safetensors" in converted(tmp_path / "folder")
+    assert "x" * 300 in refused("convert", source, tmp_path / ("x" * 300))
 
-    target = tmp_path / "model"
-    assert main(["convert", "--src", str(source), "--dst", str(target)]) == 0
+    assert command("convert", source, target) == 0
     stamp = (target / "model.json").stat().st_mtime_ns
-    status = main(["convert", "--src", str(source), "--dst", str(target)])
-    assert "--overwrite" in one_error_line(status)
+    assert "--overwrite" in converted(source)
     assert (target / "model.json").stat().st_mtime_ns == stamp
-    assert main(["convert", "--src", str(source), "--dst", str(target), "--overwrite"]) == 0
-    status = main(["convert", "--src", str(source), "--dst", str(tmp_path / "folder")])
-    assert "is no model folder" in one_error_line(status)
-    status = main(["convert", "--src", str(target), "--dst", str(tmp_path / "new")])
-    assert "model folder of deit-jax already" in one_error_line(status)
+    assert command("convert", source, target, "--overwrite") == 0
+    assert "no model folder" in refused("convert", source, tmp_path / "folder")
+    assert "model folder of deit-jax already" in refused("convert", target, tmp_path / "new")
 
 
-@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"id2label": 5}', b"\xff\xfe"])
-def test_damaged_config_json(tmp_path, refused, damage):
-    folder = tmp_path / "hf"
-    model_folder.write_model(tmp_path / "sound", *random_variables("deit_testing"))
-    to_torch.write(tmp_path / "sound", folder, "hf")
-    (folder / "config.json").write_bytes(damage)
-    line = refused(folder)
-    assert "config.json" in line
-
-
-def test_jax_to_torch_refuses_in_one_line(tmp_path, one_error_line):
-    def run(*arguments):
-        return one_error_line(main(["export-torch", *map(str, arguments)]))
-
-    model = tmp_path / "model"
-    model_folder.write_model(model, *random_variables("deit3_testing"))
+def test_export_refuses_in_one_line(tmp_path, refused):
+    model = random_folder(tmp_path / "model", "deit3_testing")
     out = tmp_path / "out.safetensors"
-    line = run("--src", tmp_path / "nowhere", "--dst", out, "--format", "timm")
-    assert "no model folder" in line
-    line = run("--src", model, "--dst", tmp_path / "out.npz", "--format", "timm")
+    nowhere = tmp_path / "nowhere"
+    assert "no model folder" in refused("export-torch", nowhere, out, "--format", "timm")
+    line = refused("export-torch", model, tmp_path / "out.npz", "--format", "timm")
     assert ".npz" in line
     assert ".safetensors" in line
-    assert "LayerScale" in run("--src", model, "--dst", out, "--format", "hf")
+    assert "LayerScale" in refused("export-torch", model, out, "--format", "hf")
     out.write_text("precious")
-    assert "--overwrite" in run("--src", model, "--dst", out, "--format", "timm")
-    line = run("--src", model, "--dst", model, "--format", "timm", "--overwrite")
+    assert "--overwrite" in refused("export-torch", model, out, "--format", "timm")
+    line = refused("export-torch", model, model, "--format", "timm", "--overwrite")
     assert "did not write" in line
     assert out.read_text() == "precious"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out.safetensors"]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, state, monkeypatch, one_error_line):
-    source = tmp_path / "a.safetensors"
-    safetensors.numpy.save_file(state, source)
+def test_a_full_disk_leaves_nothing(tmp_path, state, monkeypatch, converted):
+    source = save(tmp_path / "a.safetensors", state)
 
-    class Full:
-        def __enter__(self):
-            return self
+    def save_half(self, path, tree):
+        path.mkdir()
+        (path / "half").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
 
-        def __exit__(self, *error):
-            return None
-
-        def save(self, path, tree):
-            path.mkdir()
-            (path / "half").write_bytes(b"x")
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(model_folder.ocp, "PyTreeCheckpointer", Full)
-    status = main(["convert", "--src", str(source), "--dst", str(tmp_path / "model")])
-    assert "No space left on device" in one_error_line(status)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    monkeypatch.setattr(model_folder.ocp.PyTreeCheckpointer, "save", save_half)
+    assert "No space left on device" in converted(source)
 
 
 def test_mutated_files():
@@ -255,65 +215,33 @@ def described(state, folder, **changes):
         {"surprise": 1},
     ],
 )
-def test_a_lying_description(tmp_path, state, refused, changes):
+def test_a_lying_description(tmp_path, state, converted, changes):
     source = described(state, tmp_path, **changes)
-    assert source.name in refused(source)
+    assert source.name in converted(source)
 
 
 def test_a_true_description(tmp_path, state):
     source = described(state, tmp_path, source="a test")
-    assert main(["convert", "--src", str(source), "--dst", str(tmp_path / "model")]) == 0
+    assert command("convert", source, tmp_path / "model") == 0
     assert model_folder.read_info(tmp_path / "model").source == "a test"
 
 
-@pytest.mark.parametrize("counter", [np.float32(np.nan), np.ones(2, np.int64), np.int32(1)])
-def test_damaged_counters(tmp_path, refused, counter):
-    tensors = {k: v.numpy() for k, v in timm_twin("regnety_testing").state_dict().items()}
-    tensors["stem.bn.num_batches_tracked"] = np.asarray(counter)
-    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
-    assert "stem.bn.num_batches_tracked" in refused(tmp_path / "a.safetensors")
-
-
-def test_a_tensor_that_claims_more_than_it_has(tmp_path, state, refused):
-    tensors = {key: torch.from_numpy(value) for key, value in state.items()}
-    tensors["head.weight"] = torch.zeros(1, 64).expand(10**11, 64)
-    torch.save(tensors, tmp_path / "a.pth")
-    assert "head.weight claims" in refused(tmp_path / "a.pth")
-
-
-def test_impossible_sizes_and_places(tmp_path, state, refused):
-    source = tmp_path / "a.safetensors"
-    safetensors.numpy.save_file(state, source)
-    for flag in ("--num_classes", "--image_size"):
-        for value in ("0", "-3", str(10**12)):
-            line = refused(source, flag, value)
-            assert flag in line
-            assert value in line
-    status = main(["convert", "--src", str(source), "--dst", str(tmp_path / ("x" * 300))])
-    assert status == 2
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
-
-
-def test_nothing_of_other_people_is_replaced(tmp_path, one_error_line):
+def test_nothing_of_other_people_is_replaced(tmp_path, refused):
     """A run folder has a config.json too; names like ours may be somebody's."""
     run = tmp_path / "run"
-    model_folder.write_model(run / "model", *random_variables("deit_testing"))
+    random_folder(run / "model", "deit_testing")
     (run / "config.json").write_text("{}")
     for name in ("out.new", "out.old", "hf.new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("yes")
-    hf = ["--format", "hf", "--overwrite"]
-    status = main(["export-torch", "--src", str(run), "--dst", str(run), *hf])
-    assert "did not write" in one_error_line(status)
-    assert (run / "model" / "model.json").is_file()
+    hf, out = ("--format", "hf", "--overwrite"), tmp_path / "out"
+    assert "did not write" in refused("export-torch", run, run, *hf)
     for _ in range(2):  # the second replaces the first
-        assert main(["export-torch", "--src", str(run), "--dst", str(tmp_path / "hf"), *hf]) == 0
-        arguments = ["--src", str(tmp_path / "hf"), "--dst", str(tmp_path / "out"), "--overwrite"]
-        assert main(["convert", *arguments]) == 0
-    inside = str(tmp_path / "out" / "b.safetensors")
-    assert main(["export-torch", "--src", str(run), "--dst", inside, "--format", "timm"]) == 0
-    status = main(["convert", "--src", inside, "--dst", str(tmp_path / "out"), "--overwrite"])
-    assert "holds the source" in one_error_line(status)
+        assert command("export-torch", run, tmp_path / "hf", *hf) == 0
+        assert command("convert", tmp_path / "hf", out, "--overwrite") == 0
+    assert command("export-torch", run, out / "b.safetensors", "--format", "timm") == 0
+    line = refused("convert", out / "b.safetensors", out, "--overwrite")
+    assert "holds the source" in line
     for name in ("out.new", "out.old", "hf.new"):
         assert (tmp_path / name / "precious").read_text() == "yes"
     names = {"run", "out", "hf", "out.new", "out.old", "hf.new"}
@@ -321,8 +249,10 @@ def test_nothing_of_other_people_is_replaced(tmp_path, one_error_line):
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "words"),
+    ("file", "content", "words"),
     [
+        *(("config.json", text, "config.json") for text in (b"{", b"[]", b"\xff\xfe")),
+        ("config.json", b'{"id2label": 5}', "config.json"),
         ("config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("config.json", {"model_type": "beit"}, "model_type is 'beit'"),
         ("preprocessor_config.json", {"size": {"shortest_edge": 1e999}}, "damaged"),
@@ -330,13 +260,12 @@ def test_nothing_of_other_people_is_replaced(tmp_path, one_error_line):
         ("preprocessor_config.json", {"crop_size": 400}, "crop_size 400 is larger"),
     ],
 )
-def test_odd_folders_of_transformers(tmp_path, refused, file, changes, words):
+def test_odd_folders_of_transformers(tmp_path, converted, file, content, words):
     folder = tmp_path / "hf"
-    model_folder.write_model(tmp_path / "sound", *random_variables("deit_testing"))
-    to_torch.write(tmp_path / "sound", folder, "hf")
-    content = json.loads((folder / file).read_text())
-    content.pop("deit_jax", None)
-    if file == "preprocessor_config.json":
-        content |= {"do_center_crop": True}
-    (folder / file).write_text(json.dumps(content | changes))
-    assert words in refused(folder)
+    to_torch.write(random_folder(tmp_path / "sound", "deit_testing"), folder, "hf")
+    if isinstance(content, dict):
+        sound = json.loads((folder / file).read_text()) | {"do_center_crop": True}
+        sound.pop("deit_jax", None)
+        content = json.dumps(sound | content).encode()
+    (folder / file).write_bytes(content)
+    assert words in converted(folder)

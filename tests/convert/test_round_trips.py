@@ -11,12 +11,20 @@ import torch
 import deit_jax
 from deit_jax import trees
 from deit_jax.checkpoints import model_folder
-from deit_jax.cli.main import main
 from deit_jax.convert import detect, from_torch, mapping, to_torch, torch_files
 from deit_jax.models import imagenet, registry
 from deit_jax.models.network import split_model
 from tests.convert import peak_memory
-from tests.convert.conftest import SMALL, options, random_variables, timm_twin
+from tests.convert.conftest import (
+    SMALL,
+    command,
+    numpy_state,
+    options,
+    random_folder,
+    random_variables,
+    save,
+    timm_twin,
+)
 from tests.oracles import reference_vit, timm_models
 from tests.oracles.torchvision_ops import import_torchvision
 
@@ -31,44 +39,46 @@ def assert_same_bits(got, want):
         np.testing.assert_array_equal(got[key], value, err_msg=key)
 
 
-def numpy_state(module):
-    return {key: tensor.numpy() for key, tensor in module.state_dict().items()}
-
-
-def logits(model, images):
-    return np.asarray(jax.jit(lambda m, x: m(x))(model, images))
-
-
-def torch_logits(module, images):
+def assert_same_logits(model, module, images):
+    """Compares ours with a torch module's, which may be transformers' with an output object."""
+    got = np.asarray(jax.jit(lambda m, x: m(x))(model, images))
     with torch.no_grad():
-        return module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
-
-
-def assert_close(got, want):
+        want = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    want = getattr(want, "logits", want).numpy()
     assert np.abs(got - want).max() <= TRANSFORMERS_ATOL * np.abs(want).max()
+
+
+def load(path):
+    """A file's state dict as NumPy arrays."""
+    if path.suffix == ".safetensors":
+        return safetensors.numpy.load_file(path)
+    content = torch.load(path, weights_only=True)
+    return {key: tensor.numpy() for key, tensor in content.get("model", content).items()}
+
+
+def load_into(module, state):
+    module.load_state_dict({key: torch.from_numpy(v) for key, v in state.items()}, strict=True)
+
+
+def write_back(read, path, form):
+    """What `read` holds, through a model folder and out again."""
+    folder = path.with_name("model")
+    model_folder.write_model(folder, read.variables, read.info)
+    to_torch.write(folder, path, form)
+    return path
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("name", SMALL)
-def test_from_timm_through_the_tools_and_back(tmp_path, name, suffix):
+def test_from_timm_through_the_commands_and_back(tmp_path, name, suffix):
     want = timm_twin(name)
-    source, folder, back = tmp_path / f"a{suffix}", tmp_path / "model", tmp_path / f"b{suffix}"
-    if suffix == ".pth":
-        torch.save({"state_dict": want.state_dict(), "epoch": 3}, source)
-    else:
-        safetensors.numpy.save_file(numpy_state(want), source)
-    assert main(["convert", "--src", str(source), "--dst", str(folder)]) == 0
+    source = save(tmp_path / f"a{suffix}", numpy_state(want), container="state_dict")
+    folder, back = tmp_path / "model", tmp_path / f"b{suffix}"
+    assert command("convert", source, folder) == 0
     assert deit_jax.load_model(folder).info.name == name
-    arguments = ["--src", str(folder), "--dst", str(back), "--format", "timm"]
-    assert main(["export-torch", *arguments]) == 0
-    if suffix == ".pth":
-        state = torch.load(back, weights_only=True)
-        got = {key: tensor.numpy() for key, tensor in state.items()}
-    else:
-        got = safetensors.numpy.load_file(back)
-        state = {key: torch.from_numpy(value) for key, value in got.items()}
-    assert_same_bits(got, numpy_state(want))
-    timm_twin(name, seed=1).load_state_dict(state, strict=True)
+    assert command("export-torch", folder, back, "--format", "timm") == 0
+    assert_same_bits(load(back), numpy_state(want))
+    load_into(timm_twin(name, seed=1), load(back))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -79,33 +89,21 @@ def test_from_jax_and_back_in_every_format(tmp_path, name):
         "deit3_testing": ("timm", "fb"),
         "regnety_testing": ("timm", "fb", "torchvision"),
     }.get(name, ("timm", "fb", "hf"))
-    paths = [
-        (form, tmp_path / f"{form}{suffix}")
-        for form in forms
-        for suffix in (("",) if form == "hf" else (".safetensors", ".pth"))
-    ]
-    for form, path in paths:
-        to_torch.write(tmp_path / "model", path, form)
-        read = from_torch.read(path)
-        assert_same_bits(
-            trees.flat([read.variables.params, read.variables.batch_stats]),
-            trees.flat([variables.params, variables.batch_stats]),
-        )
-        if path.name in ("timm.pth", "torchvision.pth"):  # a bare state dict says nothing else
-            assert (read.info.name, read.info.num_classes) == (info.name, info.num_classes)
-        else:
-            assert read.info == info
-
-
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [("deit3_testing", "hf"), ("regnety_testing", "hf"), ("deit_testing", "torchvision")],
-)
-def test_formats_that_do_not_know_the_model(tmp_path, name, form):
-    model_folder.write_model(tmp_path / "model", *random_variables(name))
-    with pytest.raises(deit_jax.InputError, match=f"{name}.*timm"):
-        to_torch.write(tmp_path / "model", tmp_path / "out", form)
-    assert not (tmp_path / "out").exists()
+    for form in to_torch.FORMATS:
+        for suffix in ("",) if form == "hf" else (".safetensors", ".pth"):
+            path = tmp_path / f"{form}{suffix}"
+            if form not in forms:
+                with pytest.raises(deit_jax.InputError, match=f"{name}.*timm"):
+                    to_torch.write(tmp_path / "model", path, form)
+                assert not path.exists()
+                continue
+            to_torch.write(tmp_path / "model", path, form)
+            read = from_torch.read(path)
+            assert_same_bits(trees.flat(read.variables), trees.flat(variables))
+            if path.name in ("timm.pth", "torchvision.pth"):  # a bare state dict says nothing else
+                assert (read.info.name, read.info.num_classes) == (info.name, info.num_classes)
+            else:
+                assert read.info == info
 
 
 @pytest.mark.parametrize("name", SMALL[:3])
@@ -118,81 +116,61 @@ def test_reference_layout(tmp_path, name, images):
     read = from_torch.read(source)
     assert read.info.name == name
     assert read.layout == ("reference" if name == "deit3_testing" else "timm")
-    assert_close(logits(read.model(), images), torch_logits(want, images).numpy())
-
-    model_folder.write_model(tmp_path / "model", read.variables, read.info)
-    to_torch.write(tmp_path / "model", tmp_path / "b.pth", "fb")
-    state = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
-    assert_same_bits({k: v.numpy() for k, v in state.items()}, numpy_state(want))
-    timm_models.randomise(reference_vit.ReferenceVit(**chosen), seed=1).load_state_dict(state)
+    assert_same_logits(read.model(), want, images)
+    state = load(write_back(read, tmp_path / "b.pth", "fb"))
+    assert_same_bits(state, numpy_state(want))
+    load_into(reference_vit.ReferenceVit(**chosen), state)
 
 
 @pytest.mark.parametrize("name", SMALL[:2])
 def test_transformers_loads_our_folder(tmp_path, name, images):
     import transformers
 
-    variables, info = random_variables(name)
-    jaxmodel = from_torch.Converted(variables, info, "").model()
-    model_folder.write_model(tmp_path / "model", variables, info)
-    to_torch.write(tmp_path / "model", tmp_path / "hf", "hf")
+    folder = random_folder(tmp_path / "model", name)
+    to_torch.write(folder, tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["layer_norm_eps"] == 1e-6
     cls = getattr(transformers, config["architectures"][0])
     module, loading = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert_close(logits(jaxmodel, images), torch_logits(module.eval(), images).logits.numpy())
+    assert_same_logits(deit_jax.load_model(folder), module.eval(), images)
+
+
+def transformers_model(name, **more):
+    import transformers
+
+    kind, suffix = ("DeiT", "WithTeacher") if "distilled" in name else ("ViT", "")
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
+        image_size=32, patch_size=4, **more,
+    )  # fmt: skip
+    module = getattr(transformers, f"{kind}ForImageClassification{suffix}")(config)
+    return timm_models.randomise(module, seed=0)
 
 
 @pytest.mark.parametrize("name", SMALL[:2])
 @pytest.mark.parametrize("form", ["saved", "module names", "pytorch_model.bin"])
 def test_from_transformers_and_back(tmp_path, name, form, images):
-    import transformers
-
-    chosen = options(name)
-    distilled = chosen.get("distilled", False)
-    settings = {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "intermediate_size": 256,
-        "image_size": 32,
-        "patch_size": 4,
-        "layer_norm_eps": 1e-6,
-        "num_labels": 7,
-    }
-    kind = "DeiT" if distilled else "ViT"
-    config = getattr(transformers, f"{kind}Config")(**settings)
-    suffix = "WithTeacher" if distilled else ""
-    cls = getattr(transformers, f"{kind}ForImageClassification{suffix}")
-    module = timm_models.randomise(cls(config), seed=0)
     folder = tmp_path / "hf"
+    module = transformers_model(name, layer_norm_eps=1e-6, num_labels=7)
     module.save_pretrained(folder)
-    on_disk = safetensors.numpy.load_file(folder / "model.safetensors")
+    on_disk = load(folder / "model.safetensors")
     if form == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
-        state = {key: torch.from_numpy(value) for key, value in on_disk.items()}
-        torch.save(state, folder / "pytorch_model.bin")
+        save(folder / "pytorch_model.bin", on_disk)
     elif form == "module names":
-        safetensors.numpy.save_file(numpy_state(module), folder / "model.safetensors")
+        save(folder / "model.safetensors", numpy_state(module))
         assert any(".q_proj." in key for key in numpy_state(module))
     read = from_torch.read(folder)
-    assert read.info.name == name
-    assert read.info.class_names == ()
-    assert_close(logits(read.model(), images), torch_logits(module, images).logits.numpy())
-
-    model_folder.write_model(tmp_path / "model", read.variables, read.info)
-    to_torch.write(tmp_path / "model", tmp_path / "back", "hf")
-    assert_same_bits(safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors"), on_disk)
+    assert (read.info.name, read.info.class_names) == (name, ())
+    assert_same_logits(read.model(), module, images)
+    back = write_back(read, tmp_path / "back", "hf")
+    assert_same_bits(load(back / "model.safetensors"), on_disk)
 
 
 def test_transformers_description_travels(tmp_path):
-    import transformers
-
-    config = transformers.ViTConfig(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
-        image_size=32, patch_size=4, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
-    )  # fmt: skip
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    labels = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    transformers_model("deit_testing", **labels).save_pretrained(tmp_path)
     processor = {
         "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2,
         "size": {"height": 40, "width": 40}, "do_center_crop": True, "crop_size": 32,
@@ -202,7 +180,7 @@ def test_transformers_description_travels(tmp_path):
     assert read.info.class_names == ("cat", "dog")
     assert (read.info.mean, read.info.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     assert (read.info.crop_ratio, read.info.interpolation) == (0.8, "bilinear")
-    assert any("layer_norm_eps 1e-12" in notice for notice in read.notes)
+    assert any("layer_norm_eps 1e-12" in note for note in read.notes)
 
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
@@ -211,9 +189,7 @@ def test_transformers_description_travels(tmp_path):
 
 
 def test_timm_folder(tmp_path):
-    safetensors.numpy.save_file(
-        numpy_state(timm_twin("deit3_testing")), tmp_path / "model.safetensors"
-    )
+    save(tmp_path / "model.safetensors", numpy_state(timm_twin("deit3_testing")))
     settings = {"mean": [0.5, 0.5, 0.5], "std": [0.25] * 3, "crop_pct": 0.9, "num_classes": 7}
     config = {"architecture": "deit3_testing", "pretrained_cfg": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -221,7 +197,7 @@ def test_timm_folder(tmp_path):
     assert (info.name, info.mean, info.crop_ratio) == ("deit3_testing", (0.5, 0.5, 0.5), 0.9)
 
 
-def test_torchvision_regnet(tmp_path):
+def test_torchvision_regnet():
     """Every layer's counter differs here, and all come back."""
     torchvision = import_torchvision()
     module = timm_models.randomise(torchvision.models.regnet_y_400mf(), seed=0)
@@ -232,7 +208,7 @@ def test_torchvision_regnet(tmp_path):
     assert (read.info.name, read.layout) == ("regnety_004", "torchvision")
     assert read.info.class_names == imagenet.wnids()
     images = np.random.default_rng(1).standard_normal((1, 64, 64, 3)).astype(np.float32)
-    assert_close(logits(read.model(), images), torch_logits(module, images).numpy())
+    assert_same_logits(read.model(), module, images)
     back = to_torch.tensors(read.variables, read.info, "torchvision")
     assert_same_bits(back, numpy_state(module))
 
@@ -267,12 +243,10 @@ def test_weights_of_a_training_checkpoint(tmp_path):
 def test_half_precision_and_wrappers(tmp_path):
     want = timm_twin("deit_testing").state_dict()
     for dtype in (torch.bfloat16, torch.float16):
-        state = {f"module.{key}": tensor.to(dtype) for key, tensor in want.items()}
-        torch.save(state, tmp_path / "half.pth")
-        got = torch_files.read(tmp_path / "half.pth")[0]
-        assert_same_bits(
-            got, {key: tensor.to(dtype).float().numpy() for key, tensor in want.items()}
-        )
+        state = {key: tensor.to(dtype) for key, tensor in want.items()}
+        torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "half.pth")
+        got, _ = torch_files.read(tmp_path / "half.pth")
+        assert_same_bits(got, {key: value.float().numpy() for key, value in state.items()})
 
 
 def test_peak_memory_can_be_measured():
@@ -286,8 +260,7 @@ def test_a_model_fine_tuned_in_transformers_is_described_anew(tmp_path):
     """transformers keeps our entry of config.json, which then describes another model."""
     import transformers
 
-    model_folder.write_model(tmp_path / "model", *random_variables("deit_testing"))
-    to_torch.write(tmp_path / "model", tmp_path / "hf", "hf")
+    to_torch.write(random_folder(tmp_path / "model", "deit_testing"), tmp_path / "hf", "hf")
     assert from_torch.read(tmp_path / "hf").layout == "Hugging Face ViT"
     labels = {0: "cat", 1: "dog", 2: "owl"}
     module = transformers.ViTForImageClassification.from_pretrained(
@@ -317,11 +290,11 @@ def test_unusual_models_come_back_from_files_that_say_what_they_are(tmp_path, na
 
 
 def test_weights_are_made_to_fit_on_request(tmp_path, capsys):
-    safetensors.numpy.save_file(numpy_state(timm_twin("deit_testing")), tmp_path / "a.safetensors")
+    source = save(tmp_path / "a.safetensors", numpy_state(timm_twin("deit_testing")))
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
-    arguments = ["--src", str(tmp_path / "a.safetensors"), "--dst", str(tmp_path / "model")]
     more = ["--model", "deit_testing_distilled", "--image_size", "64", "--num_classes", "3"]
-    assert main(["convert", *arguments, *more, "--class_names", str(tmp_path / "names.txt")]) == 0
+    more += ["--class_names", tmp_path / "names.txt"]
+    assert command("convert", source, tmp_path / "model", *more) == 0
     printed = capsys.readouterr().out
     for words in ("resized from 8×8 to 16×16", "dist_token newly", "head newly", "head_dist newly"):
         assert words in printed

@@ -1,9 +1,8 @@
 """`.safetensors` need no torch; a `.pth` says so in one line where there is none."""
 
 import safetensors.numpy
-import torch
 
-from tests.convert.conftest import timm_twin
+from tests.convert.conftest import numpy_state, save, timm_twin
 
 _BLOCK = """
 import sys
@@ -21,10 +20,9 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 
 
 def test_safetensors_both_ways_without_torch(run_python, tmp_path):
-    state = timm_twin("deit_testing_distilled").state_dict()
-    arrays = {key: tensor.numpy() for key, tensor in state.items()}
-    safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
-    torch.save(state, tmp_path / "a.pth")
+    arrays = numpy_state(timm_twin("deit_testing_distilled"))
+    save(tmp_path / "a.safetensors", arrays)
+    save(tmp_path / "a.pth", arrays)
     program = _BLOCK + (
         """
 folder = sys.argv[1]
