@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from deit_jax.models.layers import Linear, product
+from deit_jax.models.layers import Layer, Linear, product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -44,7 +44,7 @@ def _attend_backward(
     (out,) = _heads(out, num_heads)
     weights = jnp.exp(_scores(q, k) - log_total)
     # Σ_k weights · their gradient, which softmax's derivative subtracts, is also grad · out.
-    mean = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     scores_grad = weights * (product("bhqd,bhkd->bhqk", grad, v) - mean)
     scores_grad = scores_grad.astype(q.dtype)
     # The scale of the scores, put where there are fewer numbers.
@@ -75,7 +75,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
 
 
-class Attention(nnx.Module):
+class Attention(Layer):
     """Multi-head self-attention; the fused projection's 3D outputs are [q|k|v] × [head] × [hd]."""
 
     def __init__(

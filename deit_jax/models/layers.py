@@ -17,6 +17,41 @@ from deit_jax.errors import InputError
 from deit_jax.parallel import axis
 
 
+class Layer(nnx.Module):
+    """A module whose calls profiles show under its name in the model, as `blocks/0/attn/qkv`.
+
+    The name comes from the attribute, or the place in an `nnx.List`, that a parent gives it.
+    """
+
+    scope = ""
+
+    def __init_subclass__(cls, **options: bool):
+        super().__init_subclass__(**options)
+        call = vars(cls).get("__call__")
+        if call is None:
+            return
+
+        @functools.wraps(call)
+        def named(self: Layer, *args: object, **kwargs: object) -> jax.Array:
+            with jax.named_scope(self.scope or cls.__name__):
+                return call(self, *args, **kwargs)
+
+        cls.__call__ = named
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, Layer):
+            value.scope = name
+        elif isinstance(value, nnx.List):
+            for place, layer in enumerate(value):
+                layer.scope = f"{name}/{place}"
+        super().__setattr__(name, value)
+
+
+def channels(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns a vector [C] in the shape [1,...,1,C] that broadcasts over the last axis of x."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Two-operand einsum computed in x's dtype, accumulated and returned in float32.
@@ -73,7 +108,8 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     wide = x.astype(jnp.float32)
     density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2.0 * math.pi)
-    return ((grad * (_normal_cdf(wide) + wide * density)).astype(x.dtype),)
+    derivative = _normal_cdf(wide) + wide * density
+    return ((grad.astype(jnp.float32) * derivative).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
@@ -88,14 +124,20 @@ def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Para
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-def layer_norm(features: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Return the LayerNorm of every ViT here: eps 1e-6, float32, variance in two exact passes."""
-    return nnx.LayerNorm(
-        features, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
-    )
+class LayerNorm(nnx.LayerNorm, Layer):
+    """The LayerNorm of every ViT here: eps 1e-6, float32, variance in two exact passes."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        super().__init__(
+            features, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis of x; returns float32."""
+        return super().__call__(x)
 
 
-class Linear(nnx.Module):
+class Linear(Layer):
     """Dense layer [B, N, I] → [B, N, O] or [B, I] → [B, O] with weights from N(0, 0.02²).
 
     `out_dtype` is the type of the output: `dtype` between two products, float32 where the result
@@ -121,7 +163,7 @@ class Linear(nnx.Module):
         """Apply the layer to the last axis of x."""
         batch = "bn"[: x.ndim - 1]
         y = product(f"{batch}i,io->{batch}o", x.astype(self.dtype), self.kernel[...])
-        return (y + self.bias[...]).astype(self.out_dtype)
+        return (y + channels(self.bias[...], y)).astype(self.out_dtype)
 
 
 class _PatchProjection(nnx.Module):
@@ -136,7 +178,7 @@ class _PatchProjection(nnx.Module):
         self.bias = nnx.Param(uniform(rngs.params(), (embed_dim,)))
 
 
-class PatchEmbed(nnx.Module):
+class PatchEmbed(Layer):
     """Images [B, H, W, 3] → tokens [B, P, D], row by row; a p×p convolution of stride p.
 
     Pixels right of and below the last whole patch are dropped. Since patches do not overlap the
@@ -156,10 +198,11 @@ class PatchEmbed(nnx.Module):
         x = x.reshape(batch, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, rows * columns, p * p * 3)
         kernel = self.proj.kernel[...].reshape(p * p * 3, -1)
-        return product("bni,io->bno", x, kernel) + self.proj.bias[...]
+        x = product("bni,io->bno", x, kernel)
+        return x + channels(self.proj.bias[...], x)
 
 
-class Mlp(nnx.Module):
+class Mlp(Layer):
     """fc1, exact GELU, fc2; dropout after each of the two layers."""
 
     def __init__(
@@ -175,7 +218,7 @@ class Mlp(nnx.Module):
         return self.drop(self.fc2(x), deterministic=rngs is None, rngs=rngs)
 
 
-class LayerScale(nnx.Module):
+class LayerScale(Layer):
     """Multiply a branch by a learned γ of shape [D] (CaiT, section 2.1)."""
 
     def __init__(self, dim: int, init: float):
@@ -183,10 +226,10 @@ class LayerScale(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Scale the last axis of x."""
-        return x * self.gamma[...]
+        return x * channels(self.gamma[...], x)
 
 
-class DropPath(nnx.Module):
+class DropPath(Layer):
     """Drop a residual branch for whole samples, each with probability `rate`.
 
     Kept branches are divided by 1 - rate, so that the expectation is the evaluation value.
@@ -205,7 +248,7 @@ class DropPath(nnx.Module):
         return x * (kept.astype(x.dtype) / keep)
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(Layer):
     """Batch norm over [B, H, W, C], computed in float32, with PyTorch's running statistics.
 
     In training the batch normalises itself with its biased variance, and the running statistics
@@ -230,7 +273,8 @@ class BatchNorm(nnx.Module):
             mean, var = self.mean[...], self.var[...]
         else:
             mean, var = self._batch_statistics(x)
-        return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
+        scale = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
+        return (x - channels(mean, x)) * channels(scale, x) + channels(self.bias[...], x)
 
     def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         count = x.size // x.shape[-1] * axis.count()
@@ -240,7 +284,7 @@ class BatchNorm(nnx.Module):
                 "expected at least two: use a larger batch or larger images"
             )
         mean = axis.mean(x.mean((0, 1, 2)))
-        var = axis.mean(jnp.square(x - mean).mean((0, 1, 2)))
+        var = axis.mean(jnp.square(x - channels(mean, x)).mean((0, 1, 2)))
         # The running statistics are a record, not a path for gradients.
         recorded = jax.lax.stop_gradient((mean, var * (count / (count - 1))))
         for running, new in zip((self.mean, self.var), recorded, strict=True):

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
-from deit_jax.models.layers import BatchNorm, Linear, normal_param, product
+from deit_jax.models.layers import BatchNorm, Layer, Linear, normal_param, product
 
 
 def stage_plan(
@@ -63,7 +63,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array, *, stride: int, groups: int) -> jax
     return jax.lax.platform_dependent(x, kernel, cpu=split, default=grouped)
 
 
-class Conv(nnx.Module):
+class Conv(Layer):
     """1×1 or 3×3 convolution without bias; the kernel is HWIO with I the channels of one group."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Conv(nnx.Module):
         return conv3x3(x, kernel.astype(self.dtype), stride=self.stride, groups=self.groups)
 
 
-class ConvNorm(nnx.Module):
+class ConvNorm(Layer):
     """Convolution, batch norm and, with `relu`, ReLU; output in the convolution's dtype."""
 
     def __init__(
@@ -129,7 +129,7 @@ class ConvNorm(nnx.Module):
         return (jax.nn.relu(y) if self.relu else y).astype(x.dtype)
 
 
-class SqueezeExcite(nnx.Module):
+class SqueezeExcite(Layer):
     """Scale channels by a sigmoid gate computed from their means over the image."""
 
     def __init__(self, channels: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -145,7 +145,7 @@ class SqueezeExcite(nnx.Module):
         return x * gate[:, None, None].astype(x.dtype)
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(Layer):
     """1×1, grouped 3×3, squeeze-and-excite, 1×1, added to the shortcut; ReLU."""
 
     def __init__(
@@ -180,7 +180,7 @@ class Bottleneck(nnx.Module):
         return jax.nn.relu(x + shortcut)
 
 
-class Stage(nnx.Module):
+class Stage(Layer):
     """Bottlenecks `b1` … `bN` of one width; the first halves the resolution."""
 
     def __init__(
@@ -214,7 +214,7 @@ class Stage(nnx.Module):
         return x
 
 
-class Classifier(nnx.Module):
+class Classifier(Layer):
     """Global average pooling and the last linear layer, as float32 logits."""
 
     def __init__(self, features: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -227,7 +227,7 @@ class Classifier(nnx.Module):
         return self.fc(x.mean((1, 2)))
 
 
-class RegNetY(nnx.Module):
+class RegNetY(Layer):
     """RegNetY from the parameters of its generator (`stage_plan`), timm's names.
 
     With rngs, batch norm uses the batch's statistics and updates its running ones, which are

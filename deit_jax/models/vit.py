@@ -9,16 +9,17 @@ from deit_jax.errors import InputError
 from deit_jax.models.attention import Attention
 from deit_jax.models.layers import (
     DropPath,
+    Layer,
+    LayerNorm,
     LayerScale,
     Linear,
     Mlp,
     PatchEmbed,
-    layer_norm,
     normal_param,
 )
 
 
-class Block(nnx.Module):
+class Block(Layer):
     """Pre-norm transformer block on a float32 residual stream [B, N, D].
 
     x += droppath(γ1 · attention(norm1(x))), then x += droppath(γ2 · mlp(norm2(x))); without
@@ -37,9 +38,9 @@ class Block(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.norm1 = layer_norm(dim, rngs=rngs)
+        self.norm1 = LayerNorm(dim, rngs=rngs)
         self.attn = Attention(dim, num_heads, drop_rate=drop_rate, dtype=dtype, rngs=rngs)
-        self.norm2 = layer_norm(dim, rngs=rngs)
+        self.norm2 = LayerNorm(dim, rngs=rngs)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, dtype=dtype, rngs=rngs)
         self.drop_path = DropPath(drop_path_rate)
         self.layer_scale = layer_scale_init is not None
@@ -55,7 +56,7 @@ class Block(nnx.Module):
         return x + self.drop_path(self.ls2(branch) if self.layer_scale else branch, rngs)
 
 
-class VisionTransformer(nnx.Module):
+class VisionTransformer(Layer):
     """DeiT, distilled DeiT or DeiT III.
 
     Tokens are [class, patches], or [class, distillation, patches] if `distilled`. With
@@ -124,7 +125,7 @@ class VisionTransformer(nnx.Module):
             )
             for rate in _drop_path_rates(drop_path_rate, depth, drop_path_mode)
         )
-        self.norm = layer_norm(embed_dim, rngs=rngs)
+        self.norm = LayerNorm(embed_dim, rngs=rngs)
         head = {"dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
         self.head = Linear(embed_dim, num_classes, **head)
         if distilled:

@@ -130,7 +130,8 @@ def make_eval_step(network: Network) -> Callable[[dict[str, Variables], dict], d
                 per_image["top1_cls"] = heads[0].argmax(-1) == labels
                 per_image["top1_dist"] = heads[1].argmax(-1) == labels
             for name, values in per_image.items():
-                sums[prefix + name] = jnp.where(mask > 0, values, 0).sum(dtype=jnp.float32)
+                values = values.astype(jnp.float32)
+                sums[prefix + name] = jnp.where(mask > 0, values, 0.0).sum()
         return sums
 
     return eval_step

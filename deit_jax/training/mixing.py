@@ -40,7 +40,7 @@ class MixDraw(NamedTuple):
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Turn uint8 images [B,H,W,C] into float32 `(x / 255 - mean) / std`, channel by channel."""
-    mean, std = (jnp.asarray(v, jnp.float32) for v in (mean, std))
+    mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (mean, std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
@@ -124,7 +124,7 @@ def random_erasing(
 def one_hot_smooth(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
     """Return smoothed targets [B,K] float32: 1 - ε + ε/K at the label [B], ε/K elsewhere."""
     off = smoothing / num_classes
-    hit = labels[:, None] == jnp.arange(num_classes)
+    hit = labels[:, None] == jnp.arange(num_classes)[None]
     return jnp.where(hit, jnp.float32(1.0 - smoothing + off), jnp.float32(off))
 
 
@@ -261,9 +261,9 @@ def _beta(key: jax.Array, alpha: float, count: int) -> jax.Array:
 
 
 def _inside(box: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Boolean maps [..., H, W] of the pixels inside boxes [..., 4]."""
-    top, bottom, left, right = (box[..., i, None] for i in range(4))
-    rows, columns = (jnp.arange(n) for n in size)
+    """Returns boolean maps [N,H,W] of the pixels inside boxes [N,4]."""
+    top, bottom, left, right = (box[:, i, None] for i in range(4))
+    rows, columns = (jnp.arange(n)[None] for n in size)
     in_rows = (rows >= top) & (rows < bottom)
     in_columns = (columns >= left) & (columns < right)
-    return in_rows[..., :, None] & in_columns[..., None, :]
+    return in_rows[:, :, None] & in_columns[:, None, :]

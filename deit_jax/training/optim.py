@@ -139,9 +139,15 @@ def make_optimizer(params: Tree, config: "ConfigDict") -> optax.GradientTransfor
     """
     if config.name not in OPTIMIZERS:
         raise InputError(f"optimizer.name is {config.name!r}: expected {', '.join(OPTIMIZERS)}")
+    chain = _chain(params, config)
     if config.trainable:
-        return optax.masked(_chain(params, config), trainable_mask(params, config.trainable))
-    return _chain(params, config)
+        chain = optax.masked(chain, trainable_mask(params, config.trainable))
+
+    def update(*arguments: Tree) -> tuple[Tree, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an int32 power
+            return chain.update(*arguments)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def _chain(params: Tree, config: "ConfigDict") -> optax.GradientTransformation:

@@ -41,8 +41,10 @@ def teacher_forward(
     if size is not None and images.shape[1:3] != (size, size):
         images = jax.image.resize(images, (len(images), size, size, 3), "cubic")
     if (teacher.info.mean, teacher.info.std) != (student.mean, student.std):
-        own = [jnp.array(x) for x in (teacher.info.mean, teacher.info.std)]
-        shown = [jnp.array(x) for x in (student.mean, student.std)]
+        own, shown = (
+            [jnp.float32(x)[None, None, None] for x in (info.mean, info.std)]
+            for info in (teacher.info, student)
+        )
         images = (images * shown[1] + shown[0] - own[0]) / own[1]
     heads, _ = teacher(variables, images)
     return jax.lax.stop_gradient(sum(heads) / len(heads))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from flax import nnx
 
-from deit_jax.models.layers import BatchNorm, DropPath, PatchEmbed, gelu, layer_norm, product
+from deit_jax.models.layers import BatchNorm, DropPath, LayerNorm, PatchEmbed, gelu, product
 
 
 @pytest.mark.parametrize(("offset", "spread", "tolerance"), [(0.0, 1e-3, 1e-5), (50.0, 1.0, 1e-4)])
@@ -15,7 +15,7 @@ def test_layer_norm_epsilon_and_exact_variance(offset, spread, tolerance):
     x = x.astype(np.float32)
     wide = x.astype(np.float64)
     want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(layer_norm(64, rngs=nnx.Rngs(0))(x), want, atol=tolerance)
+    np.testing.assert_allclose(LayerNorm(64, rngs=nnx.Rngs(0))(x), want, atol=tolerance)
 
 
 def test_batch_norm_epsilon():
