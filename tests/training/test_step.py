@@ -1,6 +1,7 @@
 """The train step: what it skips, what it averages, and what it leaves alone."""
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 import jax
@@ -151,6 +152,75 @@ def test_a_nonfinite_step_is_skipped_and_counted(engine):
     assert (int(after.step), int(after.nonfinite_steps), int(after.nonfinite_total)) == (2, 0, 1)
     unpoisoned, _ = step(state.replace(step=jnp.int32(1)), teacher, batch)
     assert equal(after.model, unpoisoned.model)
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        "augment",
+        "teacher/s1/b1/conv2/conv",
+        "student/patch_embed",
+        "student/blocks/1/attn/qkv",
+        "student/blocks/0/mlp",
+        "student/head_dist",
+        "loss",
+        "optimizer",
+        "ema",
+        "guard",
+    ],
+)
+def test_profiles_read_like_the_model(engine, lowered, scope):
+    """Forward and backward operations carry the names of layers and of the parts of the step."""
+    names = scope.replace("student", r"(transpose\()?jvp\(student\)+")
+    assert re.search(names.replace("teacher", r"(jvp\()?teacher\)?"), lowered)
+
+
+@pytest.fixture(scope="module")
+def lowered(engine):
+    step, *arguments = engine
+    return step.lower(*arguments).as_text(debug_info=True)
+
+
+def moved(parts, steps=3, **options):
+    """Losses, and how far SGD has moved the parameters, of the student with other options."""
+    options = {"num_classes": 10, "depth": 2, "drop_path_rate": 0.1} | options
+    other = parts._replace(
+        network=split_model(registry.abstract_model("deit_testing_distilled", **options))[0]
+    )
+    sgd = {"optimizer__name": "sgd", "optimizer__lr": 0.05, "schedule__warmup_lr": 0.05}
+    step, state = build(other, **sgd)
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, parts.teacher_variables, parts.batch)
+        losses.append(float(metrics["loss"]))
+    jaxpr = str(jax.make_jaxpr(step)(state, parts.teacher_variables, parts.batch))
+    before = trees.flat(parts.variables.params)
+    moves = {name: x - before[name] for name, x in trees.flat(state.model.params).items()}
+    return losses, moves, jaxpr
+
+
+@pytest.fixture(scope="module")
+def exact(parts):
+    return moved(parts)
+
+
+def test_a_step_in_bfloat16_follows_float32(parts, exact):
+    """Losses within 1 %, updates within 10 % in L2: the noise of eight bits of mantissa."""
+    losses, moves, _ = moved(parts, dtype="bfloat16")
+    assert losses == pytest.approx(exact[0], rel=1e-2)
+    assert losses != exact[0]
+    error = sum(float(jnp.square(moves[name] - x).sum()) for name, x in exact[1].items())
+    assert error < 0.1**2 * sum(float(jnp.square(x).sum()) for x in exact[1].values())
+
+
+def test_remat_changes_no_step(parts, exact):
+    """Recomputed blocks, with their stochastic depth, give the same losses and updates."""
+    losses, moves, jaxpr = moved(parts, remat=True)
+    remats = [text.count("differentiated=True") for text in (exact[2], jaxpr)]
+    assert remats == [0, 2]  # one for the backward pass of every block
+    assert losses == pytest.approx(exact[0], rel=1e-6)
+    for name, want in exact[1].items():
+        np.testing.assert_allclose(moves[name], want, atol=1e-4 * float(jnp.abs(want).max()) + 1e-7)
 
 
 def test_the_teacher_sees_its_own_normalisation():
