@@ -87,11 +87,11 @@ class Attention(Layer):
         self.drop = nnx.Dropout(drop_rate)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Map [B, N, D] to float32 [B, N, D]."""
+        """Maps [B, N, D] to float32 [B, N, D]."""
         out = self.proj(attend(self.num_heads, self.qkv(x)))
         return self.drop(out, deterministic=rngs is None, rngs=rngs)
 
     def largest_logit(self, x: jax.Array) -> jax.Array:
-        """Return the largest magnitude, float32 [], of what the softmax of `__call__` is given."""
+        """Returns the largest magnitude, float32 [], of what the softmax of `__call__` is given."""
         q, k, _ = _heads(self.qkv(x), self.num_heads, 3)
         return jnp.abs(_scores(q, k)).max()

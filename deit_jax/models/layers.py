@@ -116,7 +116,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """Return a parameter drawn from N(0, std²), not truncated.
+    """Returns a parameter drawn from N(0, std²), not truncated.
 
     The reference's trunc_normal_(std=0.02) cuts at ±2.0, a hundred standard deviations away,
     where JAX's truncated normal cuts at two.
@@ -160,7 +160,7 @@ class Linear(Layer):
         self.out_dtype = jnp.dtype(out_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layer to the last axis of x."""
+        """Applies the layer to the last axis of x."""
         batch = "bn"[: x.ndim - 1]
         y = product(f"{batch}i,io->{batch}o", x.astype(self.dtype), self.kernel[...])
         return (y + channels(self.bias[...], y)).astype(self.out_dtype)
@@ -191,7 +191,7 @@ class PatchEmbed(Layer):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Return float32 tokens."""
+        """Returns float32 tokens."""
         p = self.patch_size
         batch, rows, columns = images.shape[0], images.shape[1] // p, images.shape[2] // p
         x = images[:, : rows * p, : columns * p].astype(self.dtype)
@@ -213,24 +213,24 @@ class Mlp(Layer):
         self.drop = nnx.Dropout(drop_rate)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Map [B, N, D] to float32 [B, N, D]."""
+        """Maps [B, N, D] to float32 [B, N, D]."""
         x = self.drop(gelu(self.fc1(x)), deterministic=rngs is None, rngs=rngs)
         return self.drop(self.fc2(x), deterministic=rngs is None, rngs=rngs)
 
 
 class LayerScale(Layer):
-    """Multiply a branch by a learned γ of shape [D] (CaiT, section 2.1)."""
+    """Multiplies a branch by a learned γ of shape [D] (CaiT, section 2.1)."""
 
     def __init__(self, dim: int, init: float):
         self.gamma = nnx.Param(jnp.full((dim,), init, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Scale the last axis of x."""
+        """Scales the last axis of x."""
         return x * channels(self.gamma[...], x)
 
 
 class DropPath(Layer):
-    """Drop a residual branch for whole samples, each with probability `rate`.
+    """Drops a residual branch for whole samples, each with probability `rate`.
 
     Kept branches are divided by 1 - rate, so that the expectation is the evaluation value.
     """
@@ -239,7 +239,7 @@ class DropPath(Layer):
         self.rate = rate
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Draw one Bernoulli variable for each row of x from the `dropout` stream."""
+        """Draws one Bernoulli variable for each row of x from the `dropout` stream."""
         if rngs is None or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
@@ -267,7 +267,7 @@ class BatchNorm(Layer):
         self.var = nnx.BatchStat(jnp.ones((features,), jnp.float32))
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Return float32; with rngs use and record the batch's statistics."""
+        """Returns float32; with rngs use and record the batch's statistics."""
         x = x.astype(jnp.float32)
         if rngs is None:
             mean, var = self.mean[...], self.var[...]

@@ -56,5 +56,5 @@ def split_model(model: nnx.Module) -> tuple[Network, Variables]:
 
 
 def join_model(network: Network, variables: Variables) -> nnx.Module:
-    """The inverse of `split_model`."""
+    """Puts a module together: the inverse of `split_model`."""
     return nnx.merge(network.graphdef, variables.params, variables.batch_stats)

@@ -15,7 +15,7 @@ from deit_jax.models.layers import BatchNorm, Layer, Linear, normal_param, produ
 def stage_plan(
     w0: int, wa: float, wm: float, group_width: int, depth: int
 ) -> list[tuple[int, int, int]]:
-    """Return (width, groups, blocks) of every stage.
+    """Returns (width, groups, blocks) of every stage.
 
     Block j has the ideal width w0 + wa·j. It is rounded to the nearest w0·wm^e (e an integer) and
     that to a multiple of 8; blocks of equal width form a stage. Last, each stage's width is
@@ -85,7 +85,7 @@ class Conv(Layer):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, H, W, I] to [B, H/stride, W/stride, O] in `dtype`."""
+        """Maps [B, H, W, I] to [B, H/stride, W/stride, O] in `dtype`."""
         x = x.astype(self.dtype)
         kernel = self.kernel[...]
         if kernel.shape[:2] == (1, 1):
@@ -102,35 +102,23 @@ class ConvNorm(Layer):
         in_channels: int,
         out_channels: int,
         *,
-        size: int,
-        stride: int = 1,
-        groups: int = 1,
         relu: bool = True,
         scale_init: float = 1.0,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **conv: object,
     ):
-        self.conv = Conv(
-            in_channels,
-            out_channels,
-            size=size,
-            stride=stride,
-            groups=groups,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.conv = Conv(in_channels, out_channels, **conv)
         self.bn = BatchNorm(out_channels, scale_init=scale_init)
         self.relu = relu
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Map [B, H, W, I] to [B, H/stride, W/stride, O]."""
+        """Maps [B, H, W, I] to [B, H/stride, W/stride, O]."""
         x = self.conv(x)
         y = self.bn(x, rngs)
         return (jax.nn.relu(y) if self.relu else y).astype(x.dtype)
 
 
 class SqueezeExcite(Layer):
-    """Scale channels by a sigmoid gate computed from their means over the image."""
+    """Scales channels by a sigmoid gate computed from their means over the image."""
 
     def __init__(self, channels: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         # 1×1 convolutions on a 1×1 map, initialised as such.
@@ -139,7 +127,7 @@ class SqueezeExcite(Layer):
         self.fc2 = Linear(hidden, channels, std=math.sqrt(2.0 / channels), **kind)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, H, W, C] to the same shape and dtype."""
+        """Maps [B, H, W, C] to the same shape and dtype."""
         means = x.astype(jnp.float32).mean((1, 2))
         gate = jax.nn.sigmoid(self.fc2(jax.nn.relu(self.fc1(means))))
         return x * gate[:, None, None].astype(x.dtype)
@@ -173,7 +161,7 @@ class Bottleneck(Layer):
             )
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Map [B, H, W, I] to [B, H/stride, W/stride, width]."""
+        """Maps [B, H, W, I] to [B, H/stride, W/stride, width]."""
         shortcut = self.downsample(x, rngs) if self.has_downsample else x
         x = self.conv2(self.conv1(x, rngs), rngs)
         x = self.conv3(self.se(x), rngs)
@@ -188,27 +176,16 @@ class Stage(Layer):
         in_channels: int,
         width: int,
         *,
-        groups: int,
         blocks: int,
-        se_ratio: float,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **options: object,
     ):
         self.block_names = tuple(f"b{i + 1}" for i in range(blocks))
         for i, name in enumerate(self.block_names):
-            block = Bottleneck(
-                in_channels if i == 0 else width,
-                width,
-                groups=groups,
-                stride=2 if i == 0 else 1,
-                se_ratio=se_ratio,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            setattr(self, name, block)
+            inputs, stride = (width, 1) if i else (in_channels, 2)
+            setattr(self, name, Bottleneck(inputs, width, stride=stride, **options))
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Apply the blocks in order."""
+        """Applies the blocks in order."""
         for name in self.block_names:
             x = getattr(self, name)(x, rngs)
         return x
@@ -223,7 +200,7 @@ class Classifier(Layer):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, H, W, C] to [B, K]."""
+        """Maps [B, H, W, C] to [B, K]."""
         return self.fc(x.mean((1, 2)))
 
 
@@ -254,21 +231,21 @@ class RegNetY(Layer):
         self.stage_names = tuple(f"s{i + 1}" for i in range(len(plan)))
         channels = stem_width
         for name, (width, groups, blocks) in zip(self.stage_names, plan, strict=True):
-            stage = Stage(channels, width, groups=groups, blocks=blocks, se_ratio=se_ratio, **kind)
-            setattr(self, name, stage)
+            options = {"blocks": blocks, "groups": groups, "se_ratio": se_ratio}
+            setattr(self, name, Stage(channels, width, **options, **kind))
             channels = width
         self.head = Classifier(channels, num_classes, **kind)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Map images [B, H, W, 3] to float32 logits [B, K]."""
+        """Maps images [B, H, W, 3] to float32 logits [B, K]."""
         return self.heads(images, rngs)[0]
 
     def heads(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
-        """Return (logits,), float32 [B, K]."""
+        """Returns (logits,), float32 [B, K]."""
         return (self.head(self.forward_features(images, rngs)),)
 
     def forward_features(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Return the last feature map before pooling, float32 [B, h, w, C]."""
+        """Returns the last feature map before pooling, float32 [B, h, w, C]."""
         if images.ndim != 4 or images.shape[3] != 3:
             raise InputError(
                 f"images have shape {images.shape}, expected [batch, height, width, 3]"

@@ -49,7 +49,7 @@ class Block(Layer):
             self.ls2 = LayerScale(dim, layer_scale_init)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Map [B, N, D] to [B, N, D]."""
+        """Maps [B, N, D] to [B, N, D]."""
         branch = self.attn(self.norm1(x), rngs)
         x = x + self.drop_path(self.ls1(branch) if self.layer_scale else branch, rngs)
         branch = self.mlp(self.norm2(x), rngs)
@@ -132,12 +132,12 @@ class VisionTransformer(Layer):
             self.head_dist = Linear(embed_dim, num_classes, **head)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Map images [B, H, W, 3] to float32 logits [B, K]; distilled: the mean of both heads."""
+        """Maps images [B, H, W, 3] to float32 logits [B, K]; distilled: the mean of both heads."""
         logits = self.heads(images, rngs)
         return sum(logits) / len(logits)
 
     def heads(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
-        """Return (class logits,) or (class logits, distillation logits), each float32 [B, K]."""
+        """Returns (class logits,) or (class logits, distillation logits), each float32 [B, K]."""
         tokens = self._encode(images, rngs)
         if not self.distilled:
             return (self.head(self.norm(tokens[:, 0])),)
@@ -145,11 +145,11 @@ class VisionTransformer(Layer):
         return self.head(prefix[:, 0]), self.head_dist(prefix[:, 1])
 
     def forward_features(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Return all tokens after the last LayerNorm, float32 [B, N, D]."""
+        """Returns all tokens after the last LayerNorm, float32 [B, N, D]."""
         return self.norm(self._encode(images, rngs))
 
     def attention_maxima(self, images: jax.Array) -> jax.Array:
-        """Return each block's largest attention logit by magnitude in evaluation, float32 [L].
+        """Returns each block's largest attention logit by magnitude in evaluation, float32 [L].
 
         Where they grow without bound, attention becomes one-hot and training soon diverges
         (arXiv 2302.05442, section 2.1).
@@ -191,7 +191,7 @@ class VisionTransformer(Layer):
 
 
 def _drop_path_rates(rate: float, depth: int, mode: str) -> list[float]:
-    """Return every block's stochastic-depth rate."""
+    """Returns every block's stochastic-depth rate."""
     if not 0.0 <= rate < 1.0:
         raise InputError(f"drop_path_rate is {rate}, expected a number from 0 to below 1")
     if mode == "constant":

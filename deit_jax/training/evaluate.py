@@ -65,7 +65,7 @@ def _add(totals: dict[str, float], sums: dict[str, jax.Array]) -> None:
 
 
 def evaluator(run: Run) -> Callable[[TrainState], dict[str, float]]:
-    """A function from a state to its results on the run's eval split, compiled once."""
+    """Returns a function from a state to its results on the run's eval split, compiled once."""
     evaluate_weights = split_evaluator(run, run.network, run.config.input.image_size)
     return lambda state: evaluate_weights(
         {"": state.model} | ({} if state.ema is None else {"ema_": state.ema})

@@ -39,7 +39,7 @@ class MixDraw(NamedTuple):
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Turn uint8 images [B,H,W,C] into float32 `(x / 255 - mean) / std`, channel by channel."""
+    """Turns uint8 images [B,H,W,C] into float32 `(x / 255 - mean) / std`, channel by channel."""
     mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (mean, std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
@@ -54,7 +54,7 @@ def draw_erasing(
     aspect: float = 0.3,
     tries: int = 10,
 ) -> ErasingDraw:
-    """Draw the rectangle to erase in each of `num_images` images of (height, width) `size`.
+    """Draws the rectangle to erase in each of `num_images` images of (height, width) `size`.
 
     With probability `prob` an image gets one box: area uniform in `area` (fractions of the image),
     aspect log-uniform in [aspect, 1/aspect], and the first of `tries` draws that is strictly
@@ -82,7 +82,7 @@ def draw_erasing(
 
 
 def apply_erasing(images: jax.Array, draw: ErasingDraw) -> jax.Array:
-    """Fill the drawn box of each float image [B,H,W,C] with per-pixel N(0,1) noise."""
+    """Fills the drawn box of each float image [B,H,W,C] with per-pixel N(0,1) noise."""
 
     def channel(keys: jax.Array) -> jax.Array:
         """Noise [B,H,W] for one channel of every image."""
@@ -106,7 +106,7 @@ def random_erasing(
     aspect: float = 0.3,
     tries: int = 10,
 ) -> jax.Array:
-    """Erase one random rectangle in a fraction `prob` of the normalised float images [B,H,W,C]."""
+    """Erases one random rectangle in a fraction `prob` of the normalised float images [B,H,W,C]."""
     if prob == 0:
         return images
     draw = draw_erasing(
@@ -122,7 +122,7 @@ def random_erasing(
 
 
 def one_hot_smooth(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """Return smoothed targets [B,K] float32: 1 - ε + ε/K at the label [B], ε/K elsewhere."""
+    """Returns smoothed targets [B,K] float32: 1 - ε + ε/K at the label [B], ε/K elsewhere."""
     off = smoothing / num_classes
     hit = labels[:, None] == jnp.arange(num_classes)[None]
     return jnp.where(hit, jnp.float32(1.0 - smoothing + off), jnp.float32(off))
@@ -138,7 +138,7 @@ def draw_mix(
     prob: float,
     switch_prob: float,
 ) -> MixDraw:
-    """Draw (λ, kind, box) for `num_groups` groups of images of (height, width) `size`.
+    """Draws (λ, kind, box) for `num_groups` groups of images of (height, width) `size`.
 
     A group is mixed with probability `prob`; where both alphas are positive it is cutmix with
     probability `switch_prob`, otherwise whichever is on. λ ~ Beta(α, α); a cutmix box has a uniform
@@ -169,7 +169,7 @@ def draw_mix(
 def cutmix_box(
     lam: jax.Array, y: jax.Array, x: jax.Array, size: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the cutmix boxes [G,4] around centres (y, x) [G] and the fraction they leave [G].
+    """Returns the cutmix boxes [G,4] around centres (y, x) [G] and the fraction they leave [G].
 
     A box spans `int(side * sqrt(1 - λ)) // 2` pixels on each side of the centre and is clipped to
     the image, as in timm 0.3.2, which DeiT trained with (later timm gives odd boxes one more row
@@ -185,7 +185,7 @@ def cutmix_box(
 
 
 def apply_mix(images: jax.Array, targets: jax.Array, draw: MixDraw) -> tuple[jax.Array, jax.Array]:
-    """Mix float images [B,H,W,C] and targets [B,K] within G groups of B/G consecutive rows.
+    """Mixes float images [B,H,W,C] and targets [B,K] within G groups of B/G consecutive rows.
 
     The partner of row i of a group is the i-th from its end (timm's flipped batch), so nothing
     leaves its group; the middle row of an odd group is its own partner.
@@ -252,7 +252,7 @@ def mix(
 
 
 def _beta(key: jax.Array, alpha: float, count: int) -> jax.Array:
-    """Draw `count` values of Beta(alpha, alpha); 1 for alpha 0, which stands for "off"."""
+    """Draws `count` values of Beta(alpha, alpha); 1 for alpha 0, which stands for "off"."""
     if alpha == 0:
         return jnp.ones((count,))
     if alpha == 1:

@@ -21,7 +21,7 @@ from deit_jax.training.step import make_train_step
 def pmap_train_step(
     run: Run, teacher: Network | None
 ) -> Callable[[TrainState, Variables | None, dict], tuple[TrainState, dict]]:
-    """What `loop.jit_train_step` returns, for `parallel.backend` "pmap"."""
+    """Returns what `loop.jit_train_step` does, for `parallel.backend` "pmap"."""
     mesh = run.mesh
     step = make_train_step(run.config, run.plan, run.network, run.optimizer, teacher=teacher)
     # Without an axis of devices in state and metrics: they are equal on all, and go on as they are.

@@ -40,7 +40,7 @@ class Run:
 
 
 def build_model(config: "ConfigDict", plan: "RunPlan", *, rngs: object = None) -> object:
-    """The run's model, abstract without `rngs`; `info` holds all that prediction needs."""
+    """Returns the run's model, abstract without `rngs`; `info` holds what prediction needs."""
     options = {
         "num_classes": plan.num_classes,
         "image_size": config.input.image_size,

@@ -1,5 +1,7 @@
 """The effective recipe, which every run prints first: what is set, and what follows from it."""
 
+import math
+
 import jax
 from ml_collections import ConfigDict
 
@@ -19,7 +21,7 @@ _CROPS = {
 
 
 def describe_run(run: Run, origin: str) -> str:
-    """The lines of the summary.
+    """Returns the lines of the summary.
 
     Args:
       run: the checked run.
@@ -37,7 +39,7 @@ def describe_run(run: Run, origin: str) -> str:
         "optimiser": _optimiser(config),
         "schedule": f"{config.schedule.epochs} epochs × {plan.steps_per_epoch} steps = "
         f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up; "
-        f"peak rate {config.optimizer.lr:g}, {_pace(config.schedule)}",
+        f"peak rate {_peak(config)}, {_pace(config.schedule)}",
         "batch": _batch(config.train),
         "devices": _devices(run),
         "state": _state(run),
@@ -95,8 +97,15 @@ def _loss(config: ConfigDict) -> str:
 def _optimiser(config: ConfigDict) -> str:
     optimizer = config.optimizer
     parts = {"weight decay": optimizer.weight_decay, "gradient clipped at": optimizer.clip_norm}
-    average = _joined({"moving average": config.train.ema_decay})
-    return ", ".join(filter(None, (optimizer.name, _joined(parts), average)))
+    ema = _joined({"EMA": config.train.ema_decay})
+    return ", ".join(filter(None, (optimizer.name, _joined(parts), ema)))
+
+
+def _peak(config: ConfigDict) -> str:
+    """The peak rate, and how it follows from the batch where it is DeiT's scaling rule."""
+    lr, batch = config.optimizer.lr, config.train.batch_size
+    rule = f" = 5e-4 · {batch} / 512" if math.isclose(lr, 5e-4 * batch / 512) else ""
+    return f"{lr:g}{rule}"
 
 
 def _pace(config: ConfigDict) -> str:
@@ -106,7 +115,7 @@ def _pace(config: ConfigDict) -> str:
 def _batch(config: ConfigDict) -> str:
     parts = config.accumulate_steps
     micro = f" in {parts} micro-batches" if parts > 1 else ""
-    return f"{config.batch_size} images over all devices{micro}; {config.dtype} products"
+    return f"{config.batch_size} images over all devices{micro}; {config.dtype} matmuls"
 
 
 def _devices(run: Run) -> str:
@@ -121,7 +130,7 @@ def _state(run: Run) -> str:
     sizes = {
         "weights": device_bytes(state.model),
         "optimiser": device_bytes(state.opt_state),
-        "average": device_bytes(state.ema),
+        "EMA": device_bytes(state.ema),
     }
     parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items() if size)
     line = f"{sum(sizes.values()) / 2**20:,.1f} MiB on each device ({parts})"

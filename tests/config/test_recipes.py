@@ -157,7 +157,7 @@ def test_a_run_starts_and_says_what_it_will_do(run, teacher, no_data, tmp_path):
     assert f" {size}×{size}, " in said["model"]
     assert ("drop path" in said["model"]) == (config.model.drop_path_rate > 0)
     assert said["schedule"].startswith(f"{config.schedule.epochs} epochs")
-    assert f"peak rate {config.optimizer.lr:g}, " in said["schedule"]
+    assert f"peak rate {config.optimizer.lr:g}" in said["schedule"]
     assert said["optimiser"].startswith(config.optimizer.name)
     assert ("clipped at 1" in said["optimiser"]) == (config.optimizer.clip_norm == 1)
     assert said["loss"].startswith({"bce": "bce"}.get(config.train.loss, "cross-entropy"))
