@@ -1,4 +1,4 @@
-"""Lines for whoever watches a run: a terminal that is gone, or a full disk, must not end it."""
+"""Console output that survives a closed terminal or a full disk."""
 
 import atexit
 import functools
@@ -8,13 +8,13 @@ from typing import TextIO
 
 
 def log(text: str, *, on: bool = True) -> None:
-    """Prints a line to stdout at once, so that it is seen when the output is piped."""
+    """Prints a line to stdout at once, also where the output is piped."""
     if on:
         _print(text, sys.stdout)
 
 
 def log_error(text: str) -> None:
-    """`say` to stderr."""
+    """Prints a line to stderr at once."""
     _print(text, sys.stderr)
 
 
@@ -31,7 +31,7 @@ def _print(text: str, stream: TextIO | None) -> None:
 
 @functools.cache
 def _discard_at_the_end(stream: TextIO) -> None:
-    """Keeps Python from ending with an error for what it could not print."""
+    """Keeps Python from ending with an error about what it could not print."""
 
     def discard() -> None:
         try:

@@ -37,12 +37,12 @@ class NonFiniteLoss(RuntimeError):
 
 
 def brief(error: BaseException, width: int = 200) -> str:
-    """One line of bearable length about an error of a library, which may write pages."""
+    """Returns one short line about a library's error, which may write pages."""
     return textwrap.shorten(str(error), width) or type(error).__name__
 
 
 def system_reason(error: BaseException) -> str | None:
-    """What the system said where it refused to read or write, or None for any other error."""
+    """Returns why the system refused to read or write, or None for any other error."""
     number = couplings.system_errno(error)
     return None if number is None else os.strerror(number)
 

@@ -1,4 +1,4 @@
-"""Names of the leaves of a nested dict of arrays, and what follows from names: checks and masks.
+"""Trees of arrays by the names of their leaves: checks, masks and digests.
 
 A leaf's name joins its keys with slashes: `blocks/0/attn/qkv/kernel`. Flax matches trees to modules
 by sorted position and checks neither name nor shape, so every tree that comes from outside passes
@@ -24,29 +24,29 @@ def _name(path: tuple) -> str:
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """Return {name: leaf} in the order in which JAX flattens the tree."""
+    """Returns {name: leaf} in the order in which JAX flattens the tree."""
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def leaf_names(tree: Any) -> list[str]:
-    """Return the leaves' names in the order in which JAX flattens the tree."""
+    """Returns the leaves' names in the order in which JAX flattens the tree."""
     return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def in_order_of(tree: Any, like: Any) -> Any:
-    """Return `tree` with its keys in the order of `like`, as `nnx.merge` expects them."""
+    """Returns `tree` with its keys in the order of `like`, as `nnx.merge` expects them."""
     if isinstance(like, dict):
         return {key: in_order_of(tree[key], value) for key, value in like.items()}
     return tree
 
 
 def param_count(tree: Any) -> int:
-    """Return the number of elements in all leaves (arrays or `jax.ShapeDtypeStruct`)."""
+    """Returns the number of elements in all leaves (arrays or `jax.ShapeDtypeStruct`)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def name_mask(tree: Any, patterns: Iterable[str]) -> Any:
-    """Return a tree of bools: True where one of the regular expressions matches the whole name."""
+    """Returns a tree of bools: True where one of the regular expressions matches the whole name."""
     compiled = [re.compile(pattern) for pattern in patterns]
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(pattern.fullmatch(_name(path)) for pattern in compiled), tree
@@ -54,7 +54,7 @@ def name_mask(tree: Any, patterns: Iterable[str]) -> Any:
 
 
 def select(tree: Any, mask: Any) -> dict[str, Any]:
-    """Return {name: leaf} of the leaves where `mask`, a tree of bools like `tree`, is True."""
+    """Returns {name: leaf} of the leaves where `mask`, a tree of bools like `tree`, is True."""
     chosen = jax.tree.leaves(mask)
     return {
         name: leaf for (name, leaf), take in zip(flat(tree).items(), chosen, strict=True) if take
@@ -62,7 +62,7 @@ def select(tree: Any, mask: Any) -> dict[str, Any]:
 
 
 def check_like(got: Any, want: Any, what: str = "parameters") -> None:
-    """Raise InputError unless `got` has exactly the names, key types and shapes of `want`.
+    """Raises InputError unless `got` has exactly the names, key types and shapes of `want`.
 
     `what` says in the message which tree was wrong, for instance the file it came from. dtypes
     are not compared: loaders cast.
@@ -91,7 +91,7 @@ def check_like(got: Any, want: Any, what: str = "parameters") -> None:
 
 
 def digest(*parts: object) -> str:
-    """16 hex digits of strings and of what NumPy can read as arrays, in their order."""
+    """Returns 16 hex digits of a hash of strings and arrays, in their order."""
     whole = hashlib.sha256()
     for part in parts:
         content = part if isinstance(part, str) else np.asarray(part)

@@ -1,4 +1,4 @@
-"""Model folders: weights as a plain Orbax checkpoint, and in model.json all that they need."""
+"""Model folders: weights as a plain Orbax checkpoint, and model.json with all else they need."""
 
 import dataclasses
 import json
@@ -35,8 +35,8 @@ def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
       model: any model of the registry; `model.info` goes to `model.json`.
 
     Raises:
-      InputError: `path` exists and is something else than a model folder.
-      TryAgain: it cannot be written: a full disk, for example.
+      InputError: `path` exists and is not a model folder.
+      TransientError: it cannot be written: a full disk, for example.
     """
     network, variables = split_model(model)
     write_model(path, variables, network.info)
@@ -76,12 +76,12 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
 
 
 def _beside(path: Path, what: str) -> Path:
-    """A name for what is on its way in or out: the same on every process, and nobody else's."""
+    """Returns the temporary name of a folder being written or replaced; equal on every process."""
     return path.with_name(f".{path.name}.deit_jax.{what}")
 
 
 def find_model(path: str | os.PathLike) -> Path | None:
-    """The model folder that `path` is, or that the run folder `path` holds; None without one.
+    """Returns the model folder that `path` is, or that the run folder `path` holds, or None.
 
     Where a crash came between the two renames of a replacement, that is the complete old one.
     """
@@ -179,7 +179,7 @@ def _check_fit(tree: dict, like: Variables, folder: Path) -> Variables:
 def read_network(
     path: str | os.PathLike, *, dtype: jax.typing.DTypeLike = np.float32
 ) -> tuple[Network, Variables]:
-    """The model that a folder's `model.json` describes, with the shapes of its weights.
+    """Returns the model that a folder's `model.json` describes, and the shapes of its weights.
 
     Raises:
       InputError: no model folder there, or its `model.json` is damaged.
@@ -196,7 +196,7 @@ def load_model(path: str | os.PathLike, *, dtype: jax.typing.DTypeLike = np.floa
 
     Args:
       path: the folder.
-      dtype: of the matrix products; the weights stay float32.
+      dtype: of the matmuls; the weights stay float32.
 
     Returns:
       The model, its `info` as saved: `model(images)` takes [B,H,W,3], see `deit_jax.preprocess`.
@@ -216,14 +216,14 @@ def load_checkpoint(
 
     Args:
       path: WORKDIR/checkpoints/STEP.
-      ema: the moving average instead of the weights in training.
+      ema: the EMA instead of the weights in training.
       dtype: as in `load_model`.
 
     Returns:
       As `load_model`.
 
     Raises:
-      InputError: no checkpoint there, a damaged one, or one without a moving average.
+      InputError: no checkpoint there, a damaged one, or one without an EMA.
     """
     folder, which = Path(path).absolute(), "ema" if ema else "model"
     try:
@@ -238,7 +238,7 @@ def load_checkpoint(
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({brief(error)}); choose another step") from error
     if ema and not averaged:
-        raise InputError(f"{path} holds no moving average; load it with ema=False")
+        raise InputError(f"{path} holds no EMA; load it with ema=False")
     info = dataclasses.replace(info, weights="ema") if ema else info
     network, like = split_model(build(info, registry.abstract_model, dtype=dtype))
     with ocp.PyTreeCheckpointer() as checkpointer:

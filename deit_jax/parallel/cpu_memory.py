@@ -1,4 +1,4 @@
-"""The memory of steps that run on the CPU."""
+"""Makes steps on the CPU reuse their memory."""
 
 import ctypes
 

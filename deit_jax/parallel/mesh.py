@@ -13,11 +13,10 @@ _MIN_SHARDED_SIZE = 2**14  # smaller arrays cost more to gather than to keep
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (devices / fsdp) × fsdp mesh over all devices of all processes, or over `devices`.
+    """Builds a (devices / fsdp) × fsdp mesh over all devices of all processes, or over `devices`.
 
-    In the order of processes, so that row k of a batch is row k of the global array whatever the
-    hosts are. `jax.make_mesh` may interleave hosts, and refuses devices of several slices, which
-    the GPUs of several hosts are to it.
+    Devices are in the order of their processes, so that row k of a batch is row k of the global
+    array. `jax.make_mesh` may interleave hosts, and refuses the GPUs of several hosts.
     """
     devices = jax.devices() if devices is None else devices
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -27,17 +26,17 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding under which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over every device of the mesh."""
+    """Returns the sharding that splits the first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
 def state_shardings(mesh: Mesh, shapes: object) -> object:
-    """The sharding of every array of a state: its largest divisible axis over `fsdp`.
+    """Returns the sharding of every array of a state: its largest divisible axis over `fsdp`.
 
     Args:
       mesh: the device mesh; with an `fsdp` axis of 1 everything is replicated.
@@ -57,7 +56,7 @@ def state_shardings(mesh: Mesh, shapes: object) -> object:
 
 
 def with_shardings(shapes: object, shardings: object) -> object:
-    """A tree of arrays or ShapeDtypeStructs as ShapeDtypeStructs with `shardings`."""
+    """Returns a tree of arrays or shapes as ShapeDtypeStructs with `shardings`."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -66,14 +65,14 @@ def with_shardings(shapes: object, shardings: object) -> object:
 
 
 def device_bytes(tree: object) -> int:
-    """The bytes that a tree of arrays, or of shapes with shardings, takes on one device."""
+    """Returns the bytes that a tree of arrays, or of shapes with shardings, takes on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def to_global(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Makes global arrays of this process's rows (first axis) of a batch."""
+    """Builds global arrays from this process's rows (first axis) of a batch."""
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
     }
@@ -92,20 +91,20 @@ def replicate(tree: object, mesh: Mesh) -> object:
 
 
 def sum_over_processes(mine: int) -> int:
-    """The sum over all processes of what each of them says; every process must come here."""
+    """Returns the sum of `mine` over all processes; every process must call it."""
     if jax.process_count() == 1:
         return mine
     return int(multihost_utils.process_allgather(np.int32(mine)).sum())
 
 
 def wait_for_all(what: str) -> None:
-    """Blocks until every process has come here; `what` names the place in time-out messages."""
+    """Blocks until every process has called it; `what` names the place in time-out messages."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """One line about the devices, for the start-up summary."""
+    """Returns one line about the devices, for the start-up summary."""
     device = mesh.devices.flat[0]
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import jax
 import jaxlib
+import numpy as np
 from ml_collections import ConfigDict
 
 from deit_jax import trees
 from deit_jax.config.files import recipe_fields
-from deit_jax.errors import InputError
+from deit_jax.errors import InputError, TransientError, brief
 from deit_jax.parallel import hosts
+from deit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, to_global
 
 if TYPE_CHECKING:
     from deit_jax.data import Source
@@ -41,6 +43,7 @@ def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
     facts |= {f"config.{name}": value for name, value in recipe_fields(config).items()}
     hosts.compare("the comparison of configs", facts)
     hosts.compare("the count of devices", {"local devices": jax.local_device_count()})
+    _connect_devices()
     if mode != "plan":  # which writes nothing
         _check_shared(workdir)
 
@@ -108,6 +111,28 @@ def check_renaming(workdir: str) -> None:
     finally:
         shutil.rmtree(before, ignore_errors=True)
         shutil.rmtree(after, ignore_errors=True)
+
+
+def _connect_devices() -> None:
+    """Counts the devices by a sum over all of them, while every process is here.
+
+    CPU collectives wait 30 seconds for one another to connect, and compiling the first step may
+    take one process longer than that.
+    """
+    mesh = make_mesh()
+    mine = {"ones": np.ones(jax.local_device_count(), np.float32)}
+    try:
+        ones = to_global(mine, batch_sharding(mesh))["ones"]
+        total = float(jax.jit(lambda x: x.sum(), out_shardings=replicated(mesh))(ones))
+    except jax.errors.JaxRuntimeError as error:
+        raise TransientError(
+            f"a sum over the devices of all processes fails ({brief(error)}); can the hosts reach "
+            "each other on every port?"
+        ) from error
+    if total != mesh.size:
+        raise InputError(
+            f"a sum over {mesh.size} devices is {total}; they or the network are faulty"
+        )
 
 
 def _check_shared(workdir: str) -> None:

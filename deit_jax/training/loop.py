@@ -1,4 +1,4 @@
-"""The training loop, and evaluation of what it trained."""
+"""Trains a run, and evaluates one."""
 
 import collections
 import contextlib
@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
     Returns:
       The final report: `top1`, `top5` (percent), `loss`, `num_examples`; with two heads `top1_cls`
-      and `top1_dist`; all again with `ema_` where the average is on; with a teacher `teacher_top1`.
+      and `top1_dist`; all again with `ema_` where the EMA is on; with a teacher `teacher_top1`.
 
     Raises:
       InputError: before any long work, if the config, the data or the workdir are wrong.
@@ -186,8 +186,8 @@ def jit_train_step(
 
     Args:
       run: the checked run.
-      shardings: of the state, from `startup.initial_state`.
-      teacher: from `startup.load_teacher`.
+      shardings: of the state, from `setup.initial_state`.
+      teacher: from `teacher.load_teacher`.
     """
     if run.config.parallel.backend == "pmap":
         return pmap.pmap_train_step(run, teacher)
@@ -209,7 +209,7 @@ def jit_train_step(
 
 
 def _due(step: int, every: int) -> bool:
-    """Whether what happens every so many steps (0: never) happens after `step` updates."""
+    """Returns whether something due every `every` steps (0: never) is due after `step`."""
     return every > 0 and step % every == 0
 
 
@@ -256,7 +256,7 @@ class _Window:
 
 
 def _nonfinite_report(run: Run, step: int) -> str:
-    """What to say when `step` was the last allowed in a row; names the examples of the first."""
+    """Describes a run of non-finite steps that ends at `step`; names the examples of the first."""
     from deit_jax import data
 
     config = run.config
@@ -286,12 +286,12 @@ def _write_final_models(run: Run, state: TrainState) -> None:
 
 
 def holds_checkpoint(workdir: str) -> bool:
-    """Whether a run of `workdir` would resume."""
+    """Returns whether `workdir` holds a training checkpoint."""
     return any(path.name.isdigit() for path in Path(workdir, "checkpoints").glob("*"))
 
 
 def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
-    """The checkpoints of the run's workdir, checked to be of its model.
+    """Opens the checkpoints of the run's workdir and checks that they are of its model.
 
     Raises:
       InputError: they are not, or `init_from` does not fit, or the workdir cannot be written.

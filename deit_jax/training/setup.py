@@ -107,13 +107,13 @@ def _new_state(run: Run, variables: Variables) -> TrainState:
 
 
 def state_layout(run: Run) -> tuple[TrainState, TrainState]:
-    """The shape of every array of the run's state, and its sharding on the mesh."""
+    """Returns the shape of every array of the run's state, and its sharding on the mesh."""
     shapes = jax.eval_shape(lambda variables: _new_state(run, variables), run.abstract)
     return shapes, state_shardings(run.mesh, shapes)
 
 
 def initial_state(run: Run, checkpoints: TrainCheckpoints) -> tuple[TrainState, object, dict, str]:
-    """The state to start from: the workdir's latest checkpoint, else `init_from`, else scratch.
+    """Returns the state to start from: the latest checkpoint, else `init_from`, else scratch.
 
     Returns:
       The state on the mesh, its shardings, the best evaluation so far (`top1`, `step`) and a few
