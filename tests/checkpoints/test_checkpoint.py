@@ -95,16 +95,6 @@ def test_round_trip_is_exact_for_us_and_for_plain_orbax(tmp_path, name, options)
         np.testing.assert_array_equal(plain[leaf], array, err_msg=leaf)
 
 
-def test_loaded_blocks_keep_their_places(tmp_path):
-    """Every block holds its own number, so a permutation shows without any tree walking."""
-    model = _tiny(depth=12)
-    for number, block in enumerate(model.blocks):
-        block.norm1.bias[...] = np.full(8, number, np.float32)
-    save_model(tmp_path / "model", model)
-    loaded = load_model(tmp_path / "model")
-    assert [float(block.norm1.bias[0]) for block in loaded.blocks] == list(range(12))
-
-
 def test_model_json_says_all_that_prediction_needs(tmp_path):
     model = _tiny()
     model.info = registry.ModelInfo(
@@ -143,8 +133,11 @@ def _crash_at_rename_of(monkeypatch, name):
     monkeypatch.setattr(Path, "rename", crash)
 
 
-@pytest.mark.parametrize("stage", ["model", ".model.deit_jax.new"])
-def test_a_crash_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize(
+    ("stage", "read"),
+    [("model", True), (".model.deit_jax.new", True), (".model.deit_jax.new", False)],
+)
+def test_a_crash_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch, stage, read):
     """Before the first rename, and between the two: the old model is there, and replaced later."""
     path = tmp_path / "model"
     old, new = _tiny(seed=1), _tiny(seed=2)
@@ -155,23 +148,11 @@ def test_a_crash_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch,
             save_model(path, new)
     assert path.exists() == (stage == "model")
     before = sorted(entry.name for entry in tmp_path.iterdir())
-    _assert_equal(load_model(path), old)
-    _assert_equal(load_model(tmp_path), old)
+    for reader in (path, tmp_path) if read else ():
+        _assert_equal(load_model(reader), old)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == before  # readers change nothing
     save_model(path, new)
     _assert_equal(load_model(path), new)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_second_try_after_a_crash_needs_no_reader_in_between(tmp_path, monkeypatch):
-    path = tmp_path / "model"
-    save_model(path, _tiny(seed=1))
-    with monkeypatch.context() as patch:
-        _crash_at_rename_of(patch, ".model.deit_jax.new")
-        with pytest.raises(_Crash):
-            save_model(path, _tiny(seed=2))
-    save_model(path, _tiny(seed=3))
-    _assert_equal(load_model(path), _tiny(seed=3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
