@@ -15,11 +15,6 @@ def wnids() -> tuple[str, ...]:
     return tuple(_table())
 
 
-def names() -> tuple[str, ...]:
-    """Returns a readable name for each class in that order, distinct even in lower case."""
-    return tuple(_table().values())
-
-
 def readable(class_name: str) -> str:
     """Returns the readable name of a WordNet id of ImageNet-1k, and any other name as it is."""
     return _table().get(class_name, class_name)
@@ -53,6 +48,6 @@ def _plain(text: str) -> str:
 
 @functools.cache
 def _table() -> dict[str, str]:
-    """Reads {WordNet id: readable name}."""
+    """Reads {WordNet id: readable name}; the names are distinct even in lower case."""
     lines = _FILE.read_text(encoding="utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines)

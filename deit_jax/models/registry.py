@@ -31,9 +31,6 @@ class _Entry:
     image_size: int = 224
     crop_ratio: float | None = 0.875
 
-    def option_names(self) -> set[str]:
-        return set(inspect.signature(self.build.__init__).parameters) - _GIVEN
-
 
 def _deit(
     dim: int, depth: int, heads: int, image_size: int = 224, *, distilled: bool = False
@@ -132,24 +129,15 @@ def fixed_size(info: ModelInfo) -> int | None:
     return info.image_size if _entry(info.name).build is VisionTransformer else None
 
 
-def model_info(
-    name: str, *, num_classes: int = 1000, image_size: int | None = None, **more: Any
-) -> ModelInfo:
-    """Returns the registry's description of a model; `more` sets further fields of ModelInfo.
+def model_info(name: str, **fields: Any) -> ModelInfo:
+    """Returns the registry's description of a model; `fields` of ModelInfo replace its values.
 
     Raises:
-      InputError: unknown name or field.
+      InputError: unknown name.
     """
     entry = _entry(name)
-    fields = {field.name for field in dataclasses.fields(ModelInfo)}
-    _check_known(more, fields, f"description of {name}")
-    values = {"crop_ratio": entry.crop_ratio} | more
-    return ModelInfo(
-        name=name,
-        num_classes=num_classes,
-        image_size=entry.image_size if image_size is None else image_size,
-        **values,
-    )
+    size = {"image_size": entry.image_size, "crop_ratio": entry.crop_ratio}
+    return ModelInfo(name, **({"num_classes": 1000} | size | fields))
 
 
 def create_model(
@@ -183,7 +171,11 @@ def create_model(
     entry = _entry(name)
     # This function's own arguments are listed for the suggestion that answers a misspelt one.
     own = {"num_classes", "image_size", "drop_path_rate", "dtype"}
-    _check_known(overrides, entry.option_names() | own, f"model {name}")
+    constructor = set(inspect.signature(entry.build.__init__).parameters) - _GIVEN
+    for option in overrides:
+        if option not in constructor:
+            suggestion = _suggest(option, constructor | own)
+            raise InputError(f'model {name} has no option "{option}"{suggestion}')
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}, expected at least 1")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
@@ -192,10 +184,11 @@ def create_model(
     structural = tuple(
         pair for pair in sorted(overrides.items()) if pair[0] not in _TRAINING_OPTIONS
     )
-    info = model_info(name, num_classes=num_classes, image_size=image_size, overrides=structural)
+    size = entry.image_size if image_size is None else image_size
+    info = model_info(name, num_classes=num_classes, image_size=size, overrides=structural)
     arguments = entry.options | overrides | {"num_classes": num_classes, "dtype": dtype}
     if entry.build is VisionTransformer:
-        arguments |= {"image_size": info.image_size, "drop_path_rate": drop_path_rate}
+        arguments |= {"image_size": size, "drop_path_rate": drop_path_rate}
     elif drop_path_rate:
         raise InputError(
             f"drop_path_rate is {drop_path_rate}, but {name} has no stochastic depth: set it to 0"
@@ -214,12 +207,6 @@ def _entry(name: str) -> _Entry:
     if name not in _MODELS:
         raise InputError(f'unknown model "{name}"{_suggest(name, _MODELS)}')
     return _MODELS[name]
-
-
-def _check_known(given: dict[str, Any], known: set[str], owner: str) -> None:
-    for option in given:
-        if option not in known:
-            raise InputError(f'{owner} has no option "{option}"{_suggest(option, known)}')
 
 
 def _suggest(name: str, known: Any) -> str:

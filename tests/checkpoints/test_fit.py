@@ -1,3 +1,5 @@
+"""Weights made to fit other models, against the resizes of PyTorch, timm and the reference."""
+
 import dataclasses
 import functools
 
@@ -60,14 +62,8 @@ def test_resize_equals_torch(kernel, old_grid, grid):
 @pytest.mark.parametrize(("old_grid", "grid"), [GRIDS[0], GRIDS[1], GRIDS[4]])
 def test_timm_kernel_equals_timm(num_prefix, old_grid, grid):
     pos = embeddings(num_prefix + old_grid[0] * old_grid[1])
-    square = old_grid[0] == old_grid[1]
-    got = resize_pos_embed(
-        pos,
-        grid=grid,
-        num_prefix=num_prefix,
-        old_grid=None if square else old_grid,
-        kernel="timm",
-    )
+    given = None if old_grid[0] == old_grid[1] else old_grid  # None: square
+    got = resize_pos_embed(pos, grid=grid, num_prefix=num_prefix, old_grid=given, kernel="timm")
     want = resample_abs_pos_embed(
         torch.from_numpy(pos), grid, old_grid, num_prefix_tokens=num_prefix
     )
@@ -86,20 +82,20 @@ def test_kernels_on_a_known_field():
         np.testing.assert_allclose(got[0, :6, 0], row, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "timm"])
-def test_the_same_grid_keeps_the_bits(kernel):
+def test_the_same_grid_keeps_the_bits():
     pos = embeddings(2 + 70)
-    got = resize_pos_embed(pos, grid=(7, 10), num_prefix=2, old_grid=(7, 10), kernel=kernel)
-    assert got.tobytes() == pos.tobytes()
+    for kernel in ("reference", "timm"):
+        got = resize_pos_embed(pos, grid=(7, 10), num_prefix=2, old_grid=(7, 10), kernel=kernel)
+        assert got.tobytes() == pos.tobytes()
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (1 + 15, {"num_prefix": 1}, "15 position embeddings .*old_grid"),
-        (1 + 16, {"num_prefix": 1, "old_grid": (3, 5)}, "16 position .* from 3×5 to 6×6"),
-        (1 + 16, {"num_prefix": 1, "grid": (0, 6)}, "to 0×6 patches"),
-        (1 + 16, {"num_prefix": 1, "kernel": "nearest"}, '"nearest", expected reference or timm'),
+        (1 + 15, {"num_prefix": 1}, "15 position .*old_grid"),
+        (1 + 16, {"num_prefix": 1, "old_grid": (3, 5)}, "from 3×5 to 6×6"),
+        (1 + 16, {"num_prefix": 1, "grid": (0, 6)}, "to 0×6"),
+        (1 + 16, {"num_prefix": 1, "kernel": "nearest"}, "nearest"),
         (2, {"num_prefix": 2}, r"shape \(1, 2, 16\), expected"),
     ],
 )
@@ -121,23 +117,25 @@ def filled(like, seed):
     return jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), like)
 
 
-def fit(source, target, *, with_fresh=True, **options):
-    """Fits random weights; returns (old, fresh, fitted) by leaf name, and the notices."""
+def fit(source, target, *, fresh=True, other=(), new=(), **options):
+    """Fits random weights, without an initialisation where `fresh` is False.
+
+    Leaves in `new` have to be the fresh ones, all others but `other` the old ones: the very arrays.
+    Returns (old, fresh, fitted) by leaf name, and the changes.
+    """
     (network, like), (wanted, want) = source, target
-    old, fresh = filled(like, 0), filled(want, 1)
-    got, notices = fit_weights(
-        old,
-        network.info,
-        want,
-        wanted.info,
-        fresh=(lambda: fresh) if with_fresh else None,
-        **options,
-    )
+    old, start = filled(like, 0), filled(want, 1)
+    options["fresh"] = (lambda: start) if fresh else None
+    got, changes = fit_weights(old, network.info, want, wanted.info, **options)
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(lambda leaf: leaf.shape, want)
     assert key_order(got.params) == key_order(want.params)
     assert key_order(got.batch_stats) == key_order(want.batch_stats)
-    assert all("\n" not in notice for notice in notices)
-    return *(trees.flat(named(each)) for each in (old, fresh, got)), notices
+    assert all("\n" not in change for change in changes)
+    old, start, got = (trees.flat(named(each)) for each in (old, start, got))
+    for name, leaf in got.items():
+        if name not in other:
+            assert leaf is (start if name in new else old)[name], name
+    return old, start, got, changes
 
 
 def named(variables):
@@ -150,14 +148,6 @@ def key_order(tree):
     return [(key, key_order(value)) for key, value in tree.items()]
 
 
-def assert_origin(old, fresh, got, *, new=(), other=()):
-    """Leaves in `new` are the fresh ones, all but `other` the old ones: the very arrays."""
-    for name, leaf in got.items():
-        if name in other:
-            continue
-        assert leaf is (fresh if name in new else old)[name], name
-
-
 def head(*names):
     return {f"{name}/{leaf}" for name in names for leaf in ("kernel", "bias")}
 
@@ -166,26 +156,19 @@ ALL = ["deit_testing", "deit_testing_distilled", "deit3_testing", "regnety_testi
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_equal_models_are_left_alone(name):
-    old, fresh, got, notices = fit(shapes(name), shapes(name), with_fresh=False)
-    assert_origin(old, fresh, got)
+def test_the_number_of_classes(name):
+    old, _, got, changes = fit(shapes(name), shapes(name), fresh=False)
     assert list(got) == list(old)
-    assert notices == []
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_other_number_of_classes(name):
-    old, fresh, got, notices = fit(shapes(name), shapes(name, num_classes=7))
+    assert changes == []
     heads = {
         "deit_testing_distilled": ("head", "head_dist"),
         "regnety_testing": ("head/fc",),
     }.get(name, ("head",))
-    assert_origin(old, fresh, got, new=head(*heads))
-    assert notices == [
+    _, _, got, changes = fit(shapes(name), shapes(name, num_classes=7), new=head(*heads))
+    assert changes == [
         f"{each.split('/')[0]} newly initialised: 7 classes, where {name} has 5" for each in heads
     ]
-    if name == "regnety_testing":
-        assert sum(leaf.startswith("batch_stats/") for leaf in got) > 10
+    assert any(leaf.startswith("batch_stats/") for leaf in got) == (name == "regnety_testing")
 
 
 def with_names(model, *class_names):
@@ -199,16 +182,12 @@ def test_other_classes_of_the_same_number(name):
     model, heads = shapes(name), head("head", "head_dist", "head/fc")
     birds = with_names(model, "ara", "jay", "owl", "tit", "emu")
     fish = with_names(model, "ara", "jay", "cod", "tit", "emu")
-    old, fresh, got, notices = fit(birds, fish)
-    assert_origin(old, fresh, got, new=heads)
-    assert len(notices) == (2 if "distilled" in name else 1)
-    assert all("5 classes as before" in notice for notice in notices)
-    assert all("'owl' is now 'cod'" in notice for notice in notices)
+    *_, changes = fit(birds, fish, new=heads)
+    assert len(changes) == (2 if "distilled" in name else 1)
+    assert all("'owl' is now 'cod'" in change for change in changes)
     # The same names, or none on one side: no reason to forget the heads.
     for target in (birds, model):
-        old, fresh, got, notices = fit(birds, target, with_fresh=False)
-        assert_origin(old, fresh, got)
-        assert notices == []
+        assert fit(birds, target, fresh=False)[3] == []
 
 
 SIZES = [
@@ -219,82 +198,70 @@ SIZES = [
 ]
 
 
+def assert_resized(got, pos, old_grid, grid, num_prefix, kernel="reference"):
+    """Compares position embeddings with PyTorch's own resize of `pos`."""
+    np.testing.assert_array_equal(got[:, :num_prefix], pos[:, :num_prefix])
+    field = torch.from_numpy(pos[0, num_prefix:].reshape(*old_grid, -1)).double()
+    want = interpolate(field, grid, antialias=kernel == "timm").numpy().reshape(1, -1, 64)
+    np.testing.assert_allclose(got[:, num_prefix:], want, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kernel", ["reference", "timm"])
 @pytest.mark.parametrize(("name", "size", "num_prefix", "grid"), SIZES)
 def test_other_image_size(name, size, num_prefix, grid, kernel):
-    target = shapes(name, image_size=size)
-    old, fresh, got, notices = fit(shapes(name), target, with_fresh=False, kernel=kernel)
-    if grid == (8, 8):
-        assert_origin(old, fresh, got)
-        assert notices == []
+    target, same = shapes(name, image_size=size), grid == (8, 8)
+    other = () if same else {"pos_embed"}
+    old, _, got, changes = fit(shapes(name), target, fresh=False, kernel=kernel, other=other)
+    if same:
+        assert changes == []
         return
-    assert_origin(old, fresh, got, other={"pos_embed"})
-    pos = old["pos_embed"]
-    np.testing.assert_array_equal(got["pos_embed"][:, :num_prefix], pos[:, :num_prefix])
-    field = torch.from_numpy(pos[0, num_prefix:].reshape(8, 8, -1)).double()
-    want = interpolate(field, grid, antialias=kernel == "timm").numpy().reshape(1, -1, 64)
-    np.testing.assert_allclose(got["pos_embed"][:, num_prefix:], want, rtol=0, atol=1e-6)
-    assert notices == [
+    assert_resized(got["pos_embed"], old["pos_embed"], (8, 8), grid, num_prefix, kernel)
+    assert changes == [
         f"pos_embed resized from 8×8 to {grid[0]}×{grid[1]} patches, {kernel} kernel"
     ]
 
 
 def test_back_from_images_that_are_not_square():
     source = shapes("deit_testing", image_size=(24, 40))
-    old, fresh, got, _ = fit(source, shapes("deit_testing"))
-    assert_origin(old, fresh, got, other={"pos_embed"})
-    field = torch.from_numpy(old["pos_embed"][0, 1:].reshape(6, 10, -1)).double()
-    want = interpolate(field, (8, 8), antialias=False).numpy().reshape(1, 64, 64)
-    np.testing.assert_allclose(got["pos_embed"][:, 1:], want, rtol=0, atol=1e-6)
+    old, _, got, _ = fit(source, shapes("deit_testing"), other={"pos_embed"})
+    assert_resized(got["pos_embed"], old["pos_embed"], (6, 10), (8, 8), 1)
 
 
 def test_the_distillation_token_is_dropped():
-    old, fresh, got, notices = fit(
-        shapes("deit_testing_distilled"), shapes("deit_testing"), with_fresh=False
-    )
-    assert_origin(old, fresh, got, other={"pos_embed"})
+    distilled, plain = shapes("deit_testing_distilled"), shapes("deit_testing")
+    old, _, got, changes = fit(distilled, plain, fresh=False, other={"pos_embed"})
     kept = [0, *range(2, 66)]
     np.testing.assert_array_equal(got["pos_embed"], old["pos_embed"][:, kept])
-    assert notices == [
+    assert changes == [
         "dist_token, head_dist, row 1 of pos_embed dropped: deit_testing is not distilled"
     ]
 
 
-def test_a_distillation_token_is_added():
-    old, fresh, got, notices = fit(shapes("deit_testing"), shapes("deit_testing_distilled"))
-    new = {"dist_token"} | head("head_dist")
-    assert_origin(old, fresh, got, new=new, other={"pos_embed"})
-    np.testing.assert_array_equal(got["pos_embed"][:, :1], old["pos_embed"][:, :1])
+@pytest.mark.parametrize("target", [{}, {"num_classes": 7, "image_size": 48}])
+def test_a_distillation_token_is_added(target):
+    """Alone, and with everything else at once."""
+    new = {"dist_token"} | head("head_dist", *(["head"] if target else []))
+    wanted = shapes("deit_testing_distilled", **target)
+    old, fresh, got, changes = fit(shapes("deit_testing"), wanted, new=new, other={"pos_embed"})
+    want = old["pos_embed"]
+    if target:
+        want = resize_pos_embed(want, grid=(12, 12), num_prefix=1)
+    np.testing.assert_array_equal(np.delete(got["pos_embed"], 1, axis=1), want)
     np.testing.assert_array_equal(got["pos_embed"][:, 1], fresh["pos_embed"][:, 1])
-    np.testing.assert_array_equal(got["pos_embed"][:, 2:], old["pos_embed"][:, 1:])
-    assert notices == [
-        f"{name} newly initialised: deit_testing is not distilled"
-        for name in ("dist_token", "head_dist", "row 1 of pos_embed")
-    ]
+    names = ["dist_token", "head_dist", "row"]
+    if target:
+        names = ["pos_embed", "head", *names]
+    assert [change.split(" ")[0] for change in changes] == names
+    assert changes[-1] == "row 1 of pos_embed newly initialised: deit_testing is not distilled"
 
 
 def test_without_class_positions_a_distillation_token_changes_no_position():
     plain = shapes("deit3_testing")
     distilled = shapes("deit3_testing", distilled=True)
-    old, fresh, got, notices = fit(plain, distilled)
-    assert_origin(old, fresh, got, new={"dist_token"} | head("head_dist"))
-    assert len(notices) == 2
-    old, fresh, got, notices = fit(distilled, plain)
-    assert_origin(old, fresh, got)
-    assert notices == ["dist_token, head_dist dropped: deit3_testing is not distilled"]
-
-
-def test_everything_at_once():
-    target = shapes("deit_testing_distilled", num_classes=7, image_size=48)
-    old, fresh, got, notices = fit(shapes("deit_testing"), target)
-    new = {"dist_token"} | head("head", "head_dist")
-    assert_origin(old, fresh, got, new=new, other={"pos_embed"})
-    want = resize_pos_embed(old["pos_embed"], grid=(12, 12), num_prefix=1)
-    np.testing.assert_array_equal(np.delete(got["pos_embed"], 1, axis=1), want)
-    np.testing.assert_array_equal(got["pos_embed"][:, 1], fresh["pos_embed"][:, 1])
-    assert [notice.split(" ")[0] for notice in notices] == [
-        "pos_embed", "head", "dist_token", "head_dist", "row",
-    ]  # fmt: skip
+    *_, changes = fit(plain, distilled, new={"dist_token"} | head("head_dist"))
+    assert len(changes) == 2
+    *_, changes = fit(distilled, plain)
+    assert changes == ["dist_token, head_dist dropped: deit3_testing is not distilled"]
 
 
 def test_jax_arrays_and_another_key_order():
@@ -316,32 +283,25 @@ def test_jax_arrays_and_another_key_order():
 def test_shapes_alone_tell_what_would_be_done():
     (network, like) = shapes("deit_testing")
     (wanted, want) = shapes("deit_testing_distilled", image_size=48)
-    got, notices = fit_weights(like, network.info, want, wanted.info, fresh=lambda: want)
+    got, changes = fit_weights(like, network.info, want, wanted.info, fresh=lambda: want)
     trees.check_like(got.params, want.params)
-    assert len(notices) == 4
+    assert len(changes) == 4
 
 
-DIFFERENT = {
-    "LayerScale and positions": ("deit_testing", {}, "deit3_testing", {}, "missing .*ls1/gamma"),
-    "no LayerScale": ("deit3_testing", {}, "deit_testing", {}, "unexpected .*ls1/gamma"),
-    "positions": (
-        "deit_testing",
-        {},
-        "deit_testing",
-        {"no_embed_class": True},
-        "for all tokens, but deit_testing has them for patches only",
-    ),
-    "width": ("deit_testing", {}, "deit_testing", {"embed_dim": 32}, r"expected \(32,\)"),
-    "depth": ("deit_testing", {"depth": 5}, "deit_testing", {}, "unexpected .*blocks/4/"),
-    "patches": ("deit_testing", {}, "deit_testing", {"patch_size": 8}, "patch_embed/proj/kernel"),
-    "family": ("regnety_testing", {}, "deit_testing_distilled", {}, "missing .*blocks/0/"),
-    "attention": ("deit_testing", {}, "deit_testing", {"num_heads": 4}, "2 attention heads.* 4;"),
-}
+DIFFERENT = [
+    ("deit_testing", {}, "deit3_testing", {}, "missing .*ls1/gamma"),
+    ("deit3_testing", {}, "deit_testing", {}, "unexpected .*ls1/gamma"),
+    ("deit_testing", {}, "deit_testing", {"no_embed_class": True}, "no_embed_class"),
+    ("deit_testing", {}, "deit_testing", {"embed_dim": 32}, r"expected \(32,\)"),
+    ("deit_testing", {"depth": 5}, "deit_testing", {}, "unexpected .*blocks/4/"),
+    ("deit_testing", {}, "deit_testing", {"patch_size": 8}, "patch_embed/proj/kernel"),
+    ("regnety_testing", {}, "deit_testing_distilled", {}, "missing .*blocks/0/"),
+    ("deit_testing", {}, "deit_testing", {"num_heads": 4}, "2 attention heads.* 4;"),
+]
 
 
-@pytest.mark.parametrize("case", DIFFERENT)
-def test_other_bodies_are_refused(case):
-    name, options, target, target_options, message = DIFFERENT[case]
+@pytest.mark.parametrize(("name", "options", "target", "target_options", "message"), DIFFERENT)
+def test_other_bodies_are_refused(name, options, target, target_options, message):
     with pytest.raises(InputError, match=message) as error:
         fit(shapes(name, **options), shapes(target, **target_options))
     assert "\n" not in str(error.value)
@@ -350,33 +310,29 @@ def test_other_bodies_are_refused(case):
 
 
 def test_heads_given_by_the_registry_or_by_hand_are_the_same():
-    fit(shapes("deit_testing"), shapes("deit_testing", num_heads=2), with_fresh=False)
+    fit(shapes("deit_testing"), shapes("deit_testing", num_heads=2), fresh=False)
 
 
-def test_new_leaves_need_an_initialisation():
+def test_new_leaves_need_an_initialisation_of_the_target():
     target = shapes("deit_testing_distilled", num_classes=7)
     with pytest.raises(InputError) as error:
-        fit(shapes("deit_testing"), target, with_fresh=False)
+        fit(shapes("deit_testing"), target, fresh=False)
     message = str(error.value)
     assert "\n" not in message
-    assert "head (7 classes, where deit_testing has 5)" in message
-    for name in ("dist_token", "head_dist", "row 1 of pos_embed"):
-        assert f"{name} (deit_testing is not distilled)" in message
-
-
-def test_a_wrong_image_size_is_refused():
-    network, like = shapes("deit_testing")
-    wrong = dataclasses.replace(network.info, image_size=48)
-    with pytest.raises(InputError, match="has 65 rows, but 48×48 pixels are 12×12 patches"):
-        fit_weights(filled(like, 0), wrong, like, network.info)
-
-
-def test_a_foreign_initialisation_is_refused():
+    for name in ("head (7 classes", "dist_token", "head_dist", "row 1 of pos_embed"):
+        assert name in message
     network, like = shapes("deit_testing")
     wanted, want = shapes("deit_testing", num_classes=7)
     old = filled(like, 0)
     with pytest.raises(InputError, match=r"fresh parameters of deit_testing.*head/kernel"):
         fit_weights(old, network.info, want, wanted.info, fresh=lambda: old)
+
+
+def test_a_wrong_image_size_is_refused():
+    network, like = shapes("deit_testing")
+    wrong = dataclasses.replace(network.info, image_size=48)
+    with pytest.raises(InputError, match="65 rows, but 48×48 pixels are 12×12 patches"):
+        fit_weights(filled(like, 0), wrong, like, network.info)
 
 
 # The torch module, against timm, and as the judge of fitted weights.
