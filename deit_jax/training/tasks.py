@@ -45,9 +45,11 @@ def distillation(
     The class head learns from the labels and the distillation head from the teacher.
 
     Raises:
-      InputError: there is no teacher or no second head.
+      InputError: the kind is unknown, or there is no teacher or no second head.
     """
     kind, alpha = config.distill.kind, config.distill.alpha
+    if kind not in ("hard", "soft"):
+        raise InputError(f"distill.kind is {kind!r}: expected none, hard or soft")
     if teacher_logits is None:
         raise InputError(f"distill.kind is {kind!r} but there is no teacher: set distill.teacher")
     if len(heads) != 2:
