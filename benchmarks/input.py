@@ -1,303 +1,207 @@
 """Measures what an image costs the input pipeline in CPU time: ours, and PyTorch's beside it.
 
-python tools/benchmark.py input --config=configs/deit_b.py --data ROOT --compare timm --cores 1
-python tools/benchmark.py input --config=configs/deit_b.py --data ROOT --only eval --json
+python tools/benchmark.py input --config=deit_b --data ROOT --compare timm --cores 1
+python tools/benchmark.py input --config=deit3:b --data ROOT --compare timm --only train --json
 
-ROOT holds {train,val}/CLASS/*.JPEG. Three kinds of preprocessing are measured: the recipe's own for
-training, DeiT III's 3-Augment, and evaluation. --compare timm adds PyTorch's pipelines for the
-same: timm's loader, and for 3-Augment the reference's chain of torchvision. Their workers deliver
-float32, normalised and erased, as in the published runs; or uint8, as ours do, and leave that to
-the accelerator.
-
-CPU time is user and system time of a pipeline's process and its workers. It is what a host has to
-give, and other programs disturb it less than the clock. Every pipeline has a process of its own,
-all on the same --cores processors. On one of them PyTorch's loader works within its process, which
-spares it handing images over; on more it has a worker for each. The pipelines take turns of
---images, and a turn ends when all that is prefetched is ready again: it costs just so many images,
-and nobody works outside of it. Every round of turns gives a ratio; the table has medians. Turns
-begin after the first images, for which XLA compiles; most of that is in the time to the first
-batch. A few files serve again and again: all come from the page cache.
+ROOT holds {train,val}/CLASS/*.JPEG. Training and evaluation of the recipe are measured, in turns
+with PyTorch's pipelines for the same. docs/benchmarks.md explains the figures.
 """
 
-import datetime
+import contextlib
 import functools
-import importlib.util
+import itertools
 import os
-import platform
+import shlex
 import statistics
-import sys
 import tempfile
-import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from benchmarks import pipelines
-from benchmarks.turns import WARM_UP, Cost, measure
+from benchmarks.turns import WARM_UP, Runner, Turn, deliver, take_turns
+from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.config.validate import validate
 from deit_jax.errors import InputError
-from deit_jax.planning import markdown as reports
+from deit_jax.planning.markdown import head, origin, processor, publish, table
 
-USAGE = "%(prog)s input --config=FILE [--config.GROUP.FIELD=VALUE ...] --data ROOT [options]"
-KINDS = ("train", "three_augment", "eval")
-JPEG = (".jpg", ".jpeg")
+RECIPE = "required"
 PACKAGES = ("tensorflow", "tensorflow-cpu", "torch", "torchvision", "timm", "pillow", "numpy")
 
 Report = dict[str, Any]  # what --json prints
 
 
-class Pipeline(NamedTuple):
-    """One of those that are compared."""
-
-    label: str
-    build: Callable[[pipelines.Setup], Iterator[Any]]
-    config: ConfigDict
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the flags of this part."""
-    add = parser.add_argument
+    add, number = parser.add_argument, {"type": one_or_more, "metavar": "N"}
     add("--data", required=True, type=Path, metavar="ROOT", help="folder with train and val")
     add("--compare", choices=["timm"], help="also measure PyTorch's pipelines")
-    add("--only", choices=KINDS, help="measure one kind of preprocessing")
-    add("--cores", type=int, help="processors to use (default: all that may be used)")
-    add("--rounds", type=int, default=7, help="turns of every pipeline (default: 7)")
-    add("--images", type=int, default=1024, help="images in a turn (default: 1024)")
-    add("--batch", type=int, default=256, help="images in a batch (default: 256)")
+    add("--only", choices=["train", "eval"], help="measure one kind of preprocessing")
+    add("--cores", **number, help="processors to use (default: all that may be used)")
+    add("--rounds", **number, default=7, help="turns of every pipeline (default: 7)")
+    add("--images", **number, default=1024, help="images in a turn (default: 1024)")
+    add("--batch", **number, default=256, help="images in a batch (default: 256)")
+    add("--write", type=new_file, metavar="FILE", help="also put the report into this file")
 
 
-def run(arguments: Namespace) -> Report:
+def run(arguments: Namespace, emit: Callable[[Report], None]) -> None:
+    """Measures and reports."""
+    report = measure(arguments)
+    command = f"python tools/benchmark.py input {shlex.join(arguments.argv)}"
+    publish(markdown(report, command), arguments.write)
+    emit(report)
+
+
+def measure(arguments: Namespace) -> Report:
     """Measures.
 
     Raises:
       InputError: flags or data that are wrong, or nothing to compare the recipe with.
     """
-    _check(arguments)
-    kinds = [arguments.only] if arguments.only else list(KINDS)
-    if arguments.config.input.three_augment and not arguments.only:
-        kinds.remove("three_augment")  # it is the recipe's own
-    splits = sorted({"val" if kind == "eval" else "train" for kind in kinds})
-    files = {split: _jpegs(arguments.data / split) for split in splits}
-    # More than all turns take: nobody comes to the end.
-    total = arguments.images * (arguments.rounds + WARM_UP)
-    total += arguments.batch * (4 + 2 * arguments.cores)
-    groups = {}
+    if arguments.compare and not find_spec("timm"):
+        raise InputError("--compare timm needs timm; install it with: pip install 'deit-jax[test]'")
+    available = sorted(os.sched_getaffinity(0))
+    cores = len(available) if arguments.cores is None else arguments.cores
+    images, rounds, batch = arguments.images, arguments.rounds, arguments.batch
+    if cores > len(available):
+        raise InputError(f"--cores is {cores}, but only {len(available)} may be used")
+    if images % batch:
+        raise InputError(f"--images is {images}, expected a multiple of --batch ({batch})")
+    # More than all turns take: no pipeline reaches the end.
+    total = images * (rounds + WARM_UP) + batch * (4 + 2 * cores)
+    kinds = [kind for kind in ("train", "eval") if arguments.only in (None, kind)]
+    files, groups = {}, {}
     with tempfile.TemporaryDirectory() as root:
         config = arguments.config.copy_and_resolve_references()
         with config.unlocked():
-            config.train.batch_size = arguments.batch
+            config.train.batch_size = batch
             config.dataset.update(
                 source="folder", root=root, train_split="train", eval_split="val",
                 label_file="", num_classes=0, train_fraction=1.0,
             )  # fmt: skip
         validate(config)
-        wanted = {kind: compared(kind, config, with_timm=bool(arguments.compare)) for kind in kinds}
-        for split, found in files.items():
-            _link(found, Path(root) / split, total)
-        for kind, those in wanted.items():
-            print(f"{kind}: {', '.join(those)}", file=sys.stderr, flush=True)
-            costs = measure(
-                {
-                    name: functools.partial(one.build, pipelines.Setup(one.config, arguments.cores))
-                    for name, one in those.items()
-                },
-                cores=arguments.cores,
-                turns=arguments.rounds,
-                batches=arguments.images // arguments.batch,
-            )
+        for split in ("train" if kind == "train" else "val" for kind in kinds):
+            files[split] = _link(arguments.data / split, Path(root) / split, total)
+        for kind in kinds:
+            builders = compared(kind, config, cores, with_timm=bool(arguments.compare))
+            with contextlib.ExitStack() as stack:
+                runners = {}
+                for label, build in builders.items():
+                    program = functools.partial(deliver, build)
+                    runner = Runner(f"{kind}, {label}", program, available[:cores])
+                    runners[label] = stack.enter_context(runner)
+                turns = take_turns(runners, rounds=rounds, count=images // batch)
             groups[kind] = {
-                "what": _what(kind, those["ours"].config.input),
-                "pipelines": _figures(those, costs, arguments.images),
+                label: _figures(runner.facts, turns[label], turns["ours, uint8"], images)
+                for label, runner in runners.items()
             }
-    sizes = [file.stat().st_size for found in files.values() for file in found]
     return {
-        "date": str(datetime.date.today()),
-        "cpu": reports.processor(),
-        "python": platform.python_version(),
-        "versions": reports.versions(*PACKAGES),
-        "cores": arguments.cores,
-        "rounds": arguments.rounds,
-        "images": arguments.images,
-        "batch": arguments.batch,
-        "files": {split: len(found) for split, found in files.items()},
-        "median_file_bytes": statistics.median(sizes),
+        **origin(*PACKAGES),
+        "recipe": arguments.config_file,
+        "cpu": processor(),
+        "cores": cores,
+        "rounds": rounds,
+        "images": images,
+        "batch": batch,
+        "files": {split: len(sizes) for split, sizes in files.items()},
+        "median_file_bytes": statistics.median(itertools.chain(*files.values())),
         "kinds": groups,
     }
 
 
-def _check(arguments: Namespace) -> None:
-    if not hasattr(os, "sched_setaffinity"):
-        raise InputError("this system has no processor affinity; measure the input on Linux")
-    if arguments.config is None:
-        raise InputError("--config is missing; name a recipe, such as configs/deit_b.py")
-    available = len(os.sched_getaffinity(0))
-    arguments.cores = available if arguments.cores is None else arguments.cores
-    if not 1 <= arguments.cores <= available:
-        raise InputError(f"--cores is {arguments.cores}, expected 1 to {available}, all there are")
-    for name in ("rounds", "images", "batch"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} is {getattr(arguments, name)}, expected 1 or more")
-    if arguments.images % arguments.batch:
-        raise InputError(
-            f"--images is {arguments.images}, expected a multiple of --batch ({arguments.batch})"
-        )
-    if arguments.compare and not importlib.util.find_spec("timm"):
-        raise InputError("--compare timm needs timm; install it with: pip install 'deit-jax[test]'")
-
-
-def compared(kind: str, config: ConfigDict, *, with_timm: bool) -> dict[str, Pipeline]:
-    """The pipelines for one of KINDS by name, ours first; those after `ours` are compared with it.
+def compared(
+    kind: str, config: ConfigDict, cores: int, *, with_timm: bool
+) -> dict[str, Callable[[], Iterator[Any]]]:
+    """Returns the pipelines of "train" or "eval" by label, ours first.
 
     Raises:
       InputError: PyTorch's side has nothing like the recipe.
     """
-    if kind == "three_augment":
-        config = _with(config, auto_augment="", three_augment=True, color_jitter=0.3)
-    chosen = config.input
+    train, chosen = kind == "train", config.input
+    found = {"ours, uint8": functools.partial(pipelines.ours, config, train=train)}
+    if not with_timm:
+        return found
     by_timm = chosen.train_crop == "random_resized" and not (
         chosen.auto_augment and chosen.color_jitter
     )
-    if with_timm and (
-        chosen.train_crop == "small" or not (kind == "eval" or chosen.three_augment or by_timm)
-    ):
+    if chosen.train_crop == "small" or (train and not (chosen.three_augment or by_timm)):
         raise InputError(
-            "--compare timm: nothing of PyTorch's is like config.input with train_crop "
+            "--compare timm: PyTorch has nothing like config.input with train_crop "
             f"{chosen.train_crop!r}, auto_augment {chosen.auto_augment!r} and color_jitter "
             f"{chosen.color_jitter:g}; measure without --compare"
         )
-    if kind == "eval":
-        those = {"ours": Pipeline("ours, uint8", pipelines.ours_eval, config)}
-        theirs = {
-            "timm": Pipeline("timm, float32", pipelines.timm_eval, config),
-            "timm_uint8": Pipeline("timm, uint8", pipelines.timm_eval_uint8, config),
-        }
-        return those | (theirs if with_timm else {})
-    those = {"ours": Pipeline("ours, uint8", pipelines.ours_train, config)}
-    if chosen.repeats > 1:
-        label = "ours, uint8, every view from its file"
-        those["ours_single"] = Pipeline(label, pipelines.ours_train, _with(config, repeats=1))
-    if kind == "train" and chosen.train_crop == "random_resized":
-        label = "decoding the crop of every view, no more"
-        those["decode_and_crop"] = Pipeline(label, pipelines.decode_and_crop, config)
-    if chosen.three_augment:
-        build, build_uint8 = pipelines.reference_train, pipelines.reference_train_uint8
-        names = ("reference", "reference's chain")
+    if train and chosen.three_augment:
+        name, build = "reference's chain", functools.partial(pipelines.reference, config, cores)
     else:
-        build, build_uint8 = pipelines.timm_train, pipelines.timm_train_uint8
-        names = ("timm", "timm")
-    theirs = {
-        names[0]: Pipeline(f"{names[1]}, float32", build, config),
-        f"{names[0]}_uint8": Pipeline(f"{names[1]}, uint8", build_uint8, config),
+        name, build = "timm", functools.partial(pipelines.timm, config, cores, train=train)
+    for in_uint8 in (False, True):
+        label = f"{name}, {'uint8' if in_uint8 else 'float32'}"
+        found[label] = functools.partial(build, in_uint8=in_uint8)
+    return found
+
+
+def _figures(facts: dict, turns: list[Turn], ours: list[Turn], images: int) -> dict[str, Any]:
+    """The figures of a pipeline; `ours_is_faster` says how many times, round by round."""
+    per_image = [1e3 * turn.cpu / images for turn in turns]
+    ratios = [turn.cpu / other.cpu for turn, other in zip(turns, ours, strict=True)]
+    return {
+        "cpu_ms": statistics.median(per_image),
+        "cpu_ms_rounds": per_image,
+        "images_per_cpu_second": 1e3 / statistics.median(per_image),
+        "ours_is_faster": statistics.median(ratios),
+        "ours_is_faster_range": [min(ratios), max(ratios)],
+        "first_batch_s": facts["first_s"],
+        "first_batch_cpu_s": facts["first_cpu_s"],
+        "peak_memory_bytes": turns[-1].peak_memory,
     }
-    return those | (theirs if with_timm else {})
-
-
-def _with(config: ConfigDict, **fields: Any) -> ConfigDict:
-    """A copy with other fields of `input`."""
-    copy = config.copy_and_resolve_references()
-    with copy.unlocked():
-        copy.input.update(**fields)
-    return copy
-
-
-def _what(kind: str, chosen: ConfigDict) -> str:
-    """What is done to the images, in words."""
-    if kind == "eval":
-        return (
-            f"Evaluation: the short side to {int(chosen.image_size / chosen.crop_ratio)} pixels, "
-            f"{chosen.interpolation}, and of that the central {chosen.image_size}."
-        )
-    steps = [
-        f"{chosen.train_crop.replace('_', ' ')} crop of {chosen.image_size} pixels",
-        chosen.interpolation,
-        "flip",
-        chosen.auto_augment,
-        "one of grey, solarise and blur" if chosen.three_augment else "",
-        f"colour jitter {chosen.color_jitter:g}" if chosen.color_jitter else "",
-        f"{chosen.repeats} views of an image" if chosen.repeats > 1 else "",
-    ]
-    name = "3-Augment" if kind == "three_augment" else "Training"
-    return f"{name}: {', '.join(filter(None, steps))}."
-
-
-def _figures(
-    those: dict[str, Pipeline], costs: dict[str, Cost], images: int
-) -> dict[str, dict[str, Any]]:
-    """The figures of every pipeline; times are seconds, times an image milliseconds."""
-    figures = {}
-    for name, cost in costs.items():
-        per_image = [1e3 * seconds / images for seconds in cost.turns]
-        ratios = [a / b for a, b in zip(cost.turns, costs["ours"].turns, strict=True)]
-        figures[name] = {
-            "label": those[name].label,
-            "cpu_ms": statistics.median(per_image),
-            "cpu_ms_rounds": per_image,
-            "images_per_cpu_second": 1e3 / statistics.median(per_image),
-            "ours_is_faster": statistics.median(ratios),
-            "ours_is_faster_range": [min(ratios), max(ratios)],
-            "first_batch_s": cost.first_wall,
-            "first_batch_cpu_s": cost.first,
-            "peak_memory_bytes": cost.peak,
-        }
-    return figures
 
 
 def markdown(report: Report, command: str) -> Iterator[str]:
-    """The lines of the report's section; the first is its heading."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    files = (
-        " and ".join(f"{count:,} {split}" for split, count in report["files"].items()) + " JPEGs"
-    )
-    yield f"## Input pipeline, {report['cores']} core{'s' if report['cores'] != 1 else ''}"
-    yield ""
-    yield f"`{command}`"
-    yield ""
-    text = (
-        f"{report['date']}, {report['cores']} of the processors of {report['cpu']}, Python "
-        f"{report['python']}; {versions}. {files}, the median one of "
-        f"{report['median_file_bytes'] / 1e3:,.0f} kB, again and again. CPU time: of a process and "
-        f"its workers for an image, the median of {report['rounds']} rounds in which every "
-        f"pipeline delivered {report['images']:,} images. Ours is faster: the CPU time of the row "
-        "over that of ours in the same round, median and extremes. First batch: of "
-        f"{report['batch']}, from the start of the process, by the clock and in CPU time. Memory: "
-        "the largest at any time."
-    )
-    yield from textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
-    for group in report["kinds"].values():
-        yield ""
-        yield group["what"]
-        yield ""
-        yield "| pipeline | CPU time | images / CPU s | ours is faster | first batch | memory |"
-        yield "|---|---|---|---|---|---|"
-        for name, one in group["pipelines"].items():
+    """Yields the lines of the report's section; the first is its heading."""
+    title = f"Input pipeline of {report['recipe']}, {report['cores']} core(s)"
+    yield from head(title, command, report, report["cpu"])
+    files = " and ".join(f"{count:,} {split}" for split, count in report["files"].items())
+    size = report["median_file_bytes"] / 1e3
+    yield f"{files} JPEGs, again and again, the median one of {size:.0f} kB; {report['rounds']}"
+    yield f"rounds of {report['images']:,} images in batches of {report['batch']}."
+    columns = ("CPU time", "images / CPU s", "ours is faster", "first batch", "memory")
+    for kind, group in report["kinds"].items():
+        rows = []
+        for label, one in group.items():
             low, high = one["ours_is_faster_range"]
             faster = f"{one['ours_is_faster']:.2f}× ({low:.2f}–{high:.2f})"
-            yield (
-                f"| {one['label']} | {one['cpu_ms']:.2f} ms | {one['images_per_cpu_second']:,.0f} "
-                f"| {'' if name == 'ours' else faster} "
-                f"| {one['first_batch_s']:.1f} s ({one['first_batch_cpu_s']:.1f} s) "
-                f"| {one['peak_memory_bytes'] / 2**30:.2f} GiB |"
+            rows.append(
+                (
+                    label,
+                    f"{one['cpu_ms']:.2f} ms",
+                    f"{one['images_per_cpu_second']:,.0f}",
+                    "" if label.startswith("ours") else faster,
+                    f"{one['first_batch_s']:.1f} s ({one['first_batch_cpu_s']:.1f} s)",
+                    f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
+                )
             )
+        yield ""
+        yield from table(f"pipeline, {kind}", *columns, rows=rows)
 
 
-def _jpegs(folder: Path) -> list[Path]:
-    """The JPEG files of the class folders, sorted."""
-    files = sorted(file for file in folder.glob("*/*") if file.suffix.lower() in JPEG)
+def _link(source: Path, target: Path, count: int) -> list[int]:
+    """Makes `count` links to the JPEGs of the class folders, taken in turn; their sizes in bytes.
+
+    Where there are more, evenly spread ones are taken.
+    """
+    files = sorted(f for f in source.glob("*/*") if f.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         raise InputError(
-            f"--data: no JPEG files in {folder}/CLASS/; expected the root of train, val"
+            f"--data: no JPEG files in {source}/CLASS/; expected the root of train, val"
         )
-    return files
-
-
-def _link(files: list[Path], folder: Path, count: int) -> None:
-    """Makes `count` links in class folders to files taken in turn, evenly where they are more."""
     chosen = files[:: max(1, len(files) // count)][:count]
     for number in range(count):
         file = chosen[number % len(chosen)]
-        place = folder / file.parent.name
+        place = target / file.parent.name
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{number:07d}{file.suffix}").symlink_to(file.resolve())
+    return [file.stat().st_size for file in files]

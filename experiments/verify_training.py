@@ -1,7 +1,7 @@
 """Compares our training with the reference's, restated in PyTorch, step by step, in float32.
 
-python tools/verify_training.py --write docs/training_parity.md
-python tools/verify_training.py --image-size 224 --deit3 deit3_base_patch16_224
+python -m experiments.verify_training --write docs/training_parity.md
+python -m experiments.verify_training --image_size 224 --deit3 deit3_base_patch16_224
 
 Four recipes of configs/ on made-up images of 10 classes: DeiT, distilled hard and soft, DeiT III.
 Both sides start from the weights of one PyTorch module, every tensor large enough to matter, and
@@ -10,44 +10,45 @@ are such that the weights move: warm-up and cosine within the few steps. Needs t
 (torch, timm). Exits with 1 if a difference exceeds its limit.
 """
 
-import argparse
-import datetime
-import os
-import platform
+import shlex
 import sys
 import time
-from collections.abc import Iterator
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import jax
+import numpy as np
+import torch
+from ml_collections import ConfigDict
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
-
-from deit_jax import trees  # noqa: E402
-from deit_jax.cli.status import exit_status  # noqa: E402
-from deit_jax.config.files import load_config  # noqa: E402
-from deit_jax.config.plan import RunPlan, plan_run  # noqa: E402
-from deit_jax.config.validate import validate  # noqa: E402
-from deit_jax.convert import mapping, to_torch  # noqa: E402
-from deit_jax.errors import InputError  # noqa: E402
-from deit_jax.models import registry  # noqa: E402
-from deit_jax.models.network import Variables, split_model  # noqa: E402
-from deit_jax.training import mixing, optim  # noqa: E402
-from deit_jax.training.state import new_state, step_keys  # noqa: E402
-from deit_jax.training.step import make_augment, make_train_step  # noqa: E402
-from tests.oracles import timm_models, torch_training  # noqa: E402
+from deit_jax import trees
+from deit_jax.cli.arguments import Parser, new_file, one_or_more
+from deit_jax.cli.status import exit_status
+from deit_jax.config.files import load_config
+from deit_jax.config.plan import RunPlan, plan_run
+from deit_jax.config.validate import validate
+from deit_jax.convert import mapping, to_torch
+from deit_jax.errors import InputError
+from deit_jax.models import registry
+from deit_jax.models.network import Variables, split_model
+from deit_jax.planning.markdown import head, origin, processor, table, write_section
+from deit_jax.training import mixing, optim
+from deit_jax.training.state import new_state, step_keys
+from deit_jax.training.step import make_augment, make_train_step
+from tests.oracles import timm_models, torch_training
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "timm", "numpy")
 _CLASSES, _EPOCHS = 10, 10
-# Limits of relative differences: of the first loss, of the last, of all weights as one vector, and
-# of the same without the biases of keys.
-FIRST_LOSS, LAST_LOSS, WEIGHTS, EFFECTIVE = 1e-5, 1e-3, 1e-3, 1e-4
+# Limits of relative differences: of the first and the last loss, and of all weights as one vector,
+# as they are, without the biases of keys (on which no output depends), and of their EMA. And of the
+# learning rate of every step, an absolute one.
+LIMITS = {
+    "first": 1e-5, "last": 1e-3, "weights": 1e-3, "effective": 1e-4, "ema": 1e-3, "rate": 1e-9,
+}  # fmt: skip
+_COLUMNS = (
+    "recipe", "model", "loss", "at first", "at last", "at worst", "moved", "weights", "effective",
+    "EMA",
+)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -60,51 +61,42 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "DeiT": Case("deit.py:ti", "deit", "none", 1e-3),
-    "DeiT, hard distillation": Case("deit_distill.py:ti", "distilled", "hard", 1e-3),
-    "DeiT, soft distillation": Case("deit_distill.py:ti", "distilled", "soft", 1e-3),
-    "DeiT III": Case("deit3.py:ti", "deit3", "none", 4e-3),
+    "DeiT": Case("deit:ti", "deit", "none", 1e-3),
+    "DeiT, hard distillation": Case("deit_distill:ti", "distilled", "hard", 1e-3),
+    "DeiT, soft distillation": Case("deit_distill:ti", "distilled", "soft", 1e-3),
+    "DeiT III": Case("deit3:ti", "deit3", "none", 4e-3),
 }
 
 
 class Row(NamedTuple):
-    """Relative differences of a run, and how far its weights went from their start."""
+    """A comparison: the differences by the names of LIMITS, and what they are relative to."""
 
     case: str
     model: str
     losses: np.ndarray  # PyTorch's, one a step
-    loss_errors: np.ndarray  # relative to it
-    rate_error: float  # the largest absolute one
-    moved: float
-    weights: float
-    effective: float  # of the weights but the biases of keys, on which no output depends
-    ema: float
+    worst: float  # relative difference of a loss
+    moved: float  # how far the weights went from their start
+    errors: dict[str, float]
 
     @property
     def within_limits(self) -> bool:
         """Whether the run is the reference's; a NaN is not."""
-        return bool(
-            self.loss_errors[0] <= FIRST_LOSS
-            and self.loss_errors[-1] <= LAST_LOSS
-            and self.rate_error <= 1e-9
-            and self.weights <= WEIGHTS
-            and self.effective <= EFFECTIVE
-            and self.ema <= WEIGHTS
-        )
+        return all(self.errors[name] <= limit for name, limit in LIMITS.items())
 
-    def __str__(self) -> str:
-        first, last, worst = self.loss_errors[0], self.loss_errors[-1], self.loss_errors.max()
-        return (
-            f"| {self.case} | {self.model} | {self.losses[0]:.4f} → {self.losses[-1]:.4f} | "
-            f"{first:.1e} | {last:.1e} | {worst:.1e} | {self.moved:.2f} | {self.weights:.1e} | "
-            f"{self.effective:.1e} | {self.ema:.1e} |"
-        )
+    def cells(self) -> list[str]:
+        """Returns the text of the row."""
+        error = {name: f"{value:.1e}" for name, value in self.errors.items()}
+        return [
+            self.case, self.model, f"{self.losses[0]:.4f} → {self.losses[-1]:.4f}", error["first"],
+            error["last"], f"{self.worst:.1e}", f"{self.moved:.2f}", error["weights"],
+            error["effective"], error["ema"],
+        ]  # fmt: skip
 
 
 def recipe(case: str, *, image_size: int, batch_size: int) -> ConfigDict:
-    """The recipe of a case, its schedule squeezed into 10 epochs, without stochastic depth."""
+    """Returns a case's recipe, squeezed into 10 epochs, without stochastic depth."""
     chosen = CASES[case]
-    config = load_config(str(ROOT / "configs" / chosen.recipe))
+    config = load_config(chosen.recipe)
     config.distill.kind = chosen.distill
     config.model.drop_path_rate = 0.0
     config.input.image_size = image_size
@@ -161,9 +153,8 @@ def compare(
     )
     start = student.variables()
     optimizer = optim.make_optimizer(start.params, config.optimizer)
-    step = make_train_step(
-        config, plan, student.network, optimizer, teacher=teachers and teachers.network
-    )
+    network = teachers and teachers.network
+    step = make_train_step(config, plan, student.network, optimizer, teacher=network)
     step, draw = jax.jit(step, donate_argnums=0), jax.jit(_make_draw(config, plan))
     state = jax.jit(lambda variables: new_state(variables, optimizer, ema=True))(start)
     teacher_variables = teachers and teachers.variables()
@@ -178,18 +169,17 @@ def compare(
 
     losses = np.array(expected)[:, 0]
     loss_errors, rate_errors = np.abs(np.array(found) - np.array(expected)).T
+    loss_errors /= losses
     end = student.variables().params
-    return Row(
-        case=case,
-        model=name,
-        losses=losses,
-        loss_errors=loss_errors / losses,
-        rate_error=float(rate_errors.max()),
-        moved=distance(start.params, end),
-        weights=distance(state.model.params, end),
-        effective=distance(_effective(state.model.params), _effective(end)),
-        ema=distance(state.ema.params, student.variables(reference.ema.module).params),
-    )
+    errors = {
+        "first": loss_errors[0],
+        "last": loss_errors[-1],
+        "weights": distance(state.model.params, end),
+        "effective": distance(_effective(state.model.params), _effective(end)),
+        "ema": distance(state.ema.params, student.variables(reference.ema.module).params),
+        "rate": rate_errors.max(),
+    }
+    return Row(case, name, losses, loss_errors.max(), distance(start.params, end), errors)
 
 
 def _effective(params: dict) -> dict:
@@ -212,18 +202,12 @@ class Twins:
 
     def __init__(self, name: str, image_size: int, *, seed: int, **options: object):
         self.name = name
-        ours = registry.abstract_model(name, num_classes=_CLASSES, image_size=image_size, **options)
-        self.network, self._like = split_model(ours)
-        options = registry.model_options(name) | {"image_size": image_size} | options
-        options.pop("drop_path_mode", None)
-        build = timm_models.vit
-        if "w0" in options:
-            del options["image_size"]
-            build = timm_models.regnety
-        self.module = build(seed=seed, num_classes=_CLASSES, **options)
+        options |= {"num_classes": _CLASSES, "image_size": image_size}
+        self.network, self._like = split_model(registry.abstract_model(name, **options))
+        self.module = timm_models.randomise(timm_models.fresh(name, **options), seed)
 
     def variables(self, module: torch.nn.Module | None = None) -> Variables:
-        """The weights of the module, or of a copy of it, as they are now, through the converter."""
+        """Returns the module's weights, or a copy's of it, as they are now, by the converter."""
         state = (module or self.module).state_dict()
         tensors = {key: tensor.detach().numpy().copy() for key, tensor in state.items()}
         layout = to_torch.layout(self.network.info, "timm")
@@ -231,7 +215,7 @@ class Twins:
 
 
 def distance(tree: dict, other: dict) -> float:
-    """‖tree - other‖ / ‖other‖ over all elements, in float64."""
+    """Returns ‖tree - other‖ / ‖other‖ over all elements, in float64."""
     left, right = trees.flat(tree), trees.flat(other)
     squares = [
         [np.square(np.float64(left[k]) - v).sum(), np.square(np.float64(v)).sum()]
@@ -266,8 +250,8 @@ def _make_undecided(teacher: torch.nn.Module, images: np.ndarray) -> None:
         head.weight.div_(logits.std(0)[:, None])
 
 
-def _make_draw(config: ConfigDict, plan: RunPlan) -> object:
-    """The draws that the train step makes at step `number`, from the same keys."""
+def _make_draw(config: ConfigDict, plan: RunPlan) -> Callable[[int, dict], tuple]:
+    """Builds what repeats the draws of the train step at step `number`, from the same keys."""
     augment = make_augment(config, plan)
     size = (config.input.image_size,) * 2
 
@@ -284,85 +268,48 @@ def _make_draw(config: ConfigDict, plan: RunPlan) -> object:
     return draw
 
 
-def _report(rows: list[Row], arguments: argparse.Namespace) -> Iterator[str]:
-    versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
-    yield "# Parity of training with PyTorch"
-    yield ""
-    yield "Our training step beside the reference's, restated with torch and timm: recipes of"
-    yield "`configs/`, float32, equal weights at the start (every tensor large enough to matter),"
-    yield "equal batches, and equal draws of random erasing, mixup and cutmix; stochastic depth is"
-    yield f"off. {arguments.steps} steps, warm-up and cosine within them, of {arguments.batch_size}"
-    yield f"images of {arguments.image_size} pixels; the teacher is `{arguments.teacher}`."
-    yield ""
-    yield "Differences are relative to PyTorch's value: of the loss at the first, the last and the"
-    yield "worst step, and of the weights at the end; those of the weights and of their moving"
-    yield "average are the L2 norm over all elements together, and `moved` is how far training took"
-    yield "the weights from their start. `effective` leaves out the biases of keys: the softmax"
-    yield "cancels them, so that their gradient is rounding noise, of which Adam makes full steps."
-    yield f"Limits: {FIRST_LOSS:.0e} for the first loss, {LAST_LOSS:.0e} for the last,"
-    yield f"{WEIGHTS:.0e} for weights and average, {EFFECTIVE:.0e} for effective weights, and 1e-9"
-    yield "for the learning rate of every step."
-    yield ""
-    yield "`python tools/verify_training.py --write docs/training_parity.md`"
-    yield ""
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    yield f"{datetime.date.today()}, {machine}, Python {platform.python_version()};"
-    yield f"{versions}."
-    yield ""
-    yield (
-        "| recipe | model | loss | at first | at last | at worst "
-        "| moved | weights | effective | average |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    yield from map(str, rows)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Compares the four recipes and prints a table row for each."""
-    if arguments.steps < _EPOCHS or arguments.steps % _EPOCHS:
-        raise InputError(f"--steps is {arguments.steps}, expected a multiple of {_EPOCHS}")
+def _run(argv: list[str]) -> int:
+    parser = Parser(__doc__)
+    add, number = parser.add_argument, {"type": one_or_more, "metavar": "N"}
+    add("--deit", default="deit_tiny_patch16_224")
+    add("--distilled", default="deit_tiny_distilled_patch16_224")
+    add("--deit3", default="deit3_tiny_patch16_224")
+    add("--teacher", default="regnety_002")
+    add("--steps", dest="num_steps", **number, default=50)
+    add("--image_size", **number, default=64)
+    add("--batch_size", **number, default=16)
+    add("--write", type=new_file, metavar="FILE", help="also put the table into this file")
+    arguments = parser.parse_args(argv)
+    if arguments.num_steps % _EPOCHS:
+        raise InputError(f"--steps is {arguments.num_steps}, expected a multiple of {_EPOCHS}")
     for name in (arguments.deit, arguments.distilled, arguments.deit3, arguments.teacher):
         registry.model_options(name)
-    if arguments.write:  # a place that cannot be written shows now, not after the runs
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        arguments.write.touch()
     jax.config.update("jax_default_matmul_precision", "float32")  # accelerators would take less
+    sizes = {name: getattr(arguments, name) for name in ("num_steps", "image_size", "batch_size")}
     rows = []
     for case, (_, student, _, _) in CASES.items():
         start = time.monotonic()
-        rows.append(
-            compare(
-                case,
-                getattr(arguments, student),
-                arguments.teacher,
-                num_steps=arguments.steps,
-                image_size=arguments.image_size,
-                batch_size=arguments.batch_size,
-            )
-        )
-        print(f"{rows[-1]} {time.monotonic() - start:.0f} s", flush=True)
+        row = compare(case, getattr(arguments, student), arguments.teacher, **sizes)
+        print(*row.cells(), f"{time.monotonic() - start:.0f} s", flush=True)
+        rows.append(row)
     if arguments.write:
-        arguments.write.write_text("\n".join(_report(rows, arguments)) + "\n", encoding="utf-8")
+        command = f"python -m experiments.verify_training {shlex.join(argv)}"
+        steps, size, batch = sizes.values()
+        what = f"{steps} steps of {batch} images of {size} pixels; teacher `{arguments.teacher}`."
+        section = [
+            *head("Differences", command, origin(*_PACKAGES), processor()),
+            *(what, ""),
+            *table(*_COLUMNS, rows=(row.cells() for row in rows)),
+        ]
+        write_section(arguments.write, section)
     bad = [row.case for row in rows if not row.within_limits]
     print(f"beyond the limits: {', '.join(bad)}" if bad else f"all {len(rows)} within the limits")
     return 1 if bad else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compares; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--deit", default="deit_tiny_patch16_224")
-    parser.add_argument("--distilled", default="deit_tiny_distilled_patch16_224")
-    parser.add_argument("--deit3", default="deit3_tiny_patch16_224")
-    parser.add_argument("--teacher", default="regnety_002")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--write", type=Path, help="Markdown file for the table")
-    arguments = parser.parse_args(argv)
-    return exit_status(lambda: run(arguments))
+    """Compares, prints a row for each recipe, and returns the exit status."""
+    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

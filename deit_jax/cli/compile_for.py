@@ -7,10 +7,7 @@ deit-jax compile-for --config=deit3:h --topology v5e:4x8 \\
 The step is the training loop's own, with the recipe's model, teacher, state and mesh, compiled by
 the TPU compiler, which needs no TPU: pip install 'jax[tpu]'. It takes minutes. No data is read.
 
-Memory and collectives are those of the compiled program. Times are estimates from the rates that
-the chip's maker states: compute at the bfloat16 peak; the bytes that operations read and write, as
-the compiler counts them (part of which never leaves the chip), at the memory's rate; collectives
-one after the other, each as one ring over its devices on the links of one axis of the torus.
+docs/tpu.md explains the report, and what the estimates of time leave out.
 """
 
 import shlex
@@ -18,7 +15,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
 from deit_jax.cli.arguments import new_file, one_or_more
-from deit_jax.console import log
 
 RECIPE = "required"
 
@@ -36,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     """Compiles and reports, also where the step does not fit."""
     from deit_jax.planning import topology
-    from deit_jax.planning.markdown import write_section
+    from deit_jax.planning.markdown import publish
 
     found = topology.forecast_slice(
         arguments.config,
@@ -45,8 +41,6 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         num_train=arguments.train_images,
         num_classes=arguments.classes,
     )
-    section = list(topology.lines(found, f"deit-jax compile-for {shlex.join(arguments.argv)}"))
-    log("\n".join(section))
-    if arguments.write:
-        write_section(arguments.write, section)
+    command = f"deit-jax compile-for {shlex.join(arguments.argv)}"
+    publish(topology.lines(found, command), arguments.write)
     emit(found)

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import sys
+import types
 from argparse import Namespace
 
 from deit_jax.cli.arguments import Parser
@@ -63,8 +64,21 @@ def _run(argv: list[str]) -> int | None:
     if name not in COMMANDS:
         near = did_you_mean(name.replace("_", "-"), COMMANDS)
         raise InputError(f"unknown command {name!r}{near}; deit-jax --help lists all")
-    module = importlib.import_module(f"deit_jax.cli.{COMMANDS[name][0]}")
-    arguments = _parse(name, module, rest)
+    return run_command(importlib.import_module(f"deit_jax.cli.{COMMANDS[name][0]}"), name, rest)
+
+
+def run_command(
+    module: types.ModuleType, name: str, argv: list[str], *, prog: str = "deit-jax"
+) -> int | None:
+    """Parses the flags of a command and runs it; the commands may also live outside of deit_jax.
+
+    Args:
+      module: the command, as above.
+      name: its name, `arguments.command`.
+      argv: its flags.
+      prog: the program that it is a command of.
+    """
+    arguments = _parse(name, module, argv, prog)
     if hasattr(sys.stdout, "reconfigure"):  # not where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text
     stdout = sys.stdout
@@ -77,8 +91,8 @@ def _run(argv: list[str]) -> int | None:
         return module.run(arguments, emit)
 
 
-def _parse(name: str, module: object, argv: list[str]) -> Namespace:
-    parser = Parser(module.__doc__, prog=f"deit-jax {name}")
+def _parse(name: str, module: types.ModuleType, argv: list[str], prog: str) -> Namespace:
+    parser = Parser(module.__doc__, prog=f"{prog} {name}")
     module.add_arguments(parser)
     parser.add_argument(
         "--json",

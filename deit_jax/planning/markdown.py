@@ -1,42 +1,73 @@
-"""Markdown files that hold measurements: versions, the processor, and one section per command."""
+"""Markdown files that hold measurements: one section per command, with its date and versions."""
 
 import contextlib
+import os
 import platform
 import re
+from collections.abc import Iterable, Iterator
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from deit_jax.console import log
+
 
 def processor() -> str:
-    """Returns the processor's name as the system gives it, else its architecture."""
+    """Returns the processor's name as the system gives it, and how many cores may be used."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = next((line.partition(":")[2].strip() for line in file if "model name" in line), name)
-    return name
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {count} core(s)"
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Returns the versions of Python and of those of the packages that are installed."""
-    found = {"python": platform.python_version()}
+def origin(*packages: str) -> dict[str, object]:
+    """Returns today's `date` and the `versions`, of Python and of the packages that are here."""
+    versions = {"python": platform.python_version()}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return {"date": str(date.today()), "versions": versions}
 
 
-def listed(found: dict[str, str]) -> str:
-    """Returns the versions as text, "python 3.13.0, jax 0.11.2"."""
-    return ", ".join(f"{name} {number}" for name, number in found.items())
+def head(title: str, command: str, report: dict[str, object], machine: str = "") -> Iterator[str]:
+    """Yields the first lines of a section: its heading, command, and where the report is from.
+
+    Args:
+      title: of the section, without "##".
+      command: that writes the section.
+      report: holds what `origin` returned.
+      machine: what the command ran on.
+    """
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    yield from (f"## {title}", "", f"`{command}`", "")
+    yield from (f"{'; '.join(filter(None, (report['date'], machine, versions)))}.", "")
+
+
+def table(*columns: str, rows: Iterable[Iterable[object]]) -> Iterator[str]:
+    """Yields the lines of a table."""
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for cells in rows:
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def publish(section: Iterable[str], file: Path | None) -> None:
+    """Prints a section, and writes it into `file` where there is one."""
+    lines = list(section)
+    log("\n".join(lines))
+    if file:
+        write_section(file, lines)
 
 
 def write_section(file: Path, section: list[str]) -> None:
     """Writes a section into a Markdown file, in place of an earlier one with the same heading.
 
     Args:
-      file: the file; made if it is not there.
+      file: made if it is not there.
       section: lines; the first is the heading, `## TITLE`.
     """
-    text = file.read_text(encoding="utf-8") if file.exists() else "# Benchmarks\n"
+    text = file.read_text(encoding="utf-8") if file.exists() else f"# {file.stem}\n"
     before, *after = re.split(rf"^{re.escape(section[0])}\n", text, maxsplit=1, flags=re.MULTILINE)
     rest = re.search(r"^## .*", after[0], re.MULTILINE | re.DOTALL) if after else None
     parts = [before.strip(), "\n".join(section).strip(), rest[0].strip() if rest else ""]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from deit_jax.parallel.mesh import FSDP
+from deit_jax.planning.markdown import table
 
 GIB = 2**30
 Report = dict[str, object]  # what `forecast.forecast` returns
@@ -60,10 +61,8 @@ def _memory_lines(report: Report) -> Iterator[str]:
     if report["limit"]:
         shared = ", its share of the machine's memory" if report["device"] == "cpu" else ""
         rows[f"the device has{shared}"] = report["limit"]
-    yield "| memory per device | GiB | bytes |"
-    yield "|---|---|---|"
-    for name, size in rows.items():
-        yield f"| {name} | {size / GIB:.2f} | {size:,} |"
+    cells = ((name, f"{size / GIB:.2f}", f"{size:,}") for name, size in rows.items())
+    yield from table("memory per device", "GiB", "bytes", rows=cells)
 
 
 def _verdict(report: Report) -> str:
@@ -97,13 +96,12 @@ def _collective_lines(rows: list[dict]) -> Iterator[str]:
     if not rows:
         yield "No collectives: the devices exchange nothing."
         return
-    yield "| collective | where | devices | operations per step | MB per step |"
-    yield "|---|---|---|---|---|"
-    for row in rows:
-        yield (
-            f"| {row['kind']} | {row['where']} | {row['devices']} | {row['count']} | "
-            f"{row['bytes'] / 1e6:,.3f} |"
-        )
+    columns = ("collective", "where", "devices", "operations per step", "MB per step")
+    cells = (
+        (row["kind"], row["where"], row["devices"], row["count"], f"{row['bytes'] / 1e6:,.3f}")
+        for row in rows
+    )
+    yield from table(*columns, rows=cells)
 
 
 def _time_lines(report: Report) -> Iterator[str]:

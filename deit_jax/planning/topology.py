@@ -3,7 +3,6 @@
 import os
 import shlex
 from collections.abc import Iterator
-from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -59,8 +58,7 @@ def forecast_slice(
     limit = int(chip.memory * report.GIB) if chip else None
     return forecast.forecast(run, limit=limit, teacher=teacher) | {
         "topology": topology,
-        "date": str(date.today()),
-        "versions": markdown.versions(*_PACKAGES),
+        **markdown.origin(*_PACKAGES),
     }
 
 
@@ -94,10 +92,6 @@ def lines(found: report.Report, command: str) -> Iterator[str]:
         ways.append("the compiler's flags below")
         command = f"LIBTPU_INIT_ARGS={shlex.quote(flags)} {command}"
     how = f", with {', '.join(ways)}" if ways else ""
-    yield f"## {found['model']}, {found['batch']} images, on {found['topology']}{how}"
-    yield ""
-    yield f"`{command}`"
-    yield ""
-    yield f"{found['date']}; {markdown.listed(found['versions'])}."
-    yield ""
+    title = f"{found['model']}, {found['batch']} images, on {found['topology']}{how}"
+    yield from markdown.head(title, command, found)
     yield from report.lines(found)

@@ -9,6 +9,7 @@ import torch
 from flax import nnx
 
 from deit_jax import trees
+from deit_jax.models import registry
 from tests.oracles.torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -16,6 +17,19 @@ import_torchvision()
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.regnet import RegNet, RegNetCfg  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+
+def fresh(name: str, *, num_classes: int, **options) -> torch.nn.Module:
+    """Return timm's twin of a registered model as timm initialises it, `options` in place of ours.
+
+    Also of the models that timm has no name for.
+    """
+    chosen = registry.model_options(name) | {"num_classes": num_classes} | options
+    if "w0" in chosen:
+        chosen.pop("image_size")
+        return fresh_regnety(**chosen)
+    chosen.pop("drop_path_mode", None)
+    return fresh_vit(**chosen)
 
 
 def vit(*, seed: int = 0, **options) -> torch.nn.Module:
@@ -30,10 +44,17 @@ def fresh_vit(**options) -> torch.nn.Module:
     return cls(**{renamed.get(k, k): v for k, v in options.items()})
 
 
-def regnety(*, seed: int = 0, num_classes: int, group_width: int, **options) -> torch.nn.Module:
+def regnety(*, seed: int = 0, **options) -> torch.nn.Module:
     """Return timm's twin of our RegNetY(**options), randomised, in evaluation mode."""
+    return randomise(fresh_regnety(**options), seed)
+
+
+def fresh_regnety(
+    *, num_classes: int, group_width: int, drop_path_rate: float = 0.0, **options
+) -> torch.nn.Module:
+    """Return timm's twin of our RegNetY(**options) as timm initialises it."""
     cfg = RegNetCfg(group_size=group_width, se_ratio=0.25, **options)
-    return randomise(RegNet(cfg, num_classes=num_classes), seed)
+    return RegNet(cfg, num_classes=num_classes, drop_path_rate=drop_path_rate)
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:

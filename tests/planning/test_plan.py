@@ -163,7 +163,7 @@ def test_a_section_takes_its_own_place(tmp_path):
     markdown.write_section(file, ["## One", "", "old"])
     markdown.write_section(file, ["## Two", "", "kept"])
     markdown.write_section(file, ["## One", "", "new"])
-    assert file.read_text() == "# Benchmarks\n\n## One\n\nnew\n\n## Two\n\nkept\n"
+    assert file.read_text() == "# numbers\n\n## One\n\nnew\n\n## Two\n\nkept\n"
 
 
 RECIPE = ["--config=configs/digits_distill.py", "--config.train.dtype=bfloat16", "--classes=10"]
