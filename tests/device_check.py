@@ -2,10 +2,12 @@
 
 python -m tests.device_check shard ROOT               one recipe over three meshes
 python -m tests.device_check pmap ROOT                the same over the mesh and under pmap
+python -m tests.device_check collectives ROOT FSDP    how many there are in the compiled step
 python -m tests.device_check restore ROOT NAME FSDP [COORDINATOR PROCESS_ID]
                                                       what is in the checkpoint of ROOT/NAME
 """
 
+import collections
 import contextlib
 import itertools
 import json
@@ -25,6 +27,7 @@ from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.models import layers, registry
 from deit_jax.parallel import axis
 from deit_jax.parallel.mesh import batch_sharding, to_global, to_host
+from deit_jax.planning.collectives import read
 from deit_jax.training import loop, summary
 from deit_jax.training.setup import check, initial_state
 from deit_jax.training.teacher import load_teacher
@@ -134,9 +137,9 @@ def shard(root: Path) -> dict:
     return found
 
 
-def restore(root: Path, name: str, fsdp: int, *process: str) -> dict:
+def restore(root: Path, name: str, fsdp: str, *process: str) -> dict:
     """The state of ROOT/NAME and its next batch; two processes save it again as ROOT/by_two."""
-    config = recipe(root, fsdp=fsdp)
+    config = recipe(root, fsdp=int(fsdp))
     if process:
         config.distributed.coordinator_address, config.distributed.num_processes = process[0], 2
         config.distributed.process_id = int(process[1])
@@ -169,6 +172,13 @@ def pmap(root: Path) -> dict:
     return found | {"batch_norm": batch_norm()}
 
 
+def collectives(root: Path, fsdp: str) -> dict:
+    """The collective operations in the optimised HLO of the step, by kind."""
+    with opened(recipe(root, fsdp=int(fsdp)), root / f"collectives{fsdp}") as run:
+        step = run._step.lower(run.state, run._teacher, run.next_batch()).compile()
+    return collections.Counter(one.kind for one in read(step.as_text(), jax.device_count()))
+
+
 def batch_norm() -> float:
     """The largest relative error of BatchNorm under pmap: output, gradient and statistics."""
     devices = jax.device_count()
@@ -196,8 +206,5 @@ def batch_norm() -> float:
 if __name__ == "__main__":
     mode, root, *rest = sys.argv[1:]
     make_small(Path(root))
-    if mode == "restore":
-        result = restore(Path(root), rest[0], int(rest[1]), *rest[2:])
-    else:
-        result = {"shard": shard, "pmap": pmap}[mode](Path(root))
-    print(json.dumps(result))
+    modes = {one.__name__: one for one in (shard, pmap, collectives, restore)}
+    print(json.dumps(modes[mode](Path(root), *rest)))

@@ -32,20 +32,12 @@ def test_eight_devices_follow_one(tmp_path, run_main):
     assert eight == pytest.approx(one, rel=1e-4)
 
 
-def collectives(tmp_path, run_python, *overrides):
-    env = EIGHT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # fusing all-reduces is an optimisation
-    done = run_python("tests/data_parallel_check.py", tmp_path, *overrides, env=env)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("devices") == 8
-    return found
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_one_all_reduce_and_nothing_else(tmp_path, run_device_check, fsdp):
+    """Distillation with every augmentation on: gradients and metrics share one all-reduce.
 
-
-def test_one_all_reduce_and_nothing_else(tmp_path, run_python):
-    """Hard distillation with every augmentation on: gradients and metrics share one all-reduce."""
-    assert collectives(tmp_path, run_python) == {"all-reduce": 1}
-
-
-def test_the_count_sees_other_collectives(tmp_path, run_python):
-    """The check can fail: sharded parameters are gathered in the step."""
-    assert collectives(tmp_path, run_python, "parallel.fsdp=8").get("all-gather", 0) > 0
+    The check can fail: sharded parameters are gathered in the step.
+    """
+    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # fusing all-reduces is an optimisation
+    found = run_device_check("collectives", tmp_path, fsdp, **env)
+    assert found == {"all-reduce": 1} if fsdp == 1 else found["all-gather"] > 0

@@ -1,7 +1,5 @@
 """The training step under jax.pmap over eight CPU devices, beside the one over the mesh."""
 
-import json
-
 import pytest
 
 from configs import digits
@@ -10,12 +8,8 @@ from deit_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, run_python):
-    """What tests/device_check.py found."""
-    env = {"JAX_NUM_CPU_DEVICES": "8"}
-    done = run_python("tests/device_check.py", "pmap", tmp_path_factory.mktemp("runs"), env=env)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def found(tmp_path_factory, run_device_check):
+    return run_device_check("pmap", tmp_path_factory.mktemp("runs"))
 
 
 def test_both_backends_train_alike(found):
@@ -34,21 +28,15 @@ def test_a_checkpoint_goes_on_under_the_other(found):
         assert found["continued"][backend] == pytest.approx(found["losses"]["jit"][10:], rel=1e-6)
 
 
-def test_the_state_is_donated(found):
-    """No device holds two states."""
-    assert found["donated"]
-
-
-def test_batch_norm_sees_the_whole_batch(found):
+def test_the_state_is_donated_and_batch_norm_sees_the_whole_batch(found):
     """Output, gradient and running statistics, where no device's images are like the others'."""
+    assert found["donated"]
     assert found["batch_norm"] < 1e-5
 
 
-def test_what_pmap_cannot_do_is_refused():
+@pytest.mark.parametrize(("field", "backend"), [("fsdp", "pmap"), ("backend", "shmap")])
+def test_what_pmap_cannot_do_is_refused(field, backend):
     config = digits.get_config()
-    config.parallel.backend, config.parallel.fsdp = "pmap", 2
-    with pytest.raises(InputError, match=r"config.parallel.fsdp is 2, .* is 'pmap'"):
-        validate(config)
-    config.parallel.backend = "shmap"
-    with pytest.raises(InputError, match=r"config.parallel.backend is 'shmap', .* jit, pmap"):
+    config.parallel.backend, config.parallel.fsdp = backend, 2
+    with pytest.raises(InputError, match=f"config.parallel.{field} is"):
         validate(config)

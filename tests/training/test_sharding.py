@@ -2,24 +2,12 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import re
 
 import pytest
 
 from deit_jax.parallel.mesh import make_mesh
 from tests import several
-
-SCRIPT = "tests/device_check.py"
-
-
-def devices(count):
-    return {"JAX_NUM_CPU_DEVICES": str(count)}
-
-
-def output(done):
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +16,9 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(root, run_python):
+def trained(root, run_device_check):
     """What training over 8 × 1, 4 × 2, 2 × 4 and 1 × 8 devices found."""
-    return output(run_python(SCRIPT, "shard", root, env=devices(8)))
+    return run_device_check("shard", root)
 
 
 def test_the_mesh_does_not_change_the_losses(trained):
@@ -43,7 +31,7 @@ def test_the_mesh_does_not_change_the_losses(trained):
 
 
 def test_every_device_holds_its_share_of_the_large_arrays(trained):
-    """The MLPs' kernels, which alone are large here: weights, two moments and the average."""
+    """The MLPs' kernels, which alone are large here: weights, two moments and the EMA."""
     large = [n for name, n in trained["arrays"].items() if re.search(r"fc\d/kernel$", name)]
     assert len(large) == 16
     rest = sum(trained["arrays"].values()) - sum(large)
@@ -64,21 +52,17 @@ def test_a_checkpoint_goes_on_over_another_mesh(trained):
     assert trained["losses"]["4"] == pytest.approx(trained["losses"]["1"][3:], rel=1e-5)
 
 
-def test_a_checkpoint_moves_between_processes(trained, root, run_python):
+def test_a_checkpoint_moves_between_processes(trained, root, run_device_check):
     """8 devices of one process → one of one, and → 4 of two → one: the same bits and next batch."""
     coordinator = f"127.0.0.1:{several.free_port()}"
 
     def process(number):
-        flags = ("restore", root, "saved", "4", coordinator, str(number))
-        return run_python(SCRIPT, *flags, env=devices(2), timeout=200)
+        return run_device_check("restore", root, "saved", 4, coordinator, number, devices=2)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        both = [output(done) for done in pool.map(process, (0, 1))]
+        both = list(pool.map(process, (0, 1)))
     assert "fsdp 4 on 4 cpu device(s), 2 process(es)" in both[0]["summary"]
-    alone = [
-        output(run_python(SCRIPT, "restore", root, name, "1", env=devices(1)))
-        for name in ("saved", "by_two")
-    ]
+    alone = [run_device_check("restore", root, name, 1, devices=1) for name in ("saved", "by_two")]
     for one in alone:
         assert "fsdp 1 on 1 cpu device(s), 1 process(es)" in one["summary"]
     for found in (*both, *alone):
@@ -129,14 +113,12 @@ before, found = trees.flat(start.model), trees.flat(jax.device_get(other.model))
 for name, want in trees.flat(state.model).items():
     step = np.abs(want - before[name]).max()
     np.testing.assert_allclose(found[name], want, rtol=1e-4, atol=1e-3 * step, err_msg=name)
-print("equal")
 """
 
 
-def test_batch_norm_trains_over_fsdp_as_on_one_device(run_python):
+def test_batch_norm_trains_over_fsdp_as_on_one_device(check_on_devices):
     """Weights and running statistics of a RegNetY after two steps, over 2 × 2 devices."""
-    done = run_python("-c", BATCH_NORM_OVER_FSDP, env=devices(4))
-    assert done.stdout.strip() == "equal", done.stderr
+    check_on_devices(BATCH_NORM_OVER_FSDP, devices=4)
 
 
 @dataclasses.dataclass(frozen=True)
