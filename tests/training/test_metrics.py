@@ -2,12 +2,12 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deit_jax.console import log
 from deit_jax.errors import InputError
 from deit_jax.training import metrics
 from deit_jax.training.metrics import MetricWriter, Progress, accuracy_warning, duration, eval_line
@@ -22,33 +22,11 @@ def test_one_json_object_a_line_and_null_for_what_json_cannot_hold(tmp_path):
     writer.write(3, "train", {"loss": 0.5, "grad_norm": float("inf"), "rate": float("nan")})
     # Readable at once: a run that is killed must not lose what it has reported.
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
-    writer.write(4, "final", {"top1": 97.5, "num_examples": 360})
+    writer.write(4, "final", {"top1": np.float64(97.5), "num_examples": 360})
     writer.close()
     assert _lines(tmp_path) == [
         {"step": 3, "split": "train", "loss": 0.5, "grad_norm": None, "rate": None},
         {"step": 4, "split": "final", "top1": 97.5, "num_examples": 360},
-    ]
-
-
-def test_numpy_scalars_are_written_as_numbers(tmp_path):
-    writer = MetricWriter(tmp_path)
-    writer.write(1, "eval", {"top1": np.float64(12.5)})
-    writer.close()
-    assert _lines(tmp_path)[0]["top1"] == 12.5
-
-
-def test_a_resumed_run_drops_the_lines_it_will_make_again(tmp_path):
-    writer = MetricWriter(tmp_path)
-    for step in (10, 20, 30):
-        writer.write(step, "train", {"loss": step})
-    writer.close()
-    writer = MetricWriter(tmp_path, resume_step=20)
-    writer.write(30, "train", {"loss": -1.0})
-    writer.close()
-    assert [(line["step"], line["loss"]) for line in _lines(tmp_path)] == [
-        (10, 10),
-        (20, 20),
-        (30, -1.0),
     ]
 
 
@@ -70,9 +48,12 @@ def test_an_evaluation_leaves_the_lines_of_a_run_that_goes_on(tmp_path):
         ('{"step": 2, "spl', [1, 3]),
         ('{"step": 2, "split": "train"}', [1, 2, 3]),
         ("\0\0\0", [1, 3]),
+        ('{"step": 3, "split": "train"}\n', [1, 3]),  # whole, but the run will make it again
     ],
 )
-def test_a_last_line_that_a_crash_cut_short_spoils_nothing(tmp_path, tail, kept):
+def test_a_resumed_run_drops_what_it_will_make_again_and_what_a_crash_cut_short(
+    tmp_path, tail, kept
+):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n' + tail)
     writer = MetricWriter(tmp_path, resume_step=2)
     writer.write(3, "train", {})
@@ -101,14 +82,12 @@ def test_tensorboard_reads_back_what_was_written(tmp_path):
     writer.write(1, "train", {"loss": 2.5, "learning_rate": 0.125})
     writer.write(2, "train", {"loss": 1.5})
     writer.write(2, "eval", {"top1": 50})
-    expected = {
+    assert _scalars(tmp_path) == {  # flushed: no need to close first
         "train/loss": [(1, 2.5), (2, 1.5)],
         "train/learning_rate": [(1, 0.125)],
         "eval/top1": [(2, 50.0)],
     }
-    assert _scalars(tmp_path) == expected  # flushed: no need to close first
     writer.close()
-    assert _scalars(tmp_path) == expected
 
 
 def test_tensorboard_forgets_what_a_killed_run_wrote_beyond_the_checkpoint(tmp_path):
@@ -123,34 +102,25 @@ def test_tensorboard_forgets_what_a_killed_run_wrote_beyond_the_checkpoint(tmp_p
 
 def test_tensorboard_missing_is_one_line_before_any_file_is_made(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer", None)
-    with pytest.raises(InputError, match=r"config.train.tensorboard .* pip install") as caught:
+    with pytest.raises(InputError, match=r"^config.train.tensorboard .*$"):
         MetricWriter(tmp_path, tensorboard=True)
-    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-class _Clock:
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-
 def test_progress_leaves_out_the_first_step_and_pauses(monkeypatch):
-    clock = _Clock(monkeypatch)
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock.now)
     progress = Progress(batch_size=32, total_steps=100)
     assert progress.report(0) == {}
     progress.waited(5.0)  # before the first step: start-up, not the pipeline's fault
-    clock.sleep(60)
+    clock.now += 60
     progress.step_done()
     assert progress.report(1) == {}  # the first step compiles: nothing to tell yet
     for _ in range(4):
-        clock.sleep(0.5)
+        clock.now += 0.5
         progress.waited(0.125)
         progress.step_done()
-    clock.sleep(7)
+    clock.now += 7
     progress.pause(7)
     assert progress.report(5) == {
         "images_per_second": 4 * 32 / 2.0,
@@ -158,7 +128,7 @@ def test_progress_leaves_out_the_first_step_and_pauses(monkeypatch):
         "eta_seconds": 95 * 0.5,
     }
     assert progress.report(5) == {}  # nothing since
-    clock.sleep(1.0)
+    clock.now += 1.0
     progress.step_done()
     assert progress.report(6) == {
         "images_per_second": 32.0,
@@ -183,26 +153,20 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_say_prints_where_it_is_on(capsys):
-    log("one")
-    log("two", on=False)
-    assert capsys.readouterr().out == "one\n"
-
-
 @pytest.mark.parametrize(
-    ("top1", "expected", "words"),
+    ("top1", "expected", "low"),
     [
-        (79.3, 81.4, "warning: top-1 is 79.30 where the published run had 81.40"),
-        (79.5, 81.4, ""),
-        (90.0, 81.4, ""),
-        (0.9, 2.0, "warning: top-1 is 0.90"),  # 2 points below would be nothing at all
-        (1.1, 2.0, ""),
+        (79.3, 81.4, True),
+        (79.5, 81.4, False),
+        (0.9, 2.0, True),  # 2 points below would be nothing at all
+        (1.1, 2.0, False),
     ],
 )
-def test_an_evaluation_well_below_the_published_curve_says_so(top1, expected, words):
+def test_an_evaluation_well_below_the_published_curve_says_so(top1, expected, low):
     results = {"top1": top1, "loss": 1.0, "num_examples": 10}
     assert accuracy_warning(results) == ""
     results["expected_top1"] = expected
-    assert accuracy_warning(results).startswith(words)
-    assert bool(accuracy_warning(results)) == bool(words)
+    warning = accuracy_warning(results)
+    assert warning == "" or f"{top1:.2f} where the published run had {expected:.2f}" in warning
+    assert bool(warning) == low
     assert f"expected_top1 {expected:.2f}" in eval_line(results)
