@@ -12,12 +12,12 @@ from deit_jax.models.layers import Layer, Linear, product
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(num_heads: int, qkv: jax.Array) -> jax.Array:
-    """Softmax attention, [B, N, 3D] → [B, N, D] in qkv's dtype, the softmax in float32.
+    """Computes softmax attention, [B, N, 3D] → [B, N, D] in qkv's dtype, softmax in float32.
 
     The last axis of `qkv` is [q|k|v] × [head] × [hd]; scores are scaled by hd^-0.5. The weights,
     [B, H, N, N], are the largest tensors of a block: the backward pass recomputes them from the
     logarithms of the softmax's sums instead of storing them (as FlashAttention, arXiv 2205.14135,
-    section 3.1, but in whole products).
+    section 3.1, but in whole matmuls).
     """
     return _attend_forward(num_heads, qkv)[0]
 
@@ -47,7 +47,7 @@ def _attend_backward(
     mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     scores_grad = weights * (product("bhqd,bhkd->bhqk", grad, v) - mean)
     scores_grad = scores_grad.astype(q.dtype)
-    # The scale of the scores, put where there are fewer numbers.
+    # The scale of the scores is applied here, where there are fewer numbers.
     q_grad = product("bhqk,bhkd->bhqd", scores_grad, k) * q.shape[-1] ** -0.5
     k_grad = product("bhqk,bhqd->bhkd", scores_grad, q) * q.shape[-1] ** -0.5
     v_grad = product("bhqk,bhqd->bhkd", weights.astype(v.dtype), grad)
@@ -59,14 +59,14 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _heads(x: jax.Array, num_heads: int, parts: int = 1) -> jax.Array:
-    """[B, N, parts · H · hd] → [parts, B, H, N, hd]."""
+    """Splits [B, N, parts · H · hd] into [parts, B, H, N, hd]."""
     batch, tokens, width = x.shape
     x = x.reshape(batch, tokens, parts, num_heads, width // (parts * num_heads))
     return x.transpose(2, 0, 3, 1, 4)
 
 
 def _merge_heads(x: jax.Array) -> jax.Array:
-    """[B, H, N, hd] → [B, N, H · hd]."""
+    """Merges [B, H, N, hd] into [B, N, H · hd]."""
     batch, num_heads, tokens, width = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch, tokens, num_heads * width)
 
@@ -92,6 +92,6 @@ class Attention(Layer):
         return self.drop(out, deterministic=rngs is None, rngs=rngs)
 
     def largest_logit(self, x: jax.Array) -> jax.Array:
-        """Returns the largest magnitude, float32 [], of what the softmax of `__call__` is given."""
+        """Returns the largest attention logit by magnitude, float32 []."""
         q, k, _ = _heads(self.qkv(x), self.num_heads, 3)
         return jnp.abs(_scores(q, k)).max()

@@ -33,11 +33,11 @@ def stage_plan(
 
 
 def conv3x3(x: jax.Array, kernel: jax.Array, *, stride: int, groups: int) -> jax.Array:
-    """3×3 convolution of [B, H, W, C] with one pixel of zero padding on every side.
+    """Convolves [B, H, W, C] with a 3×3 kernel and one pixel of zero padding on every side.
 
     XLA's CPU backend is slow at grouped convolutions; one dense convolution a group takes half
-    the time there (RegNetY-16GF, batch 8, two cores: 0.9 s against 1.8 s). The choice is made when
-    the program is lowered, so compiling for another platform stays right.
+    the time there (RegNetY-16GF, batch 8, two cores: 0.9 s against 1.8 s). The choice is made at
+    lowering, for the platform that the program is compiled for.
     """
 
     def convolve(x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
@@ -171,14 +171,7 @@ class Bottleneck(Layer):
 class Stage(Layer):
     """Bottlenecks `b1` … `bN` of one width; the first halves the resolution."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        *,
-        blocks: int,
-        **options: object,
-    ):
+    def __init__(self, in_channels: int, width: int, *, blocks: int, **options: object):
         self.block_names = tuple(f"b{i + 1}" for i in range(blocks))
         for i, name in enumerate(self.block_names):
             inputs, stride = (width, 1) if i else (in_channels, 2)

@@ -20,7 +20,7 @@ from deit_jax.models.layers import (
 
 
 class Block(Layer):
-    """Pre-norm transformer block on a float32 residual stream [B, N, D].
+    """Applies a pre-norm transformer block to a float32 residual stream [B, N, D].
 
     x += droppath(γ1 · attention(norm1(x))), then x += droppath(γ2 · mlp(norm2(x))); without
     LayerScale there is no γ. The two branches are dropped independently.
@@ -151,8 +151,8 @@ class VisionTransformer(Layer):
     def attention_maxima(self, images: jax.Array) -> jax.Array:
         """Returns each block's largest attention logit by magnitude in evaluation, float32 [L].
 
-        Where they grow without bound, attention becomes one-hot and training soon diverges
-        (arXiv 2302.05442, section 2.1).
+        When they keep growing, attention becomes one-hot and training diverges (arXiv 2302.05442,
+        section 2.1).
         """
         x = self._embed(images)
         largest = []

@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard events and console lines."""
+"""Reports a run's metrics: metrics.jsonl, TensorBoard events and console lines."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from deit_jax.errors import InputError
 
 
 class MetricWriter:
-    """Writes one process's metrics; the other processes of a run get a writer that is off.
+    """Writes the metrics of a run from one process; the others get a writer that is off.
 
     `metrics.jsonl` holds one object a line: `step`, `split` ("train", "eval", "final") and the
-    values. A run that resumes at step s first drops the lines after s, since it makes them again;
-    without `resume_step` lines are only added, which does no harm to a run that goes on meanwhile.
+    values. A run that resumes at `resume_step` first drops the later lines, since it writes them
+    again. Without `resume_step` lines are only appended, which is safe beside a running training.
     """
 
     def __init__(
@@ -43,14 +43,15 @@ class MetricWriter:
         """Appends one line; non-finite values become null, which JSON can hold."""
         if self._file is None:
             return
-        line = {"step": step, "split": split} | {k: _number(v) for k, v in values.items()}
+        numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        line = {"step": step, "split": split} | numbers
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._events is not None:
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def sync(self) -> None:
-        """Waits until the lines are on the disk: a run that resumes does not write them again."""
+        """Waits until the lines are on the disk: a resumed run does not write them again."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -62,9 +63,9 @@ class MetricWriter:
 
 
 class Progress:
-    """Speed and remaining time over the steps since the last report.
+    """Measures speed and remaining time over the steps since the last report.
 
-    The first step of a process, which compiles, counts for neither.
+    The first step of a process, which compiles, is left out.
     """
 
     def __init__(self, *, batch_size: int, total_steps: int):
@@ -75,24 +76,24 @@ class Progress:
         self._since: float | None = None
 
     def waited(self, seconds: float) -> None:
-        """Notes time in which the step had no input to work on."""
+        """Adds time in which the step waited for input."""
         if self._since is not None:
             self._wait += seconds
 
     def step_done(self) -> None:
-        """Notes a finished step."""
+        """Counts a finished step."""
         if self._since is None:
             self._since = time.perf_counter()
         else:
             self._steps += 1
 
     def pause(self, seconds: float) -> None:
-        """Takes out time spent on evaluation and the like."""
+        """Leaves out time spent on something else, such as an evaluation."""
         if self._since is not None:
             self._since += seconds
 
     def report(self, step: int) -> dict[str, float]:
-        """images_per_second, input_wait (share of the time), eta_seconds since the last report."""
+        """Returns images_per_second, input_wait (fraction of the time) and eta_seconds, if any."""
         if self._since is None or self._steps == 0:
             return {}
         now = time.perf_counter()
@@ -107,7 +108,7 @@ class Progress:
 
 
 def train_line(step: int, total_steps: int, steps_per_epoch: int, values: dict[str, float]) -> str:
-    """The console line of a train report; `values` as written to metrics.jsonl."""
+    """Returns the console line of a train report; `values` as written to metrics.jsonl."""
     parts = [
         f"step {step}/{total_steps}",
         f"epoch {step / steps_per_epoch:.1f}",
@@ -130,7 +131,7 @@ def train_line(step: int, total_steps: int, steps_per_epoch: int, values: dict[s
 
 
 def eval_line(results: dict[str, float]) -> str:
-    """The console line of an evaluation: every top-1, the loss and the count."""
+    """Returns the console line of an evaluation: every top-1, the loss and the count."""
     shown = [f"{name} {value:.2f}" for name, value in results.items() if "top1" in name]
     shown += [f"loss {results['loss']:.4f}", f"{results['num_examples']} images"]
     if "skipped_images" in results:
@@ -139,10 +140,10 @@ def eval_line(results: dict[str, float]) -> str:
 
 
 def accuracy_warning(results: dict[str, float]) -> str:
-    """What to say where `top1` is well below `expected_top1`; "" where it is not, or none is known.
+    """Returns a warning if `top1` is well below `expected_top1`; "" if not, or if none is known.
 
-    Well below is 2 points, or half of what is expected where that is less: more than repeated runs
-    of one recipe differ by.
+    Well below means by 2 points, or by half of a smaller expected value: repeated runs of one
+    recipe differ by less.
     """
     expected = results.get("expected_top1")
     if expected is None or results["top1"] >= expected - min(2.0, expected / 2):
@@ -154,7 +155,7 @@ def accuracy_warning(results: dict[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """43s, 12m05s or 3h07m."""
+    """Returns seconds as 43s, 12m05s or 3h07m."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
@@ -164,17 +165,13 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keeps the complete lines up to `step`; a line that a crash cut short goes too."""
+    """Keeps the complete lines up to `step`; drops a line that a crash cut short, too."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")  # a crash may have cut off nothing but this
+                kept.append(line + "\n")  # a crash may have cut off only the newline
         except (json.JSONDecodeError, KeyError):
             continue
     partial = path.with_suffix(".jsonl.tmp")
@@ -183,16 +180,16 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 class _EventFile:
-    """TensorBoard events through the tensorboard package's record writer, without TensorFlow."""
+    """Writes TensorBoard events with the tensorboard package's record writer, no TensorFlow."""
 
     def __init__(self, workdir: str, step: int):
         event_pb2, summary_pb2, record_writer = import_tensorboard()
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # Nanoseconds: a run that resumes within a second must not write over the earlier file.
+        # Nanoseconds: a run that resumes within a second must not overwrite the earlier file.
         path = Path(workdir) / f"events.out.tfevents.{time.time_ns()}"
         self._writer = record_writer.RecordWriter(path.open("wb"))
         self._put(file_version="brain.Event:2")
-        # Tells TensorBoard to forget what a killed run wrote from the next step on.
+        # Makes TensorBoard drop what a killed run wrote for the steps from the next one on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._put(step=step + 1, session_log=start)
 
@@ -210,7 +207,7 @@ class _EventFile:
 
 
 def import_tensorboard() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """TensorBoard's events, summaries and record writer; raises InputError without the package."""
+    """Imports TensorBoard's events, summaries and record writer; InputError if it is missing."""
     try:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer import record_writer
