@@ -6,6 +6,7 @@ which returns an exit status or None and gives what --json prints to `emit`. Its
 within `run`: neither --help nor a mistake in the flags waits for JAX or TensorFlow.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -42,8 +43,9 @@ def main(argv: list[str] | None = None, *, by_mode: bool = False) -> int:
       by_mode: the name is given by a flag instead, as main.py takes it: --mode=train|eval|plan.
     """
     # Imports and tracing make a million objects that stay; to look through them for garbage after
-    # every 700 new ones, as Python does, is a tenth of the start.
+    # every 700 new ones, as Python does, is a tenth of the start, and once more at the end a second.
     gc.set_threshold(50_000)
+    atexit.register(gc.freeze)
     argv = sys.argv[1:] if argv is None else argv
     return exit_status(lambda: _run(_named_by_mode(argv) if by_mode else argv))
 
