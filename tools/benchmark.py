@@ -1,10 +1,9 @@
-"""Measures speed: the launcher of benchmarks/benchmark.py."""
+"""Measures speed: starts benchmarks/benchmark.py."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import _launch  # noqa: F401  finds the clone
+
 from benchmarks.benchmark import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())

@@ -1,10 +1,5 @@
 """`deit-jax convert`, from a clone."""
 
-import sys
-from pathlib import Path
+from _launch import launch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from deit_jax.cli.main import main
-
-if __name__ == "__main__":
-    sys.exit(main(["convert", *sys.argv[1:]]))
+launch("convert")

@@ -1,6 +1,7 @@
 """The flags of every command: one spelling, one parser, and mistakes that name the nearest flag."""
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,10 +60,10 @@ def _underscored(flag: str) -> str:
     return flag[:2] + flag[2:].replace("-", "_")
 
 
-def one_or_more(text: str) -> int:
-    """Reads a whole number from 1 on; the `type` of a flag."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+def one_or_more(text: str, most: float = math.inf) -> int:
+    """Reads a whole number from 1 to `most`; the `type` of a flag."""
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to {most}")
     return int(text)
 
 

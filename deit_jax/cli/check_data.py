@@ -47,7 +47,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     sources = {split: data.open_source(config.dataset, split) for split in SPLITS}
     for split, source in sources.items():
         names = [" ".join(dict.fromkeys((n, imagenet.readable(n)))) for n in source.class_names]
-        _say(f"{split}: {source.description}, {_count(source.num_examples, 'image')}")
+        _say(f"{split}: {source.description}, {source.num_examples:,} images")
         _say(f"  {source.num_classes} classes: {_some(names) or 'without names'}")
     begin = time.perf_counter()
     splits, tables = {}, {}
@@ -68,7 +68,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
         _say(_summary(split, report, size))
     if twice:
         pairs = [f"{pair['eval']} = {pair['train']}" for pair in twice]
-        _say(f"warning: {_count(len(twice), 'eval image')} also in train: {_some(pairs)}")
+        _say(f"warning: eval images that are also in train, {len(twice):,}: {_some(pairs)}")
     images = sum(report["images"] for report in splits.values())
     bad = sum(len(report["problems"]) for report in splits.values())
     verdict = f"{bad:,} of {images:,} images cannot be used" if bad else "every image can be used"
@@ -78,24 +78,17 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
 
 
 def _summary(split: str, report: dict[str, Any], image_size: int) -> str:
-    def three(name: str) -> str:
-        return " / ".join(f"{v:g}" for v in (report[name] or {}).values()) or "none"
-
     usable = report["images"] - len(report["problems"])
-    lines = [
-        f"{split}: {usable:,} usable of {_count(report['images'], 'image')} "
-        "(below: min / median / max)",
-        f"  a class  {three('images_per_class')} images",
-        f"  height   {three('height')} pixels",
-        f"  width    {three('width')} pixels",
-        f"  aspect   {three('aspect')}",
-        f"  smaller  {report['smaller']:,} with a side below {image_size}",
-    ]
+    lines = [f"{split}: {usable:,} of {report['images']:,} images usable (min / median / max)"]
+    for name in ("images_per_class", "height", "width", "aspect"):
+        spread = " / ".join(f"{v:g}" for v in (report[name] or {}).values()) or "none"
+        lines.append(f"  {name:18}{spread}")
+    lines.append(f"  {'smaller':18}{report['smaller']:,} with a side below {image_size} pixels")
     if report["colours"]:
         colours = ", ".join(f"{count:,} {name}" for name, count in report["colours"].items())
-        lines.append(f"  colours  {colours}")
+        lines.append(f"  {'colours':18}{colours}")
     if report["repeated"]:
-        lines.append(f"  repeats  {report['repeated']:,} are copies of others in this split")
+        lines.append(f"  {'repeated':18}{report['repeated']:,} copies of others in this split")
     if empty := report["empty_classes"]:
         classes = f"{len(empty):,} of {len(report['classes']):,} classes"
         lines.append(f"  warning: {classes} without usable images: {_some(empty)}")
@@ -107,10 +100,6 @@ def _some(names: Sequence[str]) -> str:
     if len(names) <= NAMED:
         return ", ".join(names)
     return f"{', '.join(names[:3])} … {', '.join(names[-3:])}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def _say(text: str) -> None:

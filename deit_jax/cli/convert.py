@@ -12,6 +12,7 @@ with a config.json), and finds out which model it is. With another --model, --im
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from deit_jax.cli.arguments import one_or_more
@@ -27,8 +28,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--src", required=True, help="file, folder, https:// URL or hf:OWNER/NAME")
     add("--dst", required=True, type=Path, metavar="DIR", help="model folder to write")
     add("--model", metavar="NAME", help="registered name, if not the file's")
-    add("--image_size", type=one_or_more, metavar="N", help="side in pixels, if not the model's")
-    add("--num_classes", type=one_or_more, metavar="N", help="if not the file's: new heads")
+    size, classes = partial(one_or_more, most=2**14), partial(one_or_more, most=2**24)
+    add("--image_size", type=size, metavar="N", help="side in pixels, if not the model's")
+    add("--num_classes", type=classes, metavar="N", help="if not the file's: new heads")
     add(
         "--pos_embed",
         choices=("reference", "timm"),
@@ -41,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
-    """Converts; --dst is whole or absent."""
+    """Converts; --dst is one_or_more or absent."""
     from deit_jax import trees
     from deit_jax.checkpoints import model_folder
     from deit_jax.convert import download, from_torch
@@ -50,9 +52,6 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     # What can be checked before anything is read or downloaded.
     if arguments.model is not None:
         registry.model_options(arguments.model)
-    for name, largest in (("image_size", 2**14), ("num_classes", 2**24)):
-        if (getattr(arguments, name) or 0) > largest:
-            raise InputError(f"--{name} is {getattr(arguments, name)}, expected 1 to {largest}")
     target = arguments.dst
     if os.path.lexists(target) and not (target / "model.json").is_file():
         raise InputError(f"--dst {target} exists and is no model folder; choose another path")
@@ -91,7 +90,6 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
 
 def _class_names(file: Path) -> tuple[str, ...]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        return tuple(file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--class_names {file} cannot be read ({brief(error)})") from error
-    return tuple(line.removesuffix("\r") for line in lines)

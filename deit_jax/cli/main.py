@@ -11,7 +11,6 @@ import contextlib
 import gc
 import importlib
 import json
-import math
 import sys
 import types
 from argparse import Namespace
@@ -42,8 +41,8 @@ def main(argv: list[str] | None = None, *, by_mode: bool = False) -> int:
       argv: the command's name and its flags; by default those of the process.
       by_mode: the name is given by a flag instead, as main.py takes it: --mode=train|eval|plan.
     """
-    # Imports and tracing make a million objects that stay; to look through them for garbage after
-    # every 700 new ones, as Python does, is a tenth of the start, and once more at the end a second.
+    # Imports and tracing make a million objects that stay. To look through them for garbage after
+    # every 700 new ones, as Python does, is a tenth of the start, and at the end a second.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
     argv = sys.argv[1:] if argv is None else argv
@@ -87,7 +86,8 @@ def run_command(
 
     def emit(document: object) -> None:
         if arguments.json:
-            print(json.dumps(_finite(document), ensure_ascii=False), file=stdout, flush=True)
+            strict = json.loads(json.dumps(document), parse_constant=lambda _: None)  # no NaN
+            print(json.dumps(strict, ensure_ascii=False), file=stdout, flush=True)
 
     with contextlib.redirect_stdout(sys.stderr if arguments.json else stdout):
         return module.run(arguments, emit)
@@ -115,12 +115,3 @@ def _parse(name: str, module: types.ModuleType, argv: list[str], prog: str) -> N
     if arguments.config is None and module.RECIPE == "required":
         raise InputError("--config is missing; name a recipe, such as --config=digits")
     return arguments
-
-
-def _finite(document: object) -> object:
-    """The document with null for the numbers that JSON does not have."""
-    if isinstance(document, dict):
-        return {key: _finite(value) for key, value in document.items()}
-    if isinstance(document, (list, tuple)):
-        return [_finite(value) for value in document]
-    return None if isinstance(document, float) and not math.isfinite(document) else document

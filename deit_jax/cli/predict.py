@@ -10,15 +10,14 @@ beside it. Text shows percent, CSV and JSON hold probabilities from 0 to 1. A pi
 read is named on stderr and left out, and the exit status is then 1.
 """
 
-import contextlib
 import csv
+import io
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -49,26 +48,28 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     model = load_model(arguments.model)
     topk = min(arguments.topk, model.info.num_classes)
     folder = any(map(os.path.isdir, arguments.images))
-    reporters = [emit] if arguments.json else []
-    status = 0
+    # The CSV has its name only once it is complete.
+    part = Path(f"{arguments.csv}.part") if arguments.csv else Path(os.devnull)
+    heading, status = True, 0
     with (
+        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         tqdm(total=len(files), unit="image", disable=not folder and len(files) <= FEW) as bar,
-        contextlib.ExitStack() as stack,
     ):
-        if arguments.csv:
-            file = stack.enter_context(_whole_file(arguments.csv))
-            reporters.append(_csv_reporter(file.write, model, topk))
-        if not reporters:
-            reporters.append(_csv_reporter(_say, model, topk) if folder else _print_text)
         for result in predict(model, files, topk=topk, batch_size=arguments.batch_size):
+            bar.update()
             if isinstance(result, InputError):
                 status = 1
                 tqdm.write(str(result), file=sys.stderr)
-            else:
-                for report in reporters:
-                    report(result)
-            bar.update()
-        sys.stdout.flush()  # a closed pipe shows here, where it is caught, not at exit
+                continue
+            emit(result)
+            if arguments.csv:
+                file.write(_csv(result, heading=heading))
+            elif not arguments.json:
+                _say(_csv(result, heading=heading) if folder else _text(result))
+            heading = False
+    if arguments.csv:
+        part.replace(arguments.csv)
+    sys.stdout.flush()  # a closed pipe shows here, where it is caught, not at exit
     return status
 
 
@@ -99,39 +100,23 @@ def _say(text: str) -> None:
     tqdm.write(text, file=sys.stdout, end="")
 
 
-def _print_text(result: dict[str, Any]) -> None:
+def _text(result: dict[str, Any]) -> str:
     lines = [result["file"]]
     for rank, found in enumerate(result["predictions"], 1):
         lines.append(f"{rank:4} {100 * found['probability']:7.2f} %  {found['name']}")
     for head, (found, *_) in result.get("heads", {}).items():
         lines.append(f"     {100 * found['probability']:6.2f} %  {found['name']}  ({head} head)")
-    _say("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
-def _csv_reporter(
-    write: Callable[[str], object], model: Any, topk: int
-) -> Callable[[dict[str, Any]], None]:
-    """Writes the heading; returns the function that writes a result's row."""
-    from deit_jax.inference.predict import HEADS
-
-    columns = [str(rank) for rank in range(1, topk + 1)]
-    if getattr(model, "distilled", False):
-        columns += [f"{head}-head" for head in HEADS]
-    writer = csv.writer(SimpleNamespace(write=write), lineterminator="\n")
-    writer.writerow(["file", *(f"{kind}-{c}" for c in columns for kind in ("name", "probability"))])
-
-    def report(result: dict[str, Any]) -> None:
-        found = result["predictions"] + [top[0] for top in result.get("heads", {}).values()]
-        cells = [cell for one in found for cell in (one["name"], one["probability"])]
-        writer.writerow([result["file"], *cells])
-
-    return report
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[TextIO]:
-    """Opens a text file that has its name only once it is complete; until then it is PATH.part."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        yield file
-    part.replace(path)
+def _csv(result: dict[str, Any], *, heading: bool) -> str:
+    found = {str(rank): one for rank, one in enumerate(result["predictions"], 1)}
+    found |= {f"{head}-head": top[0] for head, top in result.get("heads", {}).items()}
+    row = {"file": result["file"]}
+    row |= {f"{key}-{n}": one[key] for n, one in found.items() for key in ("name", "probability")}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, row, lineterminator="\n")
+    if heading:
+        writer.writeheader()
+    writer.writerow(row)
+    return text.getvalue()

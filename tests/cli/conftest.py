@@ -16,13 +16,11 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
-def deit_jax_command(capsys, monkeypatch, repo_root):
-    """Runs a command in this process, in the repository's root."""
+def deit_jax_command(capsys, monkeypatch, tmp_path):
+    """Runs a command in this process, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments, **options):
-        with monkeypatch.context() as patch:
-            patch.chdir(repo_root)
-            status = main(list(map(str, arguments)), **options)
-        return Ended(status, *capsys.readouterr())
+        return Ended(main(list(map(str, arguments)), **options), *capsys.readouterr())
 
     return run

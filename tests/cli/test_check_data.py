@@ -1,4 +1,4 @@
-"""tools/data_check.py: names exactly what cannot be used, and counts what PIL and NumPy count."""
+"""check-data names exactly what cannot be used, and counts what PIL and NumPy count."""
 
 import json
 
@@ -104,7 +104,7 @@ def test_bad_files_are_named_and_the_others_counted(run, folder):
     again = {"train": f"{root}/train/a/plain.jpg", "eval": f"{root}/val/b/again.jpg"}
     assert report["in_both"] == [again]
     (warning,) = [line for line in out if line.startswith("warning: ")]
-    assert warning == f"warning: 1 eval image also in train: {again['eval']} = {again['train']}"
+    assert warning.endswith(f", 1: {again['eval']} = {again['train']}")
 
 
 def test_a_sound_folder(run, folder):
@@ -185,22 +185,3 @@ def test_every_example_is_seen_once_in_order_whatever_fails():
     assert "gone away" in found[150].reason
     assert found[7][:5] == Example(7, 7, 4, 4, "", 0)[:5]
     assert len({one.fingerprint for one in found if isinstance(one, Example)}) == 149
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "--config is missing"),
-        ([DIGITS, "stray"], "stray"),
-        ([DIGITS, "--workers=0"], "--workers"),
-        ([DIGITS, "--config.dataset.sauce=folder"], "config.dataset.sauce"),
-        ([DIGITS, "--config.dataset.source=filder"], "config.dataset.source is 'filder'"),
-        ([FOLDER, "--config.dataset.root=nowhere"], "config.dataset.root is 'nowhere'"),
-    ],
-)
-def test_a_mistake_is_one_line(run, arguments, words):
-    status, out, err, report = run(*arguments)
-    assert (status, out, report) == (2, [], None)
-    assert err.startswith("error: ")
-    assert words in err
-    assert err.count("\n") == 1

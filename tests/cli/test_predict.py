@@ -1,4 +1,4 @@
-"""tools/predict.py: figures against NumPy, its three outputs, and mistakes of every kind."""
+"""predict: figures against NumPy, its three outputs, and pictures and models that are broken."""
 
 import csv
 import dataclasses
@@ -14,7 +14,6 @@ from flax import nnx
 from PIL import Image
 
 import deit_jax
-from deit_jax.cli.main import main
 from deit_jax.cli.predict import find_images
 from deit_jax.errors import InputError
 from deit_jax.inference.predict import predict
@@ -22,15 +21,10 @@ from deit_jax.models import imagenet
 from deit_jax.models.network import Network
 
 
-class tool:
-    """The command."""
-
-    predict = staticmethod(predict)
-    find_images = staticmethod(find_images)
-
-    @staticmethod
-    def main(arguments):
-        return main(["predict", *arguments])
+@pytest.fixture
+def predict_command(deit_jax_command):
+    """Predicts with a model: predict_command(folder, *images and flags)."""
+    return lambda folder, *rest: deit_jax_command("predict", "--model", folder, *rest)
 
 
 def _save(folder, name, class_names, **changes):
@@ -100,13 +94,10 @@ def _sorted_photos(root):
     return sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".txt")
 
 
-def test_json_of_a_folder_has_every_pictures_own_figures(distilled, photos, capsys):
+def test_json_of_a_folder_has_every_pictures_own_figures(predict_command, distilled, photos):
     folder, model = distilled
     # Seven pictures in batches of three: two full ones and one filled up.
-    status = tool.main(
-        ["--model", folder, str(photos), "--json", "--topk", "4", "--batch_size", "3"]
-    )
-    out, err = capsys.readouterr()
+    status, out, err = predict_command(folder, photos, "--json", "--topk=4", "--batch_size=3")
     assert status == 0
     assert "7/7" in err, "a folder has a progress bar"
     lines = [json.loads(line) for line in out.splitlines()]
@@ -123,12 +114,11 @@ def test_json_of_a_folder_has_every_pictures_own_figures(distilled, photos, caps
     assert np.diff(np.sort(best)).min() > 1e-3, "no two pictures look alike to the model"
 
 
-def test_text_of_one_picture(distilled, photos, capsys):
+def test_text_of_one_picture(predict_command, distilled, photos):
     folder, model = distilled
     file = photos / "b.jpg"
-    assert tool.main(["--model", folder, str(file), "--topk", "99"]) == 0
-    out, err = capsys.readouterr()
-    assert err == "", "one picture has no progress bar"
+    status, out, err = predict_command(folder, file, "--topk=99")
+    assert (status, err) == (0, ""), "one picture has no progress bar"
     names = list(map(imagenet.readable, model.info.class_names))
     mean, heads = _expected(model, file)
     want = [
@@ -141,30 +131,26 @@ def test_text_of_one_picture(distilled, photos, capsys):
     assert len(want) == 7 + 2
 
 
-def test_one_head_and_several_files_in_the_order_given(plain, photos, capsys):
+def test_one_head_and_several_files_in_the_order_given(predict_command, plain, photos):
     folder, model = plain
     files = [str(photos / name) for name in ("e.bmp", "a.PNG")]
-    assert tool.main(["--model", folder, *files, "--json"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = [
+        json.loads(line) for line in predict_command(folder, *files, "--json").out.splitlines()
+    ]
     assert [line["file"] for line in lines] == files
     for line in lines:
         assert set(line) == {"file", "predictions"}
         _check(line["predictions"], _expected(model, line["file"])[0], ("a", "b", "c"), 3)
-    assert tool.main(["--model", folder, *files]) == 0
-    assert "head" not in capsys.readouterr().out
+    assert "head" not in predict_command(folder, *files).out
 
 
-def test_csv_on_stdout_and_in_a_file_agree_with_json(distilled, photos, tmp_path, capsys):
-    folder, _ = distilled
-    file = tmp_path / "found.csv"
-    common = ["--model", folder, str(photos), "--topk", "2"]
-    assert tool.main(common) == 0
-    on_stdout = capsys.readouterr().out
-    assert tool.main([*common, "--json", "--csv", str(file)]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def test_csv_on_stdout_and_in_a_file_agree_with_json(predict_command, distilled, photos, tmp_path):
+    common, file = (distilled[0], photos, "--topk=2"), tmp_path / "found.csv"
+    on_stdout = predict_command(*common).out
+    found = predict_command(*common, "--json", "--csv", file).out
+    lines = [json.loads(line) for line in found.splitlines()]
     assert file.read_text() == on_stdout
-    assert tool.main([*common, "--csv", str(file)]) == 0
-    assert capsys.readouterr().out == ""
+    assert predict_command(*common, "--csv", file).out == ""
     assert file.read_text() == on_stdout
     assert list(tmp_path.iterdir()) == [file]
 
@@ -178,7 +164,7 @@ def test_csv_on_stdout_and_in_a_file_agree_with_json(distilled, photos, tmp_path
         assert row == [line["file"], *want]
 
 
-def test_one_compilation_of_the_smallest_batch(plain, photos, capsys, monkeypatch):
+def test_one_compilation_of_the_smallest_batch(predict_command, plain, photos, monkeypatch):
     shapes, call = [], Network.__call__
 
     def counted(self, variables, images, key=None):
@@ -186,24 +172,22 @@ def test_one_compilation_of_the_smallest_batch(plain, photos, capsys, monkeypatc
         return call(self, variables, images, key)
 
     monkeypatch.setattr(Network, "__call__", counted)
-    common = ["--model", plain[0], "--json"]
-    assert tool.main([*common, str(photos), "--batch_size", "3"]) == 0
-    assert tool.main([*common, str(photos / "b.jpg")]) == 0
+    assert predict_command(plain[0], photos, "--batch_size=3").status == 0
+    assert predict_command(plain[0], photos / "b.jpg").status == 0
     assert shapes == [(3, 32, 32, 3), (1, 32, 32, 3)]
 
 
-def test_an_unreadable_picture_is_named_and_the_others_predicted(plain, photos, tmp_path, capsys):
+def test_an_unreadable_picture_is_named_and_the_others_predicted(
+    predict_command, plain, photos, tmp_path
+):
     folder, model = plain
     for number, source in enumerate(_sorted_photos(photos)[:5]):
         Image.open(source).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes((photos / "a.PNG").read_bytes()[:100])
     (tmp_path / "3.png").write_text("no picture")
     (tmp_path / "5.png").symlink_to(tmp_path / "gone.png")
-    out = tmp_path / "found.csv"
-    status = tool.main(
-        ["--model", folder, str(tmp_path), "--json", "--batch_size", "3", "--csv", str(out)]
-    )
-    found, err = capsys.readouterr()
+    flags = ("--json", "--batch_size=3", "--csv", tmp_path / "found.csv")
+    status, found, err = predict_command(folder, tmp_path, *flags)
     assert status == 1
     lines = [json.loads(line) for line in found.splitlines()]
     assert [Path(line["file"]).name for line in lines] == ["0.png", "2.png", "4.png"]
@@ -212,66 +196,32 @@ def test_an_unreadable_picture_is_named_and_the_others_predicted(plain, photos, 
     for number in (1, 3, 5):
         assert err.count(f"{tmp_path / f'{number}.png'}: ") == 1
     assert "Traceback" not in err
-    assert len(out.read_text().splitlines()) == 1 + 3
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + 3
 
 
-def test_any_failure_of_a_decoder_is_a_line(plain, photos, capsys, monkeypatch):
+def test_any_failure_of_a_decoder_is_a_line(predict_command, plain, photos, monkeypatch):
     def broken(image):
         if isinstance(image, np.ndarray):
             return Image.fromarray(image)
         raise ValueError("bad\ndata")
 
     monkeypatch.setattr("deit_jax.inference.preprocess._load", broken)
-    assert tool.main(["--model", plain[0], str(photos / "b.jpg")]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == f"{photos / 'b.jpg'}: cannot be read as an image (bad data)\n"
+    line = f"{photos / 'b.jpg'}: cannot be read as an image (bad data)\n"
+    assert predict_command(plain[0], photos / "b.jpg") == (1, "", line)
 
 
 def test_linked_folders_are_searched(photos, tmp_path):
     (tmp_path / "link").symlink_to(photos)
-    found = tool.find_images([str(tmp_path)])
+    found = find_images([str(tmp_path)])
     assert [p.relative_to(tmp_path / "link") for p in found] == [
         p.relative_to(photos) for p in _sorted_photos(photos)
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["b.jpg", "gone.jpg"], "gone.jpg: no such image file or folder; check the path"),
-        (["b.jpg", "empty"], "empty holds no image: expected files .jpg"),
-        (["b.jpg", "--topk", "0"], "--topk: 0"),
-        (["b.jpg", "--topk", "five"], "--topk: five"),
-        (["b.jpg", "--batch_size", "-1"], "--batch_size: -1"),
-        (["b.jpg", "--csv", "gone/x.csv"], "--csv: gone/x.csv"),
-        (["b.jpg", "--csv", "empty"], "--csv: empty is a folder"),
-        (["b.jpg", "--colour"], "--colour"),
-        ([], "arguments are required: IMAGE"),
-    ],
-)
-def test_mistakes_are_one_line_before_the_model_is_loaded(
-    photos, tmp_path, capsys, monkeypatch, arguments, message
-):
-    monkeypatch.chdir(tmp_path)
-    Path("b.jpg").write_bytes((photos / "b.jpg").read_bytes())
-    Path("empty").mkdir()
-    monkeypatch.setattr(deit_jax, "load_model", lambda path: pytest.fail("loaded"), raising=False)
-    assert tool.main(["--model", "model", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
-
-
-def test_models_that_cannot_predict(photos, tmp_path, capsys):
-    picture = str(photos / "b.jpg")
-
+def test_models_that_cannot_predict(predict_command, photos, tmp_path):
     def error(folder):
-        assert tool.main(["--model", str(folder), picture, "--csv", str(tmp_path / "x.csv")]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
+        status, out, err = predict_command(folder, photos / "b.jpg", "--csv", tmp_path / "x.csv")
+        assert (status, out) == (2, "")
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert not (tmp_path / "x.csv").exists(), "a CSV has its name only when complete"
@@ -295,22 +245,15 @@ def test_models_that_cannot_predict(photos, tmp_path, capsys):
 
 def test_classes_without_names_have_their_numbers(tmp_path, photos):
     model = deit_jax.create_model("deit_testing", num_classes=2, depth=1, rngs=nnx.Rngs(0))
-    (result,) = tool.predict(model, [photos / "b.jpg"], topk=2, batch_size=16)
+    (result,) = predict(model, [photos / "b.jpg"], topk=2, batch_size=16)
     assert {one["name"] for one in result["predictions"]} == {"class 0", "class 1"}
     with pytest.raises(InputError, match="no model folder"):
         deit_jax.load_model(tmp_path)
 
 
-def test_runs_by_itself_and_stops_with_its_reader(repo_root, run_python, distilled, photos):
-    tool = repo_root / "tools" / "predict.py"
-    run = run_python(tool, "--model", distilled[0], photos / "b.jpg", env={"PYTHONPATH": ""})
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.splitlines()[0] == str(photos / "b.jpg")
-    help_text = run_python(tool, "--help")
-    assert help_text.returncode == 0
-    assert "--batch_size" in help_text.stdout
-
-    command = [sys.executable, str(tool), "--model", distilled[0], str(photos)]
+def test_stops_with_its_reader(repo_root, distilled, photos):
+    script = str(repo_root / "tools" / "predict.py")
+    command = [sys.executable, script, "--model", distilled[0], str(photos)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         err = process.stderr.read().decode()
