@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from deit_jax.convert import layouts, mapping, torch_files
+from deit_jax.convert import layouts, torch_files
 from deit_jax.errors import InputError, brief
 from deit_jax.models import imagenet, registry
 from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
-from deit_jax.models.network import Variables
 
 LAYER_NORM_EPS = 1e-6
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that a folder has
@@ -160,8 +160,12 @@ def _options(info: ModelInfo) -> dict[str, Any]:
     return defaults | registry.model_options(info.name) | dict(info.overrides)
 
 
-def check(info: ModelInfo) -> None:
-    """Raises InputError for the models that transformers does not have."""
+def layout(info: ModelInfo) -> layouts.Layout:
+    """Returns how transformers names the model's tensors.
+
+    Raises:
+      InputError: transformers has no such model (DeiT III, RegNetY).
+    """
     options = _options(info)
     unknown = options.get("layer_scale_init") is not None or options.get("no_embed_class", False)
     if "embed_dim" not in options or unknown:
@@ -169,6 +173,7 @@ def check(info: ModelInfo) -> None:
             f"{info.name}: transformers has ViT and DeiT without LayerScale and with positions for "
             "all tokens; use --format timm"
         )
+    return layouts.HF_DEIT if options["distilled"] else layouts.HF_VIT
 
 
 def is_ours(folder: Path) -> bool:
@@ -177,20 +182,17 @@ def is_ours(folder: Path) -> bool:
     return _INFO in config and {file.name for file in folder.iterdir()} <= _FILES
 
 
-def write_folder(folder: Path, variables: Variables, info: ModelInfo) -> None:
+def write_folder(folder: Path, tensors: dict[str, np.ndarray], info: ModelInfo) -> None:
     """Writes `config.json`, `preprocessor_config.json` and `model.safetensors` into a folder.
 
-    Plain DeiT becomes a ViTForImageClassification, a distilled one a
-    DeiTForImageClassificationWithTeacher, both with LayerNorm's eps at 1e-6. A folder of ours is
-    replaced when the new one is complete.
+    The tensors have the names of `layout(info)`. Plain DeiT becomes a ViTForImageClassification, a
+    distilled one a DeiTForImageClassificationWithTeacher, both with LayerNorm's eps at 1e-6. A
+    folder of ours is replaced when the new one is complete.
 
     Raises:
-      InputError: transformers has no such model (DeiT III, RegNetY), or the disk refuses.
+      InputError: the disk refuses.
     """
-    check(info)
     folder = folder.absolute()
-    layout = layouts.HF_DEIT if _options(info)["distilled"] else layouts.HF_VIT
-    tensors = mapping.from_variables(variables, layout)
     contents = {"config.json": _config(info), "preprocessor_config.json": _processor(info)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import Variables
 
 FORMATS = ("timm", "fb", "hf", "torchvision")
-_LAYOUTS = {  # by format, and whether the model is a vision transformer
+_LAYOUTS = {  # by format but "hf", and whether the model is a vision transformer
     ("timm", True): layouts.TIMM_VIT,
     ("fb", True): layouts.REFERENCE,
     ("timm", False): layouts.TIMM_REGNET,
@@ -28,6 +28,8 @@ def layout(info: ModelInfo, form: str) -> layouts.Layout:
     Raises:
       InputError: the format does not know such models.
     """
+    if form == "hf":
+        return huggingface.layout(info)
     key = form, "embed_dim" in registry.model_options(info.name)
     if key not in _LAYOUTS:
         raise InputError(
@@ -38,7 +40,7 @@ def layout(info: ModelInfo, form: str) -> layouts.Layout:
 
 
 def tensors(variables: Variables, info: ModelInfo, form: str) -> dict[str, np.ndarray]:
-    """Returns the state dict of a model in the names of `form`, one of FORMATS but "hf"."""
+    """Returns the state dict of a model in the names of `form`, one of FORMATS."""
     return mapping.from_variables(
         variables, layout(info, form), num_batches_tracked=info.num_batches_tracked
     )
@@ -62,12 +64,12 @@ def write(source: str | os.PathLike, path: str | os.PathLike, form: str) -> Mode
     path = Path(path)
     network, like = model_folder.read_network(source)
     info = network.info
-    if form == "hf":
-        huggingface.check(info)
-        huggingface.write_folder(path, model_folder.read_variables(source, like), info)
-        return info
     layout(info, form)  # before the weights are read
-    torch_files.check_suffix(path)
+    if form != "hf":
+        torch_files.check_suffix(path)
     state = tensors(model_folder.read_variables(source, like), info, form)
-    torch_files.write(path, state, info=info, container="model" if form == "fb" else None)
+    if form == "hf":
+        huggingface.write_folder(path, state, info)
+    else:
+        torch_files.write(path, state, info=info, container="model" if form == "fb" else None)
     return info

@@ -17,23 +17,15 @@ sys.path.insert(0, str(ROOT))
 
 _CREATE = """
 import sys
-import numpy as np
 import torch
 from deit_jax.convert import layouts, mapping
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 
 _, like = split_model(registry.abstract_model(sys.argv[1]))
-generator = torch.Generator().manual_seed(0)
-torch.save(
-    {
-        "model": {
-            tensor.key: torch.randn(tensor.shape, generator=generator) * 0.02
-            for tensor in mapping.tensors_of(like, layouts.REFERENCE)
-        }
-    },
-    sys.argv[2],
-)
+tensors = mapping.tensors_of(like, layouts.REFERENCE)
+state = {tensor.key: 0.02 * torch.randn(tensor.shape) for tensor in tensors}
+torch.save({"model": state}, sys.argv[2])
 """
 _LOAD = """
 import sys
@@ -62,13 +54,11 @@ def measure(model: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         source, target, back = (Path(folder) / name for name in ("a.pth", "model", "b.pth"))
         peak_gib("-c", _CREATE, model, source)
-        peaks = {
-            "torch_to_jax": peak_gib("tools/torch_to_jax.py", "--src", source, "--dst", target)
-        }
+        peaks = {"convert": peak_gib("tools/torch_to_jax.py", "--src", source, "--dst", target)}
         source.unlink()
         peaks["load_model"] = peak_gib("-c", _LOAD, target)
         arguments = ["--src", target, "--dst", back, "--format", "fb"]
-        peaks["jax_to_torch"] = peak_gib("tools/jax_to_torch.py", *arguments)
+        peaks["export"] = peak_gib("tools/jax_to_torch.py", *arguments)
         return peaks
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the rows of qkv are [q|k|v] × [head] × [hd]."""
+    """Multi-head self-attention on [B, N, D]; the rows of qkv are [q|k|v] × [head] × [hd]."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -20,7 +20,6 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [B, N, D] to [B, N, D]."""
         heads = [
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in self.qkv(x).chunk(3, dim=-1)
@@ -39,7 +38,6 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [B, N, D] to [B, N, D]."""
         x = self.fc1(x)
         return self.fc2(0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0))))
 
@@ -59,7 +57,6 @@ class Block(nn.Module):
             self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale_init))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps [B, N, D] to [B, N, D]."""
         branch = self.attn(self.norm1(x))
         x = x + (self.gamma_1 * branch if self.layer_scale else branch)
         branch = self.mlp(self.norm2(x))
@@ -67,14 +64,13 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, 3, H, W] → tokens [B, P, D], row by row."""
+    """Images [B, 3, H, W] → tokens [B, P, D], row by row; drops what fills no whole patch."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels beyond the last whole patch are dropped."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 
 def fresh(name: str, *, num_classes: int, **options) -> torch.nn.Module:
-    """Return timm's twin of a registered model as timm initialises it, `options` in place of ours.
+    """Builds timm's twin of a registered model as timm initialises it, `options` in place of ours.
 
     Also of the models that timm has no name for.
     """
@@ -33,32 +33,32 @@ def fresh(name: str, *, num_classes: int, **options) -> torch.nn.Module:
 
 
 def vit(*, seed: int = 0, **options) -> torch.nn.Module:
-    """Return timm's twin of our VisionTransformer(**options), randomised, in evaluation mode."""
+    """Builds timm's twin of our VisionTransformer(**options), randomised, in evaluation mode."""
     return randomise(fresh_vit(**options), seed)
 
 
 def fresh_vit(**options) -> torch.nn.Module:
-    """Return timm's twin of our VisionTransformer(**options) as timm initialises it."""
+    """Builds timm's twin of our VisionTransformer(**options) as timm initialises it."""
     cls = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
     renamed = {"image_size": "img_size", "layer_scale_init": "init_values"}
     return cls(**{renamed.get(k, k): v for k, v in options.items()})
 
 
 def regnety(*, seed: int = 0, **options) -> torch.nn.Module:
-    """Return timm's twin of our RegNetY(**options), randomised, in evaluation mode."""
+    """Builds timm's twin of our RegNetY(**options), randomised, in evaluation mode."""
     return randomise(fresh_regnety(**options), seed)
 
 
 def fresh_regnety(
     *, num_classes: int, group_width: int, drop_path_rate: float = 0.0, **options
 ) -> torch.nn.Module:
-    """Return timm's twin of our RegNetY(**options) as timm initialises it."""
+    """Builds timm's twin of our RegNetY(**options) as timm initialises it."""
     cfg = RegNetCfg(group_size=group_width, se_ratio=0.25, **options)
     return RegNet(cfg, num_classes=num_classes, drop_path_rate=drop_path_rate)
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Draw every tensor so that a mistake in any of them changes the logits visibly.
+    """Draws every tensor so that a mistake in any of them changes the logits visibly.
 
     Fresh models hide mistakes: tiny position embeddings and LayerScale, unit norms, zero biases.
     """
@@ -80,7 +80,7 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def to_tree(tensors: dict[str, torch.Tensor]) -> dict:
-    """Rename and transpose tensors with timm's names into our nested dict of NumPy arrays."""
+    """Renames and transposes tensors with timm's names into our nested dict of NumPy arrays."""
     tree = {}
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")
@@ -101,7 +101,7 @@ def to_tree(tensors: dict[str, torch.Tensor]) -> dict:
 
 
 def with_weights_of(torch_model: torch.nn.Module, build: Callable[..., nnx.Module]) -> nnx.Module:
-    """Return the model that `build(rngs=...)` makes, with the weights and statistics of timm's.
+    """Returns the model that `build(rngs=...)` makes, with timm's weights and statistics.
 
     Weights are matched strictly by name and shape; nothing is initialised on the way.
     """

@@ -168,12 +168,9 @@ class Training:
 
     def step(self, images: np.ndarray, labels: np.ndarray, draws: Draws) -> tuple[float, float]:
         """Trains on uint8 images [B,H,W,3] and labels [B]; returns the loss and the rate."""
+        smoothing = self.config.mixing.smoothing
         x, targets = augment(
-            images,
-            labels,
-            draws,
-            smoothing=self.config.mixing.smoothing,
-            num_classes=self.num_classes,
+            images, labels, draws, smoothing=smoothing, num_classes=self.num_classes
         )
         heads = self.model(x) if self.distilled else (self.model(x),)
         teacher_logits = None
@@ -181,16 +178,8 @@ class Training:
             with torch.no_grad():
                 teacher_logits = self.teacher(x)
         distill = self.config.distill
-        loss = total_loss(
-            heads,
-            targets,
-            teacher_logits,
-            distill.kind,
-            distill.alpha,
-            distill.temperature,
-            distill.reduction,
-            self.config.train.loss,
-        )
+        weights = distill.kind, distill.alpha, distill.temperature, distill.reduction
+        loss = total_loss(heads, targets, teacher_logits, *weights, self.config.train.loss)
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad()
         loss.backward()

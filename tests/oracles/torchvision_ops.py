@@ -12,21 +12,18 @@ from pathlib import Path
 
 import torch
 
-_SCHEMAS = (
-    ("nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-    ("qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-)
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 @functools.cache
 def import_torchvision():
-    """Return the torchvision module; afterwards `import timm` and `import torchvision` work."""
+    """Returns the torchvision module; afterwards `import timm` and `import torchvision` work."""
     with contextlib.suppress(OSError):  # a build for another torch or for a GPU
         for library in Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*.so"):
             torch.ops.load_library(library)
-    for name, schema in _SCHEMAS:
+    for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", schema)
+            torch.library.define(f"torchvision::{name}", _SCHEMA)
     import torchvision
     import torchvision.transforms
 
