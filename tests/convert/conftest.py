@@ -23,12 +23,7 @@ def options(name: str) -> dict:
 
 def timm_twin(name: str, *, num_classes: int = 7, seed: int = 0) -> torch.nn.Module:
     """timm's module of a testing model, randomised, its BatchNorm counters too."""
-    chosen = options(name)
-    if "w0" in chosen:
-        del chosen["image_size"]
-        model = timm_models.regnety(seed=seed, num_classes=num_classes, **chosen)
-    else:
-        model = timm_models.vit(seed=seed, num_classes=num_classes, **chosen)
+    model = timm_models.randomise(timm_models.fresh(name, num_classes=num_classes), seed)
     for number, (key, tensor) in enumerate(model.state_dict().items()):
         if key.endswith("num_batches_tracked"):
             tensor.fill_(1000 + number)
