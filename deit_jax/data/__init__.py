@@ -23,14 +23,6 @@ for _kind in ("GPU", "TPU"):
 from deit_jax.data.open import open_source  # noqa: E402
 from deit_jax.data.plan import InputPlan  # noqa: E402
 from deit_jax.data.source import Source  # noqa: E402
-from deit_jax.data.stream import Batches, eval_batches, example_ids, train_batches  # noqa: E402
+from deit_jax.data.stream import eval_batches, example_ids, train_batches  # noqa: E402
 
-__all__ = [
-    "Batches",
-    "InputPlan",
-    "Source",
-    "eval_batches",
-    "example_ids",
-    "open_source",
-    "train_batches",
-]
+__all__ = ["InputPlan", "Source", "eval_batches", "example_ids", "open_source", "train_batches"]

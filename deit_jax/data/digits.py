@@ -1,48 +1,46 @@
-"""scikit-learn's handwritten digits, a data set that needs no files."""
+"""scikit-learn's handwritten digits: a data set that needs no files."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from deit_jax.data.source import Source, fixed_fraction, frozen_random
+from deit_jax.data.source import Source, fixed_fraction
 from deit_jax.errors import InputError
 from deit_jax.trees import digest
 
-_DIGITS_EVAL_FRACTION = 0.2
+_EVAL_FRACTION = 0.2
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class DigitsSource(Source):
-    """scikit-learn's 1797 grey 8×8 digits, with a fixed stratified split; needs no files."""
+    """A part of scikit-learn's 1797 grey 8×8 digits."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, numbers: np.ndarray, split: str):
-        super().__init__(
-            description=f"scikit-learn digits ({split})",
-            num_examples=len(labels),
-            num_classes=10,
-            class_names=tuple("0123456789"),
-            encoded=False,
-        )
-        self._images = tf.constant(images)
-        self._labels = tf.constant(labels, tf.int32)
-        self._numbers = numbers
+    images: tf.Tensor  # uint8 [n, 8, 8, 3]
+    labels: tf.Tensor  # int32 [n]
+    rows: np.ndarray  # [n], in scikit-learn's own order
 
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See Source."""
-        return tf.gather(self._images, index), tf.gather(self._labels, index)
+        return tf.gather(self.images, index), tf.gather(self.labels, index)
 
     def fingerprint(self) -> str:
-        """See Source."""
-        return digest(self._images, self._labels)
+        """Returns a digest of pixels and labels."""
+        return digest(self.images, self.labels)
 
     def example_id(self, index: int) -> str:
-        """The row in scikit-learn's own order."""
-        return f"digits:{self._numbers[index]}"
+        """Returns the row in scikit-learn's own order."""
+        return f"digits:{self.rows[index]}"
 
 
 def open_digits(dataset: ConfigDict, split: str) -> DigitsSource:
-    """Opens "train" or "eval"; raises InputError without scikit-learn or for other classes."""
+    """Opens "train" or "eval" of a fixed stratified split.
+
+    Raises:
+      InputError: scikit-learn is missing, or `num_classes` is not 10.
+    """
     if dataset.num_classes not in (0, 10):
         raise InputError(
             f"config.dataset.num_classes is {dataset.num_classes}, but the digits have 10 classes; "
@@ -57,13 +55,17 @@ def open_digits(dataset: ConfigDict, split: str) -> DigitsSource:
 
     digits = load_digits()
     labels = digits.target
-    held_out = np.zeros(len(labels), bool)
-    rng = frozen_random(1)
-    for label in range(10):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        held_out[members[: round(_DIGITS_EVAL_FRACTION * len(members))]] = True
-    numbers = np.flatnonzero(held_out if split == "eval" else ~held_out)
+    rows = fixed_fraction(labels, _EVAL_FRACTION, seed=1)
     if split == "train":
-        numbers = numbers[fixed_fraction(labels[numbers], dataset.train_fraction)]
-    grey = np.rint(digits.images[numbers] * (255 / 16)).astype(np.uint8)
-    return DigitsSource(np.repeat(grey[..., None], 3, axis=-1), labels[numbers], numbers, split)
+        rows = np.setdiff1d(np.arange(len(labels)), rows)
+        rows = rows[fixed_fraction(labels[rows], dataset.train_fraction)]
+    grey = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    return DigitsSource(
+        description=f"scikit-learn digits ({split})",
+        num_examples=len(rows),
+        num_classes=10,
+        class_names=tuple("0123456789"),
+        images=tf.constant(np.repeat(grey[..., None], 3, axis=-1)),
+        labels=tf.constant(labels[rows], tf.int32),
+        rows=rows,
+    )

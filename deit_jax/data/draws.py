@@ -1,20 +1,23 @@
-"""Stateless random draws: every seed is an int64 [2], every draw a function of it."""
+"""Stateless random draws: every seed is an int64 [2], every draw a pure function of it."""
 
 import tensorflow as tf
 
 
 def fold(seed: tf.Tensor, number: int) -> tf.Tensor:
-    """A new seed that depends on `seed` and `number`."""
+    """Returns a new seed that depends on `seed` and `number`."""
     return tf.random.experimental.stateless_fold_in(seed, number)
 
 
 def uniform(
-    seed: tf.Tensor, shape: tuple[int, ...], low: float | tf.Tensor, high: float | tf.Tensor
+    seed: tf.Tensor,
+    shape: tuple[int, ...] = (),
+    low: float | tf.Tensor = 0.0,
+    high: float | tf.Tensor = 1.0,
 ) -> tf.Tensor:
-    """Uniform float64 numbers in [low, high)."""
+    """Draws uniform float64 numbers in [low, high)."""
     return tf.random.stateless_uniform(shape, seed, low, high, dtype=tf.float64)
 
 
-def integer(seed: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
-    """A uniform int32 in 0 … largest, both included."""
-    return tf.random.stateless_uniform((), seed, 0, largest + 1, dtype=tf.int32)
+def integer(seed: tf.Tensor, end: int | tf.Tensor, shape: tuple[int, ...] = ()) -> tf.Tensor:
+    """Draws uniform int32 numbers in 0 … end - 1."""
+    return tf.random.stateless_uniform(shape, seed, 0, end, dtype=tf.int32)

@@ -1,4 +1,4 @@
-"""Opens the split of a data set that a config describes."""
+"""Opens the data set that a config describes."""
 
 from ml_collections import ConfigDict
 
@@ -6,26 +6,17 @@ from deit_jax.data.digits import open_digits
 from deit_jax.data.source import Source
 from deit_jax.errors import InputError
 
-SPLITS = ("train", "eval")
-
 
 def open_source(dataset: ConfigDict, split: str) -> Source:
-    """Opens a split of the data set that the `dataset` group of a config describes.
+    """Opens a split of a data set.
 
     Args:
-      dataset: the group.
+      dataset: the `dataset` group of a validated config.
       split: "train" or "eval"; `train_split` and `eval_split` say what they are called.
 
     Raises:
       InputError: the data are not where the config says, or are not what it says.
     """
-    if split not in SPLITS:
-        raise InputError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
-    fraction = dataset.train_fraction
-    if not 0 < fraction <= 1:
-        raise InputError(
-            f"config.dataset.train_fraction is {fraction}, expected a number in (0, 1]"
-        )
     # Imported by need: the other sources should not wait for tensorflow_datasets.
     if dataset.source == "folder":
         from deit_jax.data.folder import open_folder

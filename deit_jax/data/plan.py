@@ -14,28 +14,18 @@ class InputPlan:
 
     All processes of a run have the same plan, but for `process_index`.
 
-    Attributes:
-      input: the `input` group of the config.
-      image_size: side S of the images, in pixels.
-      batch_size: rows of the global batch.
-      steps_per_epoch: training batches after which a new permutation begins.
-      seed: of the order and the augmentation.
-      group_size: consecutive rows that stand for one GPU of the reference (`order.Order.row`).
-      process_index: number of this process.
-      process_count: processes that share the batch; each has batch_size / process_count rows.
-
     Raises:
       InputError: a batch that its groups or its processes do not divide.
     """
 
-    input: ConfigDict
-    image_size: int
-    batch_size: int
-    steps_per_epoch: int
-    seed: int
-    group_size: int
+    input: ConfigDict  # the `input` group of the config
+    image_size: int  # side S of the images, in pixels
+    batch_size: int  # rows of the global batch
+    steps_per_epoch: int  # training batches after which a new permutation begins
+    seed: int  # of the order and the augmentation
+    group_size: int  # consecutive rows that stand for one GPU of the reference (`order.Order.row`)
     process_index: int = 0
-    process_count: int = 1
+    process_count: int = 1  # each process has batch_size / process_count rows
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.process_count:

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from deit_jax.config.randaugment_policy import OPERATIONS, Policy
+from deit_jax.data.draws import integer, uniform
 from deit_jax.data.pillow import geometry, tone
+from deit_jax.data.pillow.geometry import Fill
 
 
 class Draws(NamedTuple):
@@ -23,66 +25,43 @@ class Draws(NamedTuple):
     negative: tf.Tensor  # bool; the sign, where an operation has one
 
 
-def rand_augment(
-    image: tf.Tensor,
-    seed: tf.Tensor,
-    *,
-    policy: Policy,
-    interpolation: str,
-    fill: tuple[int, int, int],
-) -> tf.Tensor:
-    """Applies the policy to uint8 [S, S, 3]: a pure function of the image and the seed (int64 [2]).
-
-    Args:
-      image: square, of static shape.
-      seed: of all choices.
-      policy: how many operations, how often and how strongly.
-      interpolation: "bicubic" or "bilinear", of shear, translation and rotation.
-      fill: colour of what these bring in from outside, 0 … 255.
-
-    Returns:
-      An image of the same type and shape.
-    """
-    draws = draw(seed, policy)
-    return apply(image, draws, policy=policy, interpolation=interpolation, fill=fill)
-
-
 def draw(seed: tf.Tensor, policy: Policy) -> Draws:
     """Makes the random choices for one image from its seed (int64 [2])."""
     seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 4))
     shape = (policy.num_ops,)
-
-    def uniform(seed: tf.Tensor) -> tf.Tensor:
-        return tf.random.stateless_uniform(shape, seed, dtype=tf.float64)
-
     if math.isinf(policy.magnitude_std):
-        level = policy.magnitude * uniform(seeds[2])
+        level = policy.magnitude * uniform(seeds[2], shape)
     else:
         noise = tf.random.stateless_normal(shape, seeds[2], dtype=tf.float64)
         level = policy.magnitude + policy.magnitude_std * noise
     return Draws(
-        operation=tf.random.stateless_uniform(shape, seeds[0], 0, len(OPERATIONS), dtype=tf.int32),
-        applied=uniform(seeds[1]) < policy.probability,
+        operation=integer(seeds[0], len(OPERATIONS), shape),
+        applied=uniform(seeds[1], shape) < policy.probability,
         level=tf.clip_by_value(level, 0.0, float(policy.magnitude_max)),
-        negative=uniform(seeds[3]) < 0.5,
+        negative=uniform(seeds[3], shape) < 0.5,
     )
 
 
 def apply(
-    image: tf.Tensor,
-    draws: Draws,
-    *,
-    policy: Policy,
-    interpolation: str,
-    fill: tuple[int, int, int],
+    image: tf.Tensor, draws: Draws, *, policy: Policy, interpolation: str, fill: Fill
 ) -> tf.Tensor:
-    """Applies the drawn operations in turn; arguments as `rand_augment`."""
-    shape = image.shape
+    """Applies the drawn operations in turn.
+
+    Args:
+      image: uint8 [S, S, 3] of static shape.
+      draws: the choices of `policy`.
+      policy: whose `increasing` says how levels become arguments.
+      interpolation: "bicubic" or "bilinear", of shear, translation and rotation.
+      fill: colour of what these bring in from outside, 0 … 255.
+
+    Returns:
+      uint8 [S, S, 3].
+    """
+    shape, how = image.shape, {"interpolation": interpolation, "fill": fill}
     for operation, applied, level, negative in zip(*map(tf.unstack, draws), strict=True):
-        branches = _branches(image, level, negative, policy.increasing, interpolation, fill)
-        chosen = tf.where(applied, operation, len(OPERATIONS))
+        branches = _branches(image, level, negative, policy.increasing, **how)
         image = tf.switch_case(
-            chosen,
+            tf.where(applied, operation, len(OPERATIONS)),
             [branches[name] for name in OPERATIONS],
             default=lambda unchanged=image: tf.identity(unchanged),
         )
@@ -91,17 +70,11 @@ def apply(
 
 
 def _branches(
-    image: tf.Tensor,
-    level: tf.Tensor,
-    negative: tf.Tensor,
-    increasing: bool,
-    interpolation: str,
-    fill: tuple[int, int, int],
+    image: tf.Tensor, level: tf.Tensor, negative: tf.Tensor, increasing: bool, **how: str | Fill
 ) -> dict[str, Callable[[], tf.Tensor]]:
-    """Every operation at a level; timm's arguments in timm's float64 arithmetic."""
+    """Returns every operation at a level, its argument in timm's float64 arithmetic."""
     share = level / 10.0
     size = image.shape[0]
-    how = {"interpolation": interpolation, "fill": fill}
 
     def signed(strength: float) -> tf.Tensor:
         value = share * strength

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from deit_jax.data import stream
 from deit_jax.data.decode import decode
+from deit_jax.data.failures import reason_of
 from deit_jax.data.source import Source
+from deit_jax.data.stream import untuned
 from deit_jax.errors import brief
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -66,7 +67,7 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
     options = tf.data.Options()
     options.threading.private_threadpool_size = workers
     due = 0
-    chunks = stream.untuned(dataset.batch(_CHUNK).with_options(options))
+    chunks = untuned(dataset.batch(_CHUNK).with_options(options))
     for chunk in chunks.as_numpy_iterator():
         for facts in zip(*(column.tolist() for column in chunk), strict=True):
             index, label, height, width, colours, fingerprint = facts
@@ -83,7 +84,7 @@ def _missed(indices: range, load: Callable) -> Iterator[Unreadable]:
             load(tf.constant(index, tf.int64))
             reason = "could not be read at first, but later; is the storage reliable?"
         except tf.errors.OpError as error:
-            reason = stream.reason_of(error)
+            reason = reason_of(error)
         except Exception as error:  # the ArrayRecord reader is Python, and raises what it likes
             reason = brief(error)
         yield Unreadable(index, reason)

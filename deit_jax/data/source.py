@@ -1,63 +1,44 @@
-"""Sources: random access from a position in a split to (image, label)."""
+"""What every data set provides: the image and the label at an index, names, and a fingerprint."""
 
 import abc
+import dataclasses
 
 import numpy as np
 import tensorflow as tf
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Source(abc.ABC):
-    """One split of a data set, with random access by index.
+    """One split of a data set, with random access by index."""
 
-    Attributes:
-      description: what it is and where, for logs and errors.
-      num_examples: examples are 0 … num_examples-1.
-      num_classes: labels are 0 … num_classes-1.
-      class_names: one name a class, or () when unknown.
-      encoded: whether `fetch` gives the bytes of an image file rather than decoded pixels.
-    """
-
-    def __init__(
-        self,
-        *,
-        description: str,
-        num_examples: int,
-        num_classes: int,
-        class_names: tuple[str, ...],
-        encoded: bool,
-    ) -> None:
-        self.description = description
-        self.num_examples = num_examples
-        self.num_classes = num_classes
-        self.class_names = class_names
-        self.encoded = encoded
+    description: str  # what it is and where, for logs and errors
+    num_examples: int  # examples are 0 … num_examples-1
+    num_classes: int  # labels are 0 … num_classes-1
+    class_names: tuple[str, ...]  # one a class, or () where unknown
 
     @abc.abstractmethod
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """(file bytes or uint8 [h, w, 3], int32 label) of a scalar int64 index; works in graphs."""
+        """Reads the example at an index (scalar int64), also inside a graph.
 
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """16 hex digits, other ones for other files, another order or other labels.
-
-        Of what opening has read: it reads no images, and tells no other pixels of the same size.
+        Returns:
+          An image, as the bytes of its file (scalar string) or as pixels (uint8 [h, w, 3]), and
+          its label (scalar int32).
         """
 
     @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Returns a digest of file names, order and labels, 16 hex digits; pixels are not read."""
+
+    @abc.abstractmethod
     def example_id(self, index: int) -> str:
-        """The name a person finds the example by: its file, or split and record number."""
+        """Returns the name by which a person finds the example: its file, or split and record."""
 
 
-def frozen_random(seed: int) -> np.random.RandomState:
-    """A generator for fixed splits and subsets: NumPy froze its numbers, unlike default_rng's."""
-    return np.random.RandomState(seed)
-
-
-def fixed_fraction(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Sorted indices of a fixed subset: of every class the fraction, rounded, and at least one."""
+def fixed_fraction(labels: np.ndarray, fraction: float, *, seed: int = 0) -> np.ndarray:
+    """Returns the sorted indices of a fixed subset: of each class the fraction, at least one."""
     if fraction == 1:
         return np.arange(len(labels))
-    rng = frozen_random(0)
+    rng = np.random.RandomState(seed)  # NumPy froze its numbers, unlike default_rng's
     chosen = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

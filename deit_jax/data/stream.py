@@ -4,9 +4,7 @@ What stands where is arithmetic (`order`). The views of an image that stand in o
 a batch are loaded together, since reading and decoding it costs as much as all the rest.
 """
 
-import errno
 import os
-import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,6 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from deit_jax.data import transforms
+from deit_jax.data.failures import is_transient, reason_of
 from deit_jax.data.order import NONE, Order, among
 from deit_jax.data.plan import InputPlan
 from deit_jax.data.source import Source
@@ -57,7 +56,6 @@ def train_batches(source: Source, plan: InputPlan, *, start_step: int = 0) -> "B
         views = {"index": order.index(slots, unreadable), "position": positions, "row": rows}
         mine = tf.reduce_any(rows != NONE, axis=1)
         views = {name: tf.boolean_mask(value, mine) for name, value in views.items()}
-        # Without repeats this is the order of the rows.
         by_row = tf.argsort(tf.reduce_max(views["row"], axis=1))
         return {name: tf.gather(value, by_row) for name, value in views.items()}
 
@@ -66,11 +64,13 @@ def train_batches(source: Source, plan: InputPlan, *, start_step: int = 0) -> "B
         positions = tf.boolean_mask(unit["position"], present)
         data, label = source.fetch(unit["index"])
         seed = tf.fill(tf.shape(positions), tf.cast(plan.seed, tf.int64))
-        return {
+        rows = {
             "image": transform(data, tf.stack([seed, positions], axis=1)),
             "label": tf.fill(tf.shape(positions), _checked(label, source.num_classes)),
-            "row": tf.boolean_mask(unit["row"], present),
         }
+        if plan.input.repeats > 1:  # else they come in this order
+            rows["row"] = tf.boolean_mask(unit["row"], present)
+        return rows
 
     return Batches(source, plan, units, load, steps=(start_step, tf.int64.max))
 
@@ -200,7 +200,7 @@ class Batches(Iterator[Batch]):
                 if name in self.skipped:  # it stands here twice, once in place of another
                     continue
                 found = True
-                if _may_pass(cause):  # to skip it would change what is trained on
+                if is_transient(cause):  # to skip it would change what is trained on
                     raise TransientError(
                         f"{self._source.description}: {name} cannot be read now: {reason}"
                     ) from cause
@@ -232,32 +232,12 @@ def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def _may_pass(error: tf.errors.OpError) -> bool:
-    """Whether it is the storage that failed, by the codes that TensorFlow gives system errors."""
-    codes = (
-        tf.errors.AbortedError,  # a stale handle of a network file system
-        tf.errors.DeadlineExceededError,
-        tf.errors.PermissionDeniedError,
-        tf.errors.ResourceExhaustedError,  # open files, memory
-        tf.errors.UnavailableError,
-    )
-    # Python code in a pipeline, such as the reader of ArrayRecord files, has no codes.
-    reasons = map(os.strerror, (errno.EIO, errno.ESTALE))
-    return isinstance(error, codes) or any(reason in error.message for reason in reasons)
-
-
 @_no_autograph
 def _in_order_of_rows(batch: Tensors) -> Tensors:
-    row = batch.pop("row", None)
-    if row is None:
+    if "row" not in batch:
         return batch
-    order = tf.argsort(row)
-
-    def gather(value: tf.Tensor) -> tf.Tensor:
-        return tf.gather(value, order)
-
-    in_order = tf.reduce_all(row[1:] > row[:-1])
-    return tf.cond(in_order, lambda: batch, lambda: tf.nest.map_structure(gather, batch))
+    order = tf.argsort(batch.pop("row"))
+    return {name: tf.gather(value, order) for name, value in batch.items()}
 
 
 def _checked(label: tf.Tensor, num_classes: int) -> tf.Tensor:
@@ -265,10 +245,3 @@ def _checked(label: tf.Tensor, num_classes: int) -> tf.Tensor:
     message = f"{_OUTSIDE} 0..{num_classes - 1}:"
     with tf.control_dependencies([tf.debugging.Assert(inside, [message, label])]):
         return tf.identity(label)
-
-
-def reason_of(error: tf.errors.OpError) -> str:
-    """TensorFlow's message in one line, without names of nodes and iterators."""
-    text = re.sub(r"Error in user-defined function .*? Iterator::[\w:]+: ", "", error.message)
-    text = re.sub(r"\[\[.*?\]\]|\{\{.*?\}\}|\[Op:.*?\]|name:", " ", text)
-    return " ".join(text.split())

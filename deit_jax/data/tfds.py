@@ -1,6 +1,6 @@
 """Prepared TFDS data sets on disk, in TFRecord or ArrayRecord files, with random access."""
 
-import hashlib
+import dataclasses
 import os
 import struct
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from deit_jax.data.source import Source, frozen_random
+from deit_jax.data.source import Source, fixed_fraction
 from deit_jax.errors import InputError
 from deit_jax.trees import digest
 
@@ -20,56 +20,43 @@ _LENGTH = struct.Struct("<Q4x")  # a TFRecord starts with its length and the len
 _OVERHEAD = _LENGTH.size + 4  # ... and ends with the checksum of the data
 _CACHE_FROM = 100_000  # records; scanning fewer is quicker than explaining a stale cache
 
+Instructions = Sequence[tfds.core.utils.shard_utils.FileInstruction]
 
+
+@dataclasses.dataclass(eq=False, kw_only=True)
 class TfdsSource(Source):
     """One split of a prepared TFDS data set, a part or a union: "train[:90%]", "train+test"."""
 
-    def __init__(
-        self,
-        split: str,
-        features: tfds.features.FeaturesDict,
-        records: "_TfRecords | _ArrayRecords",
-        chosen: np.ndarray | None,
-        *,
-        description: str,
-        num_classes: int,
-        class_names: tuple[str, ...],
-    ) -> None:
-        super().__init__(
-            description=description,
-            num_examples=len(records) if chosen is None else len(chosen),
-            num_classes=num_classes,
-            class_names=class_names,
-            encoded=True,
-        )
-        self._split = split
-        self._features = features
-        self._records = records
-        self._chosen = None if chosen is None else tf.constant(chosen, tf.int64)
+    split: str
+    features: tfds.features.FeaturesDict  # image and label alone
+    records: "_TfRecords | _ArrayRecords"
+    chosen: tf.Tensor  # int64 [num_examples], numbers of records
 
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See Source."""
-        if self._chosen is not None:
-            index = tf.gather(self._chosen, index)
-        example = self._features.deserialize_example(
-            self._records.read(index), decoders={"image": tfds.decode.SkipDecoding()}
-        )
+        record = self.records.read(tf.gather(self.chosen, index))
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        example = self.features.deserialize_example(record, decoders=decoders)
         return example["image"], tf.cast(example["label"], tf.int32)
 
     def fingerprint(self) -> str:
         """See Source."""
-        chosen = "all" if self._chosen is None else self._chosen
-        return digest(self._records.fingerprint(), chosen)
+        return digest(self.records.fingerprint(), self.chosen)
 
     def example_id(self, index: int) -> str:
-        """Split and number of the record in it."""
-        return f"{self._split}:{index if self._chosen is None else int(self._chosen[index])}"
+        """Returns the split and the number of the record in it."""
+        return f"{self.split}:{int(self.chosen[index])}"
 
 
 def open_tfds(dataset: ConfigDict, split: str) -> TfdsSource:
     """Opens the data set `name` (or "name:version") under `root`, which is TFDS's `data_dir`.
 
-    Nothing is downloaded or prepared, and no code of the data set is run.
+    Nothing is downloaded or prepared, and no code of the data set is run. `train_fraction` takes
+    records at random: to stratify it, all labels would have to be read.
+
+    Args:
+      dataset: the `dataset` group of the config.
+      split: "train" or "eval".
 
     Raises:
       InputError: not prepared there, no such split, no image and label features, or labels that do
@@ -98,18 +85,17 @@ def open_tfds(dataset: ConfigDict, split: str) -> TfdsSource:
             f"{where} is stored as {info.file_format.value}, expected array_record or tfrecord; "
             "prepare it again in one of these"
         )
-    chosen = None
-    if split == "train" and dataset.train_fraction < 1:
-        count = max(1, round(dataset.train_fraction * len(records)))
-        chosen = np.sort(frozen_random(0).permutation(len(records))[:count])
+    fraction = dataset.train_fraction if split == "train" else 1
+    chosen = fixed_fraction(np.zeros(len(records)), fraction)
     return TfdsSource(
-        name,
-        features,
-        records,
-        chosen,
         description=f"TFDS {where}, {name}",
+        num_examples=len(chosen),
         num_classes=num_classes,
         class_names=tuple(label.names) if num_classes == label.num_classes else (),
+        split=name,
+        features=features,
+        records=records,
+        chosen=tf.constant(chosen, tf.int64),
     )
 
 
@@ -136,7 +122,7 @@ def _open_builder(dataset: ConfigDict) -> tfds.core.DatasetBuilder:
 def _image_and_label(
     features: tfds.features.FeaturesDict, where: str
 ) -> tfds.features.FeaturesDict:
-    """The two features we need; the others are never parsed."""
+    """Returns the two features we need; the others are never parsed."""
     wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     if not all(isinstance(found.get(name), kind) for name, kind in wanted.items()):
@@ -160,9 +146,9 @@ def _num_classes(dataset: ConfigDict, label: tfds.features.ClassLabel, where: st
 
 
 class _ArrayRecords:
-    """Records of ArrayRecord files through their own random-access reader."""
+    """Records of ArrayRecord files, through their own random-access reader."""
 
-    def __init__(self, instructions: Sequence[tfds.core.utils.shard_utils.FileInstruction]) -> None:
+    def __init__(self, instructions: Instructions) -> None:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self._instructions = instructions
@@ -172,7 +158,7 @@ class _ArrayRecords:
         return len(self._source)
 
     def fingerprint(self) -> str:
-        """Of the names, the sizes and the used parts of the files."""
+        """Returns a digest of the names, the sizes and the used parts of the files."""
         return digest(
             *(
                 f"{os.path.basename(part.filename)} {tf.io.gfile.stat(part.filename).length} "
@@ -182,36 +168,35 @@ class _ArrayRecords:
         )
 
     def read(self, index: tf.Tensor) -> tf.Tensor:
-        """The serialised example, a scalar string."""
+        """Returns the serialised example, a scalar string."""
         record = tf.numpy_function(lambda i: self._source[int(i)], [index], tf.string)
         return tf.ensure_shape(record, ())
 
 
 class _TfRecords:
-    """Records of TFRecord files by their offsets, which one scan of the headers finds."""
+    """Records of TFRecord files, by their offsets, which one scan of the headers finds."""
 
-    def __init__(self, instructions: Sequence[tfds.core.utils.shard_utils.FileInstruction]) -> None:
-        files = [instruction.filename for instruction in instructions]
-        counts = [instruction.examples_in_shard for instruction in instructions]
-        parts = []
-        for i, offsets in enumerate(_record_offsets(files, counts)):
-            first = instructions[i].skip
-            bounds = offsets[first : first + instructions[i].take + 1]
-            columns = (np.full(len(bounds) - 1, i), bounds[:-1], bounds[1:])
-            parts.append(np.stack([*columns, np.full(len(bounds) - 1, offsets[-1])], axis=1))
+    def __init__(self, instructions: Instructions) -> None:
+        files = [part.filename for part in instructions]
+        offsets = _record_offsets(files, [part.examples_in_shard for part in instructions])
+        tables = []
+        for number, (part, ends) in enumerate(zip(instructions, offsets, strict=True)):
+            bounds = ends[part.skip : part.skip + part.take + 1]
+            columns = np.broadcast_arrays(number, bounds[:-1], bounds[1:], ends[-1])
+            tables.append(np.stack(columns, axis=1))
         self._files = tf.constant(files)
-        self._table = tf.constant(np.concatenate(parts), tf.int64)  # file, begin, end, file size
+        self._table = tf.constant(np.concatenate(tables), tf.int64)  # file, begin, end, file size
 
     def __len__(self) -> int:
         return self._table.shape[0]
 
     def fingerprint(self) -> str:
-        """Of the names of the files, and where in them the records are."""
+        """Returns a digest of the names of the files, and where in them the records are."""
         names = [os.path.basename(file.decode()) for file in self._files.numpy()]
         return digest("\n".join(names), self._table)
 
     def read(self, index: tf.Tensor) -> tf.Tensor:
-        """The serialised example, a scalar string."""
+        """Returns the serialised example, a scalar string."""
         file, begin, end, size = tf.unstack(tf.gather(self._table, index))
         # The only TensorFlow kernel that reads at an offset, on any file system it knows.
         record = tf.data.FixedLengthRecordDataset(
@@ -225,37 +210,34 @@ class _TfRecords:
 
 
 def _record_offsets(files: Sequence[str], counts: Sequence[int]) -> list[np.ndarray]:
-    """For every file the offsets of its records and its size; large scans are remembered."""
-    if sum(counts) < _CACHE_FROM:
-        return _scan_all(files, counts)
-    key = hashlib.sha256()
-    for file in files:
-        stat = tf.io.gfile.stat(file)
-        key.update(f"{file}\0{stat.length}\0{stat.mtime_nsec}\0".encode())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "deit_jax" / f"tfrecord_offsets_{key.hexdigest()[:32]}.npy"
-    ends = np.cumsum([count + 1 for count in counts])
-    if cache.is_file():
-        return np.split(np.load(cache), ends[:-1])
-    offsets = _scan_all(files, counts)
-    partial = cache.with_suffix(f".{os.getpid()}.partial")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.save(file, np.concatenate(offsets))
-        partial.replace(cache)
-    except OSError:  # a read-only or full home costs the next start a scan, nothing else
-        partial.unlink(missing_ok=True)
+    """Returns for every file the offsets of its records and its size, int64 [count + 1].
+
+    Large scans are remembered in the user's cache folder.
+    """
+    cache = None
+    if sum(counts) >= _CACHE_FROM:
+        stats = [tf.io.gfile.stat(file) for file in files]
+        key = digest(*(f"{f} {s.length} {s.mtime_nsec}" for f, s in zip(files, stats, strict=True)))
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = home / "deit_jax" / f"tfrecord_offsets_{key}.npy"
+        if cache.is_file():
+            return np.split(np.load(cache), np.cumsum([count + 1 for count in counts])[:-1])
+    with ThreadPoolExecutor(32) as pool:  # the time goes into waiting for the disk
+        offsets = list(pool.map(_scan, files, counts))
+    if cache is not None:
+        partial = cache.with_suffix(f".{os.getpid()}.partial")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                np.save(file, np.concatenate(offsets))
+            partial.replace(cache)
+        except OSError:  # a read-only or full home costs the next start a scan, nothing else
+            partial.unlink(missing_ok=True)
     return offsets
 
 
-def _scan_all(files: Sequence[str], counts: Sequence[int]) -> list[np.ndarray]:
-    with ThreadPoolExecutor(32) as pool:  # the time goes into waiting for the disk
-        return list(pool.map(_scan, files, counts))
-
-
 def _scan(file: str, count: int) -> np.ndarray:
-    """Offsets int64 [count + 1] of the records of a TFRecord file, the last one its size."""
+    """Returns the offsets of the records of a TFRecord file and its size, int64 [count + 1]."""
     try:
         size = tf.io.gfile.stat(file).length
         offsets = [0]

@@ -12,6 +12,7 @@ from deit_jax.config.fields import default_config
 from deit_jax.data import InputPlan, Source, open_source
 from deit_jax.errors import InputError
 
+_no_autograph = tf.autograph.experimental.do_not_convert
 SIDE = 24  # of the images in `folder`, and of what is made of them: few shapes to compile for
 
 
@@ -108,10 +109,17 @@ def folder(tmp_path, dataset_config):
     return dataset_config
 
 
+def graph(function, *specs):
+    """The function as a graph, traced once for arguments of these types and shapes."""
+    signature = [tf.TensorSpec(shape, kind) for kind, shape in specs]
+    return tf.function(function, input_signature=signature, autograph=False)
+
+
 def drawn(draw, count):
     """What `draw` makes of the seeds [5, 0], [5, 1] …: every part as an array [count, …]."""
-    seeds = tf.data.Dataset.range(count).map(lambda i: tf.stack([tf.constant(5, tf.int64), i]))
-    return next(seeds.map(draw).batch(count).as_numpy_iterator())
+    seeds = np.stack([np.full(count, 5), np.arange(count)], axis=1)
+    dataset = tf.data.Dataset.from_tensor_slices(seeds).map(_no_autograph(draw)).batch(count)
+    return next(dataset.as_numpy_iterator())
 
 
 def uncorrelated(columns):
@@ -123,7 +131,7 @@ def uncorrelated(columns):
 def check_stateless(function, *, count, distinct):
     """Checks that a function of a seed is one, eagerly and in maps of one and several threads."""
     seeds = [tf.constant([7, i], tf.int64) for i in range(count)]
-    dataset = tf.data.Dataset.from_tensor_slices(seeds)
+    dataset, function = tf.data.Dataset.from_tensor_slices(seeds), _no_autograph(function)
     runs = [
         list(dataset.map(function, num_parallel_calls=calls).as_numpy_iterator())
         for calls in (1, 4)
@@ -152,7 +160,6 @@ class CountingSource(Source):
             num_examples=num_examples,
             num_classes=num_classes or num_examples,
             class_names=(),
-            encoded=False,
         )
 
     def fetch(self, index):

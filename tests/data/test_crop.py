@@ -8,9 +8,9 @@ import tensorflow as tf
 from PIL import Image
 from scipy import stats
 
-from deit_jax.data.crop import crop_at, draw_offset, simple_random_crop
+from deit_jax.data.crop import draw_offset, simple_random_crop
 from deit_jax.errors import InputError
-from tests.data.conftest import check_stateless, drawn, picture
+from tests.data.conftest import drawn, graph, picture
 from tests.oracles.torchvision_ops import import_torchvision
 
 transforms = import_torchvision().transforms
@@ -22,13 +22,12 @@ _MODES = {
 
 @functools.cache
 def _crop(size, interpolation, pad):
-    """(image, top, left) → uint8 [size, size, 3], traced once for images of any shape."""
-    scalar = tf.TensorSpec((), tf.int32)
-    return tf.function(
-        lambda image, top, left: crop_at(
-            image, tf.stack([top, left]), size=size, interpolation=interpolation, pad=pad
-        ),
-        input_signature=[tf.TensorSpec((None, None, 3), tf.uint8), scalar, scalar],
+    """(image, offset) → uint8 [size, size, 3], traced once for images of any shape."""
+    how = {"size": size, "interpolation": interpolation, "pad": pad}
+    return graph(
+        lambda image, offset: simple_random_crop(image, offset, **how),
+        (tf.uint8, (None, None, 3)),
+        (tf.int32, (2,)),
     )
 
 
@@ -40,7 +39,7 @@ def _check(image, size, interpolation="bicubic", pad=4, places=None):
     for y, x in places or [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5), (0.1, 0.8)]:
         top, left = (int(share * room) for share, room in zip((y, x), rooms, strict=True))
         crop.get_params = lambda *_, top=top, left=left: (top, left, size, size)
-        got = _crop(size, interpolation, pad)(image, top, left)
+        got = _crop(size, interpolation, pad)(image, (top, left))
         np.testing.assert_array_equal(got, crop(resized), err_msg=f"{image.shape} {top} {left}")
 
 
@@ -91,20 +90,7 @@ def test_every_place_is_equally_likely(shape):
     assert stats.chisquare(places).pvalue > 1e-3
 
 
-def test_the_crop_is_a_function_of_the_seed():
-    image = tf.constant(picture(3, 45, 60))
-
-    def crop(seed):
-        return simple_random_crop(image, seed, size=32, interpolation="bicubic")
-
-    check_stateless(crop, count=24, distinct=15)
-    for number in range(8):
-        seed = tf.constant([7, number], tf.int64)
-        offset = draw_offset(seed, tf.constant((45, 60)), size=32, pad=4)
-        np.testing.assert_array_equal(_crop(32, "bicubic", 4)(image, *offset), crop(seed))
-
-
 def test_a_border_wider_than_the_image_is_refused():
-    image, seed = tf.constant(picture(4, 8, 8)), tf.constant([0, 0], tf.int64)
+    image, offset = tf.constant(picture(4, 8, 8)), tf.constant([0, 0])
     with pytest.raises(InputError, match=r"image_size is 4 .*pad 4"):
-        simple_random_crop(image, seed, size=4, interpolation="bicubic")
+        simple_random_crop(image, offset, size=4, interpolation="bicubic", pad=4)

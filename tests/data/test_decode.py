@@ -10,10 +10,10 @@ import tensorflow as tf
 from PIL import Image
 
 from deit_jax.data import transforms
-from deit_jax.data.crop import random_box
+from deit_jax.data.crop import draw_box
 from deit_jax.data.decode import decode, decode_jpeg_box
 from deit_jax.data.draws import fold
-from tests.data.conftest import SIDE, encode, picture
+from tests.data.conftest import SIDE, encode, graph, picture
 
 
 def _png_of_16_bits(pixels, colour_type):
@@ -67,8 +67,9 @@ def _rare_files():
 _RARE = _rare_files()
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's, of one file
 def test_files_are_what_the_reference_loads(jpegs):
-    decode_file = tf.function(decode, input_signature=[tf.TensorSpec((), tf.string)])
+    decode_file = graph(decode, (tf.string, ()))
     for kind, content in ({path.name: path.read_bytes() for path in jpegs} | _RARE).items():
         want = Image.open(io.BytesIO(content)).convert("RGB")
         np.testing.assert_array_equal(decode_file(content), want, err_msg=kind)
@@ -95,11 +96,7 @@ def test_where_we_leave_the_reference():
 
 
 def test_jpeg_box_equals_the_cut_of_the_decoded_image(jpegs):
-    specs = (tf.string, ()), (tf.int32, (4,)), (tf.int32, ())
-    function = tf.function(
-        decode_jpeg_box,
-        input_signature=[tf.TensorSpec(shape, kind) for kind, shape in specs],
-    )
+    function = graph(decode_jpeg_box, (tf.string, ()), (tf.int32, (4,)), (tf.int32, ()))
     rng = np.random.default_rng(0)
     for path in jpegs:
         image = np.asarray(Image.open(path).convert("RGB"))
@@ -123,7 +120,7 @@ def test_extreme_sizes_pass_through_training_and_evaluation(kind, input_config):
     )
     for seed, view in zip(seeds, views, strict=True):
         how = {name: input_config[name] for name in ("scale", "ratio")}
-        box = random_box(*image.size[::-1], fold(seed, transforms._CROP), **how).numpy()
+        box = draw_box(*image.size[::-1], fold(seed, transforms._CROP), **how).numpy()
         cut = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
         want = cut.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(view, want)

@@ -10,7 +10,7 @@ from PIL import Image
 from deit_jax import data
 from deit_jax.config.randaugment_policy import parse_policy
 from deit_jax.data import randaugment, transforms
-from deit_jax.data.crop import random_box
+from deit_jax.data.crop import draw_box
 from deit_jax.data.draws import fold
 from tests.data.conftest import plan_of
 from tests.oracles.torchvision_ops import import_torchvision
@@ -85,7 +85,7 @@ def test_training_images_are_timms(
             image = Image.open(name).convert("RGB")
             seed = tf.constant([_SEED, step * batch_size + row], tf.int64)
             height_width = tf.unstack(tf.constant(image.size[::-1]))
-            box = random_box(*height_width, fold(seed, transforms._CROP), **how)
+            box = draw_box(*height_width, fold(seed, transforms._CROP), **how)
             crop.get_params = lambda *_, box=box: box.numpy().tolist()
             flip.p = float(_flips(seed))
             drawn.draws = [

@@ -56,7 +56,6 @@ def test_digits_split_is_fixed_stratified_and_complete(dataset_config):
         source = open_source(dataset_config, split)
         assert source.num_examples == count
         assert source.class_names == tuple("0123456789")
-        assert not source.encoded
         rows[split] = [int(name.removeprefix("digits:")) for name in _names(source)]
         found = np.bincount(digits.target[rows[split]]) / np.bincount(digits.target)
         np.testing.assert_allclose(found, share, atol=0.003)
@@ -114,20 +113,17 @@ def test_hidden_and_foreign_files_are_left_out(animals, tmp_path):
         ({"num_classes": 2}, None, "train", "num_classes is 2"),
         ({"num_classes": 4}, None, "train", "3 class folders"),
         ({}, "train/dog/notes.txt", "train", "train/dog holds no images"),
+        ({}, "train/ant/more/a.jpg", "train", "train/ant holds the folder more"),
         ({}, "val/elk/e.jpg", "eval", "val/elk"),
         ({}, "train/ant/t.tiff", "train", "t.tiff"),
         ({"train_split": "loose"}, "loose/a.jpg", "train", "label_file"),
-        ({"train_fraction": 0.0}, None, "train", "train_fraction"),
-        ({"train_fraction": -0.5}, None, "train", "train_fraction"),
-        ({"train_fraction": 1.5}, None, "train", "train_fraction"),
         ({"source": "webdataset"}, None, "train", "folder, tfds, digits"),
-        ({}, None, "test", "train, eval"),
     ],
 )
 def test_mistakes_are_named(animals, tmp_path, change, file, split, message):
     animals.update(change)
     if file:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     assert message in refused(animals, split)
 

@@ -37,23 +37,13 @@ def _ours(text, interpolation="bicubic"):
     """(image, *draws) → image, traced once per side."""
     policy = parse_policy(text)
 
-    @tf.function
-    def function(image, operation, applied, level, negative):
-        draws = randaugment.Draws(operation, applied, level, negative)
-        return randaugment.apply(
-            image, draws, policy=policy, interpolation=interpolation, fill=FILL
-        )
+    def function(image, *draws):
+        how = {"policy": policy, "interpolation": interpolation, "fill": FILL}
+        return randaugment.apply(image, randaugment.Draws(*draws), **how)
 
-    def run(image, operation, applied, level, negative):
-        return function(
-            tf.constant(image),
-            tf.constant(operation, tf.int32),
-            tf.constant(applied, tf.bool),
-            tf.constant(level, tf.float64),
-            tf.constant(negative, tf.bool),
-        ).numpy()
-
-    return run
+    function = tf.function(function, autograph=False)
+    kinds = (tf.uint8, tf.int32, tf.bool, tf.float64, tf.bool)
+    return lambda *inputs: function(*map(tf.constant, inputs, kinds)).numpy()
 
 
 def _timm_operation(operation, image, level, negative, monkeypatch):
@@ -280,13 +270,14 @@ def test_statistics_of_other_policies():
 
 
 def test_the_policy_is_a_function_of_the_seed(photographs):
-    (image,), policy = photographs(96, 1), parse_policy(DEIT)
+    (image,) = photographs(96, 1)
+    check_stateless(lambda seed: _augmented(tf.constant(image), seed, DEIT), count=64, distinct=35)
 
-    def augment(seed):
-        how = {"policy": policy, "interpolation": "bicubic", "fill": FILL}
-        return randaugment.rand_augment(tf.constant(image), seed, **how)
 
-    check_stateless(augment, count=64, distinct=35)
+def _augmented(image, seed, text):
+    draws = randaugment.draw(seed, parse_policy(text))
+    how = {"policy": parse_policy(text), "interpolation": "bicubic", "fill": FILL}
+    return randaugment.apply(image, draws, **how)
 
 
 def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):
@@ -295,18 +286,15 @@ def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):
     plain = transforms.train_transform(input_config, image_size=48)
     input_config.auto_augment = "rand-m9-mstd0.5-inc1-n4-p1"
     augmented = transforms.train_transform(input_config, image_size=48)
-    how = {"policy": parse_policy(input_config.auto_augment), "fill": FILL}
     for seed, image, got in zip(seeds, plain(data, seeds), augmented(data, seeds), strict=True):
-        want = randaugment.rand_augment(image, fold(seed, 2), interpolation="bicubic", **how)
+        want = _augmented(image, fold(seed, 2), input_config.auto_augment)
         np.testing.assert_array_equal(got, want)
         assert (got != image).numpy().any()
 
 
 def test_training_passes_interpolation_and_mean_on(jpegs, input_config, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        transforms, "rand_augment", lambda image, _, **how: seen.append(how) or image
-    )
+    monkeypatch.setattr(randaugment, "apply", lambda image, _, **how: seen.append(how) or image)
     for mean, interpolation in ((input_config.mean, "bicubic"), ((0.5, 1.2, -0.1), "bilinear")):
         input_config.update(
             {"auto_augment": DEIT, "mean": mean, "interpolation": interpolation, "pad": 0}

@@ -80,7 +80,6 @@ def test_both_formats_give_the_bytes_of_the_files_in_tfds_order(config, stored, 
     source = open_source(config, "train")
     assert (source.num_examples, source.num_classes) == (_COUNT, 3)
     assert source.class_names == ("elk", "fox", "owl")
-    assert source.encoded
     assert source.example_id(4) == "train:4"
     examples = _examples(source)
     want = {path.read_bytes(): number % 3 for number, path in enumerate(files)}

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 
 from deit_jax.data import three_augment as ours
-from tests.data.conftest import check_stateless, drawn, picture, uncorrelated
+from tests.data.conftest import check_stateless, drawn, graph, picture, uncorrelated
 from tests.oracles.torchvision_ops import import_torchvision
 
 transforms = import_torchvision().transforms
@@ -33,13 +33,9 @@ def pictures(photographs):
 @functools.cache
 def _three(side):
     """(image, name, radius) → image, traced once per side."""
-    function = tf.function(
-        lambda image, *draw: ours.apply_three_augment(image, ours.ThreeDraw(*draw)),
-        input_signature=[
-            tf.TensorSpec((side, side, 3), tf.uint8),
-            tf.TensorSpec((), tf.int32),
-            tf.TensorSpec((), tf.float32),
-        ],
+    function = graph(
+        lambda image, *draw: ours.apply_three(image, ours.ThreeDraw(*draw)),
+        *[(tf.uint8, (side, side, 3)), (tf.int32, ()), (tf.float32, ())],
     )
     return lambda image, name, radius: function(image, ours.THREE.index(name), radius).numpy()
 
@@ -56,16 +52,19 @@ def _pil_three(name, radius):
 @functools.cache
 def _jitter(side):
     """(image, order, factors) → image, traced once per side."""
-    scalar = tf.TensorSpec((), tf.float32)
-    function = tf.function(
-        lambda image, *draw: ours.apply_color_jitter(image, ours.JitterDraw(*draw)),
-        input_signature=[
-            tf.TensorSpec((side, side, 3), tf.uint8),
-            tf.TensorSpec((), tf.int32),
-            *[scalar] * 3,
-        ],
+    function = graph(
+        lambda image, *draw: ours.apply_jitter(image, ours.JitterDraw(*draw)),
+        *[(tf.uint8, (side, side, 3)), (tf.int32, ()), *[(tf.float32, ())] * 3],
     )
     return lambda image, order, factors: function(image, order, *factors).numpy()
+
+
+def _three_augment(image, seed):
+    return ours.apply_three(image, ours.draw_three(seed))
+
+
+def _color_jitter(image, seed, strength=0.3):
+    return ours.apply_jitter(image, ours.draw_jitter(seed, strength))
 
 
 class _Fixed(transforms.ColorJitter):
@@ -115,9 +114,9 @@ def test_the_whole_chain_with_our_draws(pictures):
     for number in range(60):
         seeds = [tf.constant([number, kind], tf.int64) for kind in range(2)]
         image = pictures[96][number % 8]
-        got = ours.color_jitter(ours.three_augment(tf.constant(image), seeds[0]), seeds[1], 0.3)
-        three = ours.draw_three_augment(seeds[0])
-        order, *factors = ours.draw_color_jitter(seeds[1], 0.3)
+        got = _color_jitter(_three_augment(tf.constant(image), seeds[0]), seeds[1], 0.3)
+        three = ours.draw_three(seeds[0])
+        order, *factors = ours.draw_jitter(seeds[1], 0.3)
         reference = transforms.Compose(
             [
                 _pil_three(ours.THREE[int(three.operation)], float(three.radius)),
@@ -128,7 +127,7 @@ def test_the_whole_chain_with_our_draws(pictures):
 
 
 def test_the_three_are_equally_likely_and_the_radius_is_uniform():
-    operation, radius = drawn(ours.draw_three_augment, 20_000)
+    operation, radius = drawn(ours.draw_three, 20_000)
     assert stats.chisquare(np.bincount(operation, minlength=3)).pvalue > 1e-3
     assert stats.kstest((radius - 0.1) / 1.9, "uniform").pvalue > 1e-3
     assert uncorrelated([operation, radius])
@@ -137,7 +136,7 @@ def test_the_three_are_equally_likely_and_the_radius_is_uniform():
 
 @pytest.mark.parametrize(("strength", "low", "high"), [(0.3, 0.7, 1.3), (1.5, 0.0, 2.5)])
 def test_factors_are_uniform_and_orders_equally_likely(strength, low, high):
-    order, *factors = drawn(lambda seed: ours.draw_color_jitter(seed, strength), 20_000)
+    order, *factors = drawn(lambda seed: ours.draw_jitter(seed, strength), 20_000)
     assert stats.chisquare(np.bincount(order, minlength=6)).pvalue > 1e-3
     for factor in factors:
         assert stats.kstest((factor - low) / (high - low), "uniform").pvalue > 1e-3
@@ -149,13 +148,11 @@ def test_factors_are_uniform_and_orders_equally_likely(strength, low, high):
 def test_no_strength_changes_nothing():
     image = picture(0, 24, 24)
     for number in range(12):
-        got = ours.color_jitter(tf.constant(image), tf.constant([number, 0], tf.int64), 0.0)
+        got = _color_jitter(tf.constant(image), tf.constant([number, 0], tf.int64), 0.0)
         np.testing.assert_array_equal(got, image)
 
 
-@pytest.mark.parametrize(
-    "augment", [ours.three_augment, functools.partial(ours.color_jitter, strength=0.3)]
-)
+@pytest.mark.parametrize("augment", [_three_augment, _color_jitter])
 def test_they_are_functions_of_the_seed(augment):
     image = tf.constant(picture(1, 40, 40))
     check_stateless(lambda seed: augment(image, seed), count=32, distinct=8)

@@ -8,9 +8,9 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 
 from deit_jax.data import three_augment, transforms
-from deit_jax.data.crop import draw_offset, pad_and_crop, random_box
+from deit_jax.data.crop import draw_box, draw_offset, pad_and_crop
 from deit_jax.data.draws import fold
-from tests.data.conftest import check_stateless, drawn, encode, picture
+from tests.data.conftest import check_stateless, drawn, encode, graph, picture
 from tests.oracles.torchvision_ops import import_torchvision
 
 torchvision = import_torchvision().transforms
@@ -24,10 +24,7 @@ def test_evaluation_equals_torchvision_on_pil(jpegs, input_config, crop_ratio):
     for size in (96, 224):
         resize = torchvision.Resize(int(size / crop_ratio), interpolation=_BICUBIC)
         reference = torchvision.Compose([resize, torchvision.CenterCrop(size)])
-        transform = tf.function(
-            transforms.eval_transform(input_config, image_size=size),
-            input_signature=[tf.TensorSpec((), tf.string)],
-        )
+        transform = graph(transforms.eval_transform(input_config, image_size=size), (tf.string, ()))
         for path in jpegs[::2]:
             want = np.asarray(reference(Image.open(path).convert("RGB")))
             got = transform(path.read_bytes())
@@ -45,17 +42,15 @@ def test_random_resized_crop_is_pils_resize_of_the_box(jpegs, input_config):
     """Of one view, of two of the same JPEG, of a PNG; flipped or not by a flip of its own."""
     input_config.hflip = 0.0
     settings = {"scale": input_config.scale, "ratio": input_config.ratio}
-    specs = [tf.TensorSpec((), tf.string), tf.TensorSpec((None, 2), tf.int64)]
-    function = tf.function(
-        transforms.train_transform(input_config, image_size=64), input_signature=specs
-    )
+    transform = transforms.train_transform(input_config, image_size=64)
+    function = graph(transform, (tf.string, ()), (tf.int64, (None, 2)))
     for number, path in enumerate(jpegs):
         image = Image.open(path).convert("RGB")
         seeds = np.array([[number, 2], [number, 3]])
         want = []
         for seed in seeds:
             crop_seed = fold(tf.constant(seed), transforms._CROP)
-            top, left, height, width = random_box(*image.size[::-1], crop_seed, **settings)
+            top, left, height, width = draw_box(*image.size[::-1], crop_seed, **settings)
             box = [int(value) for value in (left, top, left + width, top + height)]
             want.append(np.asarray(image.crop(box).resize((64, 64), Image.Resampling.BICUBIC)))
         data = path.read_bytes()
@@ -76,7 +71,7 @@ def test_boxes_have_torchvisions_distribution(size, count, input_config):
     torch.manual_seed(0)
     height, width = size
     box = {"scale": input_config.scale, "ratio": input_config.ratio}
-    ours = drawn(lambda seed: random_box(height, width, seed, **box), count).astype(float)
+    ours = drawn(lambda seed: draw_box(height, width, seed, **box), count).astype(float)
     blank, get_params = torch.zeros(3, height, width), torchvision.RandomResizedCrop.get_params
     theirs = np.array([get_params(blank, *box.values()) for _ in range(count)], float)
     assert (ours[:, 0] + ours[:, 2]).max() <= height
@@ -98,7 +93,7 @@ def test_box_that_never_fits_is_torchvisions_fallback(size):
     height, width = size
     scale, ratio = (4.0, 4.0), (0.75, 4 / 3)  # four times the image: no draw fits
     want = torchvision.RandomResizedCrop.get_params(torch.zeros(3, height, width), scale, ratio)
-    got = random_box(height, width, _SEED, scale=scale, ratio=ratio)
+    got = draw_box(height, width, _SEED, scale=scale, ratio=ratio)
     assert tuple(int(value) for value in got) == want
 
 
@@ -149,7 +144,8 @@ def test_deit_iii_augments_in_the_order_of_the_reference(jpegs, input_config):
     functional = torchvision.functional
     settings = {"train_crop": "simple_random", "three_augment": True, "color_jitter": 0.3}
     input_config.update(settings)
-    transform = tf.function(transforms.train_transform(input_config, image_size=64))
+    transform = transforms.train_transform(input_config, image_size=64)
+    transform = graph(transform, (tf.string, ()), (tf.int64, (1, 2)))
     operations = {
         "grey": lambda image, radius: functional.to_grayscale(image, 3),
         "solarise": lambda image, radius: ImageOps.solarize(image),
@@ -170,9 +166,9 @@ def test_deit_iii_augments_in_the_order_of_the_reference(jpegs, input_config):
         flipped = transforms.random_flip(blank, fold(seed, transforms._FLIP), probability=0.5)
         if flipped[0, 0, 0] == 1:
             want = functional.hflip(want)
-        three = three_augment.draw_three_augment(fold(seed, transforms._AUGMENT))
+        three = three_augment.draw_three(fold(seed, transforms._AUGMENT))
         want = operations[three_augment.THREE[int(three.operation)]](want, float(three.radius))
-        jitter = three_augment.draw_color_jitter(fold(seed, transforms._JITTER), 0.3)
+        jitter = three_augment.draw_jitter(fold(seed, transforms._JITTER), 0.3)
         for name in three_augment.ORDERS[int(jitter.order)]:
             want = adjust[name](want, float(getattr(jitter, name)))
         got = transform(tf.constant(path.read_bytes()), seed[None])[0]

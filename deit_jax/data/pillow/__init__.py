@@ -1,1 +1,1 @@
-"""PIL's operations on uint8 pixels, exact to the bit, in TensorFlow."""
+"""Pillow's operations on uint8 pixels, bit for bit, in compiled TensorFlow operations."""

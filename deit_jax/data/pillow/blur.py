@@ -8,7 +8,7 @@ weights have 24 binary places. Beyond the border the outermost pixel is repeated
 
 import tensorflow as tf
 
-from deit_jax.data.pillow.tone import compiled
+from deit_jax.data.xla import compiled
 
 _PASSES = 3
 _FRACTION_BITS = 24
@@ -17,14 +17,14 @@ _REACH = 2  # how far the box reaches at most
 
 @compiled
 def gaussian_blur(image: tf.Tensor, radius: tf.Tensor) -> tf.Tensor:
-    """Blurs uint8 [h, w, 3] of static shape as `PIL.ImageFilter.GaussianBlur(radius)` does.
+    """Blurs an image as `PIL.ImageFilter.GaussianBlur(radius)` does.
 
     Args:
-      image: of any size.
+      image: uint8 [h, w, 3] of static shape, of any size.
       radius: the standard deviation in pixels, a float32 scalar in (0, 2.4].
 
     Returns:
-      An image of the same type and shape.
+      uint8 [h, w, 3].
     """
     height, width, channels = image.shape
     weights = _box_weights(radius)
@@ -35,7 +35,7 @@ def gaussian_blur(image: tf.Tensor, radius: tf.Tensor) -> tf.Tensor:
 
 
 def _box_blurs(lines: tf.Tensor, weights: list[tf.Tensor], axis: int, step: int) -> tf.Tensor:
-    """All passes over uint8 [n, m]; the next pixel is `step` further along `axis`."""
+    """Makes all passes over uint8 [n, m]; the next pixel is `step` further along `axis`."""
     # A loop for XLA too: unrolled, each pass would compute the one before anew for every tap.
     (lines,) = tf.while_loop(
         lambda _: True,
@@ -47,7 +47,7 @@ def _box_blurs(lines: tf.Tensor, weights: list[tf.Tensor], axis: int, step: int)
 
 
 def _box_blur(lines: tf.Tensor, weights: list[tf.Tensor], axis: int, step: int) -> tf.Tensor:
-    """One pass; the sums just fit into 32 bits."""
+    """Makes one pass; the sums just fit into 32 bits."""
     first, last = (lines[:1], lines[-1:]) if axis == 0 else (lines[:, :step], lines[:, -step:])
     extended = tf.concat([first] * _REACH + [lines] + [last] * _REACH, axis)
     extended = tf.cast(extended, tf.uint32)
@@ -64,7 +64,7 @@ def _box_blur(lines: tf.Tensor, weights: list[tf.Tensor], axis: int, step: int) 
 
 
 def _box_weights(radius: tf.Tensor) -> list[tf.Tensor]:
-    """Weights of the pixels 0, 1 … _REACH from the middle of the box, uint32 with 24 binary places.
+    """Returns the weights of the pixels 0, 1 … _REACH from the middle, uint32 in units of 2^-24.
 
     Pillow computes in float32. Here each operation is one in float64 rounded to float32, which has
     the same bits even where XLA contracts a product and a sum: in float64 these products are exact.

@@ -5,9 +5,8 @@ interpolated between the 4×4 (bicubic, a = -1) or 2×2 (bilinear) pixels around
 comes from, clamped to the image, and truncated.
 
 Shear and translation move whole rows or columns: one fraction and 4 taps per line. Only rotation
-needs 16 taps per pixel. Reading taps and interpolating are XLA programs of their own: in one, XLA
-would read anew for every use of a tap. Interpolation sees images as [S, 3S], since a last dimension
-of 3 made its loops up to three times slower.
+needs 16 taps per pixel. Interpolation sees images as [S, 3S], since a last dimension of 3 made its
+loops up to three times slower.
 """
 
 import math
@@ -16,7 +15,7 @@ import operator
 import numpy as np
 import tensorflow as tf
 
-from deit_jax.data.pillow.tone import compiled
+from deit_jax.data.xla import compiled
 
 _EDGE = 2  # how far taps reach over the border
 _SHIFTS = (0, 8, 16, 24)  # of four neighbouring values in one int32
@@ -27,7 +26,7 @@ Fill = tuple[int, int, int]
 def shear(
     image: tf.Tensor, factor: tf.Tensor, *, vertical: bool, interpolation: str, fill: Fill
 ) -> tf.Tensor:
-    """Row y is read at x + factor · (y + 1/2); vertical: column x at y + factor · (x + 1/2)."""
+    """Reads row y at x + factor · (y + 1/2); vertical: column x at y + factor · (x + 1/2)."""
     lines = tf.range(image.shape[0], dtype=tf.float64) + 0.5
     return _shift_lines(image, factor * lines, vertical, interpolation, fill)
 
@@ -35,7 +34,7 @@ def shear(
 def translate(
     image: tf.Tensor, pixels: tf.Tensor, *, vertical: bool, interpolation: str, fill: Fill
 ) -> tf.Tensor:
-    """Every pixel is read `pixels` (float64) to its right; vertical: below it."""
+    """Reads every pixel `pixels` (float64) to its right; vertical: below it."""
     offsets = tf.fill((image.shape[0],), pixels)
     return _shift_lines(image, offsets, vertical, interpolation, fill)
 
@@ -62,15 +61,15 @@ def _shift_lines(
 
 
 def _columns(image: tf.Tensor) -> tf.Tensor:
-    """int32 [3S], the column of every value of a row: 0, 0, 0, 1, 1, 1, …"""
-    # Not made inside of the compiled functions: a constant of theirs becomes one of float64, and
+    """Returns the column of every value of a row, int32 [3S]: 0, 0, 0, 1, 1, 1, …"""
+    # Made outside of the compiled functions: inside, XLA folds them into a float64 constant, and
     # LLVM then computes all types in vectors of 4, which took twice as long.
     return tf.constant(np.repeat(np.arange(image.shape[0], dtype=np.int32), 3))
 
 
 @compiled
 def _line_taps(image: tf.Tensor, offsets: tf.Tensor, vertical: bool) -> tf.Tensor:
-    """uint8 [S, S + 3, 3]: of line i the pixels from position floor(offsets[i]) - 1 on."""
+    """Returns of line i the pixels from position floor(offsets[i]) - 1 on, uint8 [S, S + 3, 3]."""
     size = image.shape[0]
     first = tf.cast(tf.floor(offsets), tf.int32)[:, None] - 1
     positions = tf.clip_by_value(first + tf.range(size + 3), 0, size - 1)
@@ -83,7 +82,7 @@ def _line_taps(image: tf.Tensor, offsets: tf.Tensor, vertical: bool) -> tf.Tenso
 def _interpolate_lines(
     taps: tf.Tensor, offsets: tf.Tensor, columns: tf.Tensor, interpolation: str, fill: Fill
 ) -> tf.Tensor:
-    """uint8 [S, 3S] in Pillow's float64 arithmetic."""
+    """Returns uint8 [S, 3S], in Pillow's float64 arithmetic."""
     size = taps.shape[0]
     taps = _neighbours(tf.cast(tf.reshape(taps, (size, -1)), tf.int32))
     offsets, positions = offsets[:, None], tf.cast(columns, tf.float64) + 0.5
@@ -104,12 +103,11 @@ def _transpose(image: tf.Tensor) -> tf.Tensor:
 def _sources(
     cosine: tf.Tensor, sine: tf.Tensor, columns: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Where the pixels of a rotated image come from.
+    """Returns where the pixels of a rotated image come from.
 
-    Returns:
-      The index of the first of 4 rows of taps (int32 [S, S]), and of every value the distances from
-      the tap in the middle, to the right and down (float32 [S, 3S], in [0, 1); -1 down: from
-      outside).
+    That is the index of the first of 4 rows of taps (int32 [S, S]), and of every value the distance
+    from the tap in the middle, to the right and down (float32 [S, 3S], in [0, 1); -1 down: from
+    outside).
     """
     size = columns.shape[0] // 3
     half = size / 2
@@ -131,7 +129,7 @@ def _sources(
 
 @compiled
 def _quadruples(image: tf.Tensor) -> tf.Tensor:
-    """int32 [S + 4, 3(S + 1)]: values packed with their three neighbours to the right.
+    """Returns values packed with their three neighbours to the right, int32 [S + 4, 3(S + 1)].
 
     Rows and columns begin _EDGE outside of the image, where its outermost pixels are repeated.
     """
@@ -144,7 +142,7 @@ def _quadruples(image: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def _plane_taps(quadruples: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
-    """int32 [4, S, S, 3]: four rows of four taps for every value."""
+    """Returns four rows of four taps for every value, int32 [4, S, S, 3]."""
     # Indices of pixels from outside may be anything; XLA clamps them.
     rows = (first.shape[0] + 1) * tf.range(4)[:, None, None]
     return tf.gather(tf.reshape(quadruples, (-1, 3)), first + rows)
@@ -154,7 +152,7 @@ def _plane_taps(quadruples: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
 def _interpolate_planes(
     taps: tf.Tensor, across: tf.Tensor, down: tf.Tensor, interpolation: str, fill: Fill
 ) -> tf.Tensor:
-    """uint8 [S, 3S], rarely (a few in a million) a level off Pillow's float64 arithmetic.
+    """Returns uint8 [S, 3S], rarely (a few in a million) a level off Pillow's float64 arithmetic.
 
     Differences from a tap in the middle are interpolated: where the image is smooth they are small,
     and float32 is enough; where it is flat they are 0.
@@ -169,7 +167,7 @@ def _interpolate_planes(
 
 
 def _neighbours(values: tf.Tensor) -> list[tf.Tensor]:
-    """Of [h, 3w]: the pixels themselves and those 1, 2 and 3 to their right, each [h, 3(w - 3)]."""
+    """Returns of [h, 3w] the pixels and those 1, 2 and 3 to their right, each [h, 3(w - 3)]."""
     length = values.shape[1] - 9
     return [values[:, 3 * tap : 3 * tap + length] for tap in range(4)]
 
@@ -179,7 +177,7 @@ def _unpack(packed: tf.Tensor, shift: int) -> tf.Tensor:
 
 
 def _weights(interpolation: str, fraction: tf.Tensor) -> list[tf.Tensor]:
-    """Of four taps: what the kernel makes of 1 at one and 0 at the others."""
+    """Returns what the kernel makes of 1 at one of four taps and 0 at the others."""
     return [_KERNELS[interpolation](taps, fraction) for taps in np.eye(4, dtype=np.float32)]
 
 
@@ -188,13 +186,13 @@ def _dot(weights: list[tf.Tensor], taps: list[tf.Tensor]) -> tf.Tensor:
 
 
 def _truncate(values: tf.Tensor, inside: tf.Tensor, fill: Fill) -> tf.Tensor:
-    """Values [S, 3S] as uint8 where inside, else the fill colour."""
+    """Returns values [S, 3S] as uint8 where inside, else the fill colour."""
     result = tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
     return tf.where(inside, result, tf.constant(fill * values.shape[0], tf.uint8))
 
 
 def _cubic(taps: list[tf.Tensor], fraction: tf.Tensor) -> tf.Tensor:
-    """Cubic convolution with a = -1 between taps 1 and 2, in Pillow's order of operations."""
+    """Interpolates by cubic convolution, a = -1, between taps 1 and 2, in Pillow's order."""
     before, left, right, after = taps
     linear = right - before
     square = 2 * (before - left) + right - after

@@ -1,4 +1,4 @@
-"""Pillow's antialiased resize, bit for bit, in compiled TensorFlow operations.
+"""Pillow's antialiased resize, bit for bit, on uint8 [h, w, 3].
 
 Pillow resamples in two passes and rounds to uint8 after each. The taps of an output pixel are a
 separable kernel whose support grows with the reduction factor, normalised to sum 1 inside the image
@@ -10,10 +10,9 @@ no exception). We follow it. Against earlier versions such tall images differ by
 there; all others are equal.
 
 Both passes combine rows, which is contiguous in memory, and a transposition between them turns the
-columns into rows. Each step is an XLA program of its own: fused with its neighbours it would be
-computed anew for every use. XLA compiles a program for each shape it meets, so inputs are padded to
-one of a few sizes. Arithmetic on a few numbers is compiled too: operation by operation it would
-take longer than the pixels.
+columns into rows. XLA compiles for each shape it meets, so inputs are padded to one of a few sizes.
+Arithmetic on a few numbers is compiled too: operation by operation it would take longer than the
+pixels.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from deit_jax.data.pillow.tone import compiled
+from deit_jax.data.xla import compiled
 
 _FRACTION_BITS = 22  # Pillow: 32 bits less 8 for the pixel and 2 for overshoot
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
@@ -79,7 +78,7 @@ def plan_resize(
 
 
 def cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
-    """The box (int32 [4]: top, left, height, width) of an image [h, w, 3]."""
+    """Cuts the box (int32 [4]: top, left, height, width) out of an image [h, w, 3]."""
     return tf.slice(
         image, tf.pad(box[:2], ((0, 1),)), tf.pad(box[2:], ((0, 1),), constant_values=3)
     )
@@ -89,11 +88,10 @@ def cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
 def _layout(
     shape: tf.Tensor, size: tf.Tensor, start: tf.Tensor, count: tuple[int, int], interpolation: str
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """What it takes to make `count` pixels from `start` on, all arguments (vertical, horizontal).
+    """Returns what it takes to make `count` pixels from `start` on, all (vertical, horizontal).
 
-    Returns:
-      The box int32 [4] of the pixels needed; the padding int32 [3, 2] that brings them to one of
-      _SIDES; the number of taps, enough for both axes; and whether the vertical pass comes first.
+    That is the box int32 [4] of the pixels needed; the padding int32 [3, 2] that brings them to one
+    of _SIDES; the number of taps, enough for both axes; and whether the vertical pass comes first.
     """
     begin, extent, padding, num_taps = [], [], [], []
     reach = int(2 * _SUPPORT[interpolation])
@@ -126,7 +124,7 @@ def _taps(
     box: tf.Tensor,
     offsets: tf.Tensor,
 ) -> tuple[tuple[tf.Tensor, tf.Tensor], ...]:
-    """For each axis the first input of every output, counted in the box (int32 [n]), and its taps.
+    """Returns for each axis the first input of every output, int32 [n] in the box, and its taps.
 
     The taps, int32 [n, len(offsets)], are in units of 2^-22; those beyond the last input are 0.
     """
@@ -148,7 +146,7 @@ def _taps(
 def _footprints(
     available: tf.Tensor, size: tf.Tensor, outputs: tf.Tensor, interpolation: str
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Centre, first and end of the inputs of every output, float64 [n]; stretch of the kernel."""
+    """Returns centre, first and end of every output's inputs, float64 [n], and the stretch."""
     available = tf.cast(available, tf.float64)
     scale = available / tf.cast(size, tf.float64)
     stretch = tf.maximum(scale, 1.0)
@@ -163,7 +161,7 @@ def _footprints(
 
 @compiled
 def _combine(rows: tf.Tensor, first: tf.Tensor, taps: tf.Tensor) -> tf.Tensor:
-    """Row i of the result is the sum of taps[i, k] · row first[i] + k; rows are uint8 [n, 3m]."""
+    """Returns as row i the sum of taps[i, k] · row first[i] + k; rows are uint8 [n, 3m]."""
     # Rows, not pixels: over an innermost axis of 3 the sums would not be vectorised.
     bands = tf.gather(rows, first[:, None] + tf.range(tf.shape(taps)[1]))
     sums = tf.reduce_sum(tf.cast(bands, tf.int32) * taps[:, :, None], axis=1)
@@ -172,7 +170,7 @@ def _combine(rows: tf.Tensor, first: tf.Tensor, taps: tf.Tensor) -> tf.Tensor:
 
 
 def _transpose(rows: tf.Tensor) -> tf.Tensor:
-    """uint8 [n, 3m] → [m, 3n]."""
+    """Turns uint8 [n, 3m] into [m, 3n]."""
     count, length = tf.unstack(tf.shape(rows))
     pixels = _transpose_pixels(tf.reshape(rows, (count, length // 3, 3)))
     return tf.reshape(pixels, (length // 3, 3 * count))
@@ -184,7 +182,7 @@ def _transpose_pixels(image: tf.Tensor) -> tf.Tensor:
 
 
 def _cubic(distance: tf.Tensor) -> tf.Tensor:
-    """Keys' cubic with a = -0.5 at non-negative distances, with Pillow's order of operations."""
+    """Returns Keys' cubic, a = -0.5, at non-negative distances, in Pillow's order of operations."""
     near = ((1.5 * distance) - 2.5) * distance * distance + 1.0
     far = (((distance - 5.0) * distance + 8.0) * distance - 4.0) * -0.5
     return tf.where(distance < 1.0, near, tf.where(distance < 2.0, far, 0.0))

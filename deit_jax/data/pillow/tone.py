@@ -1,18 +1,15 @@
 """Pillow's colour operations, bit for bit, on uint8 [S, S, 3].
 
 Every function is image → image of the same type and shape; further arguments are scalar tensors.
-Those marked with `compiled` are one XLA program each, which is several times faster than one kernel
-per arithmetic operation. XLA may contract a * b + c into one instruction that rounds once; where
-the result is then truncated this would show, so products are clipped before they are added.
+XLA may contract a * b + c into one instruction that rounds once; where the result is then truncated
+this would show, so products are clipped before they are added.
 """
 
-import functools
 from collections.abc import Callable
 
 import tensorflow as tf
 
-# Without autograph: there is no Python control flow to convert, and tracing is quicker.
-compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
+from deit_jax.data.xla import compiled
 
 
 def auto_contrast(image: tf.Tensor) -> tf.Tensor:
@@ -28,7 +25,7 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def invert(image: tf.Tensor) -> tf.Tensor:
-    """255 - x."""
+    """Returns 255 - x."""
     return 255 - image
 
 
@@ -41,14 +38,14 @@ def posterize(image: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
-    """Inverts the values from `threshold` (int32, 0 … 256) on."""
+    """Inverts the values of at least `threshold` (int32, 0 … 256)."""
     return tf.where(tf.cast(image, tf.int32) < threshold, image, 255 - image)
 
 
 @compiled
 def solarize_add(image: tf.Tensor, addend: tf.Tensor) -> tf.Tensor:
     """Adds `addend` (int32, 0 … 128) to the values below 128."""
-    return image + tf.where(image < 128, tf.cast(addend, tf.uint8), tf.constant(0, tf.uint8))
+    return image + tf.where(image < 128, tf.cast(addend, tf.uint8), 0)
 
 
 @compiled
@@ -78,7 +75,7 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def _sharpen(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """uint8 [S, 3S]: loops over a last dimension of 3 took twice as long."""
+    """Returns uint8 [S, 3S]: loops over a last dimension of 3 took twice as long."""
     size, width = image.shape[0], 3 * image.shape[1]
     rows = tf.reshape(image, (size, width))
     padded = tf.concat([rows[:1], rows, rows[-1:]], axis=0)
@@ -93,22 +90,22 @@ def _sharpen(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 
 def _blend(other: tf.Tensor, image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """other + factor · (image - other) in float32, clipped and truncated; `other` is an integer."""
-    other = tf.cast(other, tf.float32)
+    """Returns other + factor · (image - other) in float32, clipped and truncated."""
+    other = tf.cast(other, tf.float32)  # a whole number
     # Clipped before the sum to what clips the sum: rounding keeps the order.
     change = tf.clip_by_value(factor * (tf.cast(image, tf.float32) - other), -other, 255.0 - other)
     return tf.cast(other + change, tf.uint8)
 
 
 def _grey(image: tf.Tensor) -> tf.Tensor:
-    """Pillow's luma, int32 [S, S]."""
+    """Returns Pillow's luma, int32 [S, S]."""
     red, green, blue = tf.unstack(tf.cast(image, tf.int32), axis=-1)
     return tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 32768, 16)
 
 
 @compiled
 def _extremes(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Smallest and largest value of each channel, uint8 [3]."""
+    """Returns the smallest and the largest value of each channel, uint8 [3]."""
 
     def reduce(function: Callable[..., tf.Tensor]) -> tf.Tensor:
         # Along columns of values first: over both axes at once it takes eight times as long.
@@ -119,7 +116,7 @@ def _extremes(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def _stretch_table(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
-    """uint8 [256, 3]; not compiled, since Pillow rounds the product and the sum in float64."""
+    """Returns uint8 [256, 3]; not compiled: Pillow rounds the product and the sum in float64."""
     values = tf.range(256, dtype=tf.float64)[:, None]
     low, high = tf.cast(low, tf.float64), tf.cast(high, tf.float64)
     scale = 255.0 / tf.maximum(high - low, 1.0)
@@ -128,7 +125,7 @@ def _stretch_table(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
 
 
 def _equal_table(image: tf.Tensor) -> tf.Tensor:
-    """uint8 [256, 3]."""
+    """Returns uint8 [256, 3]."""
     # TensorFlow's kernel: XLA has no quick histogram, and tf.math.bincount first looks for the
     # largest value, which takes longer than the counting.
     counts = tf.raw_ops.Bincount(arr=_bins(image), size=768, weights=tf.zeros((0,), tf.int32))
@@ -137,13 +134,13 @@ def _equal_table(image: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def _bins(image: tf.Tensor) -> tf.Tensor:
-    """256 · channel + value, int32 [3S²]."""
+    """Returns 256 · channel + value, int32 [3S²]."""
     return tf.reshape(tf.cast(image, tf.int32) + 256 * tf.range(3), (-1,))
 
 
 @compiled
 def _level_table(counts: tf.Tensor) -> tf.Tensor:
-    """Pillow's table, which is not quite the cumulative histogram; uint8 [256, 3]."""
+    """Returns Pillow's table, which is not quite the cumulative histogram, uint8 [256, 3]."""
     values = tf.range(256)
     last = tf.reduce_max(tf.where(counts > 0, values, 0), axis=1, keepdims=True)
     step = tf.reduce_sum(tf.where(values < last, counts, 0), axis=1, keepdims=True) // 255
@@ -155,6 +152,6 @@ def _level_table(counts: tf.Tensor) -> tf.Tensor:
 
 @compiled
 def _look_up(image: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
-    """table[x, channel] for every value x; `table` is uint8 [256, 3]."""
+    """Returns table[x, channel] for every value x; `table` is uint8 [256, 3]."""
     index = 3 * tf.cast(image, tf.int32) + tf.range(3)
     return tf.gather(tf.reshape(table, (-1,)), index)

@@ -1,0 +1,32 @@
+"""Reads TensorFlow's errors: whether the storage has failed, and the reason in one line.
+
+TensorFlow gives most errors no type of their own, so both depend on its messages.
+"""
+
+import errno
+import os
+import re
+
+import tensorflow as tf
+
+_STORAGE = (
+    tf.errors.AbortedError,  # a stale handle of a network file system
+    tf.errors.DeadlineExceededError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.ResourceExhaustedError,  # open files, memory
+    tf.errors.UnavailableError,
+)
+
+
+def is_transient(error: tf.errors.OpError) -> bool:
+    """Returns whether the storage failed, rather than what it holds."""
+    # Python code in a pipeline, such as the reader of ArrayRecord files, raises without codes.
+    reasons = map(os.strerror, (errno.EIO, errno.ESTALE))
+    return isinstance(error, _STORAGE) or any(reason in error.message for reason in reasons)
+
+
+def reason_of(error: tf.errors.OpError) -> str:
+    """Returns TensorFlow's message in one line, without names of nodes and iterators."""
+    text = re.sub(r"Error in user-defined function .*? Iterator::[\w:]+: ", "", error.message)
+    text = re.sub(r"\[\[.*?\]\]|\{\{.*?\}\}|\[Op:.*?\]|name:", " ", text)
+    return " ".join(text.split())
