@@ -1,4 +1,4 @@
-"""Reads and decodes every example of a split once, to find what training would stumble over."""
+"""Decodes every example of a split once: names those training could not use, counts the others."""
 
 import collections
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ import tensorflow as tf
 from deit_jax.data.decode import decode
 from deit_jax.data.failures import reason_of
 from deit_jax.data.source import Source
-from deit_jax.data.stream import untuned
+from deit_jax.data.stream import no_autograph, untuned
 from deit_jax.errors import brief
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOUR_TYPE = 25  # offset of this byte in a PNG file
 _CHUNK = 64  # examples handed from TensorFlow to Python at a time
 
-# What `_colours` returns: the components of a JPEG, 10 + the colour type of a PNG.
+# Of what `_colours` returns: the components of a JPEG, 10 + the colour type of a PNG.
 _COLOURS = {
     1: "grey", 3: "RGB", 4: "CMYK",
     10: "grey", 12: "RGB", 13: "palette", 14: "alpha", 16: "alpha",
@@ -48,13 +48,14 @@ class Unreadable(NamedTuple):
 def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
     """Yields what is known of every example of a split, in order.
 
-    Whole images are decoded, by training's decoder. Memory stays small at any number of examples.
+    Whole images are decoded, by training's decoder. Memory stays small for any number of examples.
 
     Args:
       source: the split.
-      workers: images that are read and decoded at a time.
+      workers: how many images are read and decoded at a time.
     """
 
+    @no_autograph
     def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
         data, label = source.fetch(index)
         image = decode(data)
@@ -78,11 +79,11 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
 
 
 def _missed(indices: range, load: Callable) -> Iterator[Unreadable]:
-    """Loads again, one by one, what the parallel pass dropped: it does not give the reasons."""
+    """Loads again, one by one, what the parallel pass dropped, which does not say why."""
     for index in indices:
         try:
             load(tf.constant(index, tf.int64))
-            reason = "could not be read at first, but later; is the storage reliable?"
+            reason = "could not be read at first, but later; check the storage"
         except tf.errors.OpError as error:
             reason = reason_of(error)
         except Exception as error:  # the ArrayRecord reader is Python, and raises what it likes
@@ -91,6 +92,7 @@ def _missed(indices: range, load: Callable) -> Iterator[Unreadable]:
 
 
 def _colours(data: tf.Tensor) -> tf.Tensor:
+    """Returns a key of _COLOURS, or another number where the colours are not known."""
     if data.dtype != tf.string:
         return tf.constant(0)
 

@@ -1,7 +1,7 @@
 """Batches of images for training and evaluation, from any step on, for any number of processes.
 
-What stands where is arithmetic (`order`). The views of an image that stand in one process's rows of
-a batch are loaded together, since reading and decoding it costs as much as all the rest.
+Which example stands in which row is arithmetic (`order`). The views of an image in one process's
+rows of a batch are loaded together, since reading and decoding cost as much as all the rest.
 """
 
 import os
@@ -21,8 +21,8 @@ from deit_jax.errors import InputError, TransientError
 _PREFETCH = 2  # batches; a DeiT batch of 1024 is 154 MB
 _OUTSIDE = "label outside the class range"  # a mistake in the data set, not a broken image
 
-# There is no Python control flow to convert, and to look for it takes a second at every start.
-_no_autograph = tf.autograph.experimental.do_not_convert
+# There is no Python control flow to convert, and looking for it takes a second at every start.
+no_autograph = tf.autograph.experimental.do_not_convert
 
 Batch = dict[str, np.ndarray]
 Tensors = dict[str, tf.Tensor]
@@ -151,10 +151,14 @@ class Batches(Iterator[Batch]):
         *,
         steps: tuple[int, int],
     ) -> None:
-        """Batches for the steps from one to before another.
+        """Opens the batches of a range of steps.
 
-        `units` says what to load for a step: one entry an example, its `index` among others.
-        `load` turns an entry into one or more rows.
+        Args:
+          source: the split.
+          plan: the input plan of the run.
+          units: (step, unreadable examples) → what to load: one entry an example, with its `index`.
+          load: an entry → one or more rows of the batch.
+          steps: the first step and the one after the last.
         """
         self.skipped: dict[str, str] = {}
         self._source, self._plan, self._units = source, plan, units
@@ -182,12 +186,12 @@ class Batches(Iterator[Batch]):
         dataset = dataset.rebatch(self._plan.local_rows, drop_remainder=True).map(_in_order_of_rows)
         return untuned(dataset.prefetch(_PREFETCH)).as_numpy_iterator()
 
-    @_no_autograph
+    @no_autograph
     def _entries(self, step: tf.Tensor) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices(self._units(step, self._unreadable))
 
     def _find_unreadable(self, error: tf.errors.OpError) -> None:
-        """Finds what cannot be loaded in the present batch; raises InputError unless it may go."""
+        """Finds what cannot be loaded in the present batch; raises unless it may be skipped."""
         # tf.data does not say which element failed: load the batch again, one by one.
         entries = self._entries(tf.constant(self._step, tf.int64))
         loaded = iter(untuned(entries.map(self._load)))
@@ -197,12 +201,13 @@ class Batches(Iterator[Batch]):
                 next(loaded)
             except tf.errors.OpError as cause:
                 name, reason = self._source.example_id(int(entry["index"])), reason_of(cause)
-                if name in self.skipped:  # it stands here twice, once in place of another
+                if name in self.skipped:  # it is in the batch twice, once in place of another
                     continue
                 found = True
-                if is_transient(cause):  # to skip it would change what is trained on
+                if is_transient(cause):  # skipping it would change what is trained on
                     raise TransientError(
-                        f"{self._source.description}: {name} cannot be read now: {reason}"
+                        f"{self._source.description}: {name} cannot be read now: {reason}; "
+                        "check the storage and try again"
                     ) from cause
                 if self._plan.input.on_bad_image != "skip" or _OUTSIDE in reason:
                     raise InputError(
@@ -222,17 +227,17 @@ class Batches(Iterator[Batch]):
 
 
 def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The data set without tf.data's tuning, which brings nothing here and may cost a minute.
+    """Returns the data set without tf.data's tuning, which gains nothing and may cost a minute.
 
-    Its thread sleeps for longer and longer, up to a minute, and an iterator that is closed waits
-    for it: TensorFlow wakes it just before the note that it shall end, so that it may sleep on.
+    Its thread sleeps for up to a minute, and closing an iterator waits for it: TensorFlow wakes it
+    just before it sets the flag to end, so that it may go back to sleep.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.with_options(options)
 
 
-@_no_autograph
+@no_autograph
 def _in_order_of_rows(batch: Tensors) -> Tensors:
     if "row" not in batch:
         return batch
@@ -241,6 +246,7 @@ def _in_order_of_rows(batch: Tensors) -> Tensors:
 
 
 def _checked(label: tf.Tensor, num_classes: int) -> tf.Tensor:
+    """Returns the label; fails while running where there is no such class."""
     inside = (label >= 0) & (label < num_classes)
     message = f"{_OUTSIDE} 0..{num_classes - 1}:"
     with tf.control_dependencies([tf.debugging.Assert(inside, [message, label])]):
