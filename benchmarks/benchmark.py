@@ -34,3 +34,7 @@ def _run(argv: list[str]) -> None:
         raise InputError(f"the part to measure is {name!r}, expected one of {', '.join(PARTS)}")
     part = importlib.import_module(PARTS[name])
     run_command(part, name, rest, prog="tools/benchmark.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
