@@ -8,8 +8,7 @@ import tensorflow as tf
 from PIL import Image
 
 from deit_jax.data.scan import Example, Unreadable, scan, survey
-from tests.data.conftest import CountingSource, picture
-from tests.data.test_tfds import _store
+from tests.data.conftest import CountingSource, picture, store_tfds
 
 FOLDER, DIGITS = "--config=configs/folder.py", "--config=configs/digits.py"
 
@@ -138,7 +137,7 @@ def test_tfds(run, tmp_path, kind):
     for number, file in enumerate(files):
         Image.fromarray(picture(number, 20 + number, 30)).save(file)
     files[3].write_bytes(files[3].read_bytes()[:300])
-    _store(tmp_path / "data", kind, files)
+    store_tfds(tmp_path / "data", kind, files)
     flags = [f"--config.dataset.{name}" for name in ("source=tfds", "name=toy", "eval_split=test")]
     status, out, _, report = run(FOLDER, *flags, f"--config.dataset.root={tmp_path / 'data'}")
     assert status == 1

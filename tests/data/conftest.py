@@ -109,6 +109,29 @@ def folder(tmp_path, dataset_config):
     return dataset_config
 
 
+def store_tfds(folder, file_format, files):
+    """Prepares the data set "toy" of the image files: all in "train", the first two in "test"."""
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(names=["elk", "fox", "owl"]),
+        "note": tfds.features.Text(),
+    }
+    examples = [
+        (number, {"image": str(file), "label": number % 3, "note": "unused"})
+        for number, file in enumerate(files)
+    ]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="toy",
+        version="1.2.0",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={"train": examples, "test": examples[:2]},
+        data_dir=str(folder),
+        file_format=file_format,
+    )
+
+
 def graph(function, *specs):
     """The function as a graph, traced once for arguments of these types and shapes."""
     signature = [tf.TensorSpec(shape, kind) for kind, shape in specs]

@@ -6,37 +6,13 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
+import deit_jax
+from deit_jax.config.files import load_config
 from deit_jax.data import open_source
 from deit_jax.data import tfds as tfds_source
-from tests.data.conftest import picture, refused
+from tests.data.conftest import picture, refused, store_tfds
 
 _COUNT = 11
-
-
-def _store(folder, file_format, files, *, features=None, name="toy"):
-    features = features or tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(names=["elk", "fox", "owl"]),
-            "note": tfds.features.Text(),
-        }
-    )
-    examples = [
-        {key: value for key, value in zip(("image", "label", "note"), row, strict=True)
-         if key in features}
-        for row in ((str(file), number % 3, "unused") for number, file in enumerate(files))
-    ]  # fmt: skip
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name=name,
-        version="1.2.0",
-        features=features,
-        split_datasets={
-            "train": list(enumerate(examples)),
-            "test": list(enumerate(examples[:2])),
-        },
-        data_dir=str(folder),
-        file_format=file_format,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +29,7 @@ def stored(tmp_path_factory, files):
     """Format → data_dir with the same images."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("tfrecord", "array_record")}
     for kind, folder in folders.items():
-        _store(folder, kind, files)
+        store_tfds(folder, kind, files)
     return folders
 
 
@@ -159,7 +135,7 @@ def test_features_must_hold_an_image_and_a_class(config, tmp_path, files):
 
 
 def test_a_file_cut_short_is_named(config, tmp_path, files):
-    _store(tmp_path, "tfrecord", files)
+    store_tfds(tmp_path, "tfrecord", files)
     config.root = str(tmp_path)
     (path,) = tmp_path.glob("toy/1.2.0/toy-train*")
     whole = path.read_bytes()
@@ -172,7 +148,7 @@ def test_a_file_cut_short_is_named(config, tmp_path, files):
 
 
 def test_large_scans_are_remembered_until_a_file_changes(config, tmp_path, files, monkeypatch):
-    _store(tmp_path / "data", "tfrecord", files)
+    store_tfds(tmp_path / "data", "tfrecord", files)
     config.root = str(tmp_path / "data")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tfds_source, "_CACHE_FROM", 1)
@@ -187,3 +163,27 @@ def test_large_scans_are_remembered_until_a_file_changes(config, tmp_path, files
     os.utime(path, (path.stat().st_mtime + 10,) * 2)
     np.testing.assert_equal(_examples(open_source(config, "train")), first)
     assert len(scans) == 2
+
+
+def test_a_run_trains_on_tfds_and_evaluates_every_example(stored, files, tmp_path):
+    """It learns the images by heart, and the report is PIL's and NumPy's from the same files."""
+    config = load_config("digits")
+    config.dataset.update({"source": "tfds", "name": "toy", "root": str(stored["tfrecord"])})
+    config.dataset.eval_split = "train+test"  # 13 examples: the last batch is not full
+    config.input.pad, config.model.drop_path_rate = 0, 0.0
+    config.mixing.update({"prob": 0.0, "random_erasing": 0.0, "smoothing": 0.0})
+    config.schedule.update({"epochs": 40, "warmup_epochs": 1})
+    config.train.update({"batch_size": 4, "ema_decay": 0.0})
+    trained = deit_jax.train(config, str(tmp_path))
+    report = deit_jax.evaluate(config, str(tmp_path))
+    assert report == trained
+
+    shown = [*files, *files[:2]]
+    labels = np.array([number % 3 for number in (*range(_COUNT), 0, 1)])
+    images = [Image.open(file).resize((32, 32), Image.Resampling.BICUBIC) for file in shown]
+    logits = deit_jax.load_model(str(tmp_path / "model"))(np.stack(images) / 127.5 - 1)
+    logits = np.asarray(logits, np.float64)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    assert report["num_examples"] == len(labels)
+    assert report["top1"] == 100.0 * (logits.argmax(axis=1) == labels).mean() == 100.0
+    assert report["loss"] == pytest.approx(losses.mean(), rel=1e-4)
