@@ -78,7 +78,8 @@ def _load(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
         return image.convert("RGB")
     if isinstance(image, (str, os.PathLike)):
         try:
-            with Image.open(image) as opened:
+            # Pillow leaves the file of a broken GIF open.
+            with open(image, "rb") as file, Image.open(file) as opened:
                 return opened.convert("RGB")
         except FileNotFoundError:
             raise InputError(f"{os.fspath(image)}: no such image file; check the path") from None
