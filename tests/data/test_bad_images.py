@@ -108,10 +108,8 @@ class BrokenSource(CountingSource):
 
 def _labels(source, config, steps, *, processes=1, **sizes):
     """The labels of the global batches of some steps, and every process's skipped examples."""
-    plans = [
-        plan_of(config, process_index=index, process_count=processes, **sizes)
-        for index in range(processes)
-    ]
+    sizes["process_count"] = processes
+    plans = [plan_of(config, process_index=index, **sizes) for index in range(processes)]
     shares = [data.train_batches(source, plan, start_step=steps[0]) for plan in plans]
     batches = [np.concatenate([next(share)["label"] for share in shares]) for _ in steps]
     return batches, [share.skipped for share in shares]

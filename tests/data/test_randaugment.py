@@ -88,31 +88,25 @@ def test_every_operation_equals_timms(photographs, name, monkeypatch):
         assert np.mean(list(shares.values())) < 1e-4
 
 
+_USUAL, _ABOVE_TEN = (0.0, 2.4, 4.9, 7.5, 9.21, 10.0), (11.0, 20.0, 24.6, 30.0)
+_MAPPED = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+
+
 @pytest.mark.parametrize(
-    ("text", "interpolation", "names"),
+    ("text", "interpolation", "levels", "names"),
     [
-        # Without inc1: other maps from level to argument.
-        (
-            "rand-m9-mstd0.5",
-            "bicubic",
-            ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"),
-        ),
-        (DEIT, "bilinear", sorted(GEOMETRY)),
+        ("rand-m9-mstd0.5", "bicubic", _USUAL, _MAPPED),  # other maps from level to argument
+        (DEIT, "bilinear", _USUAL, sorted(GEOMETRY)),
+        # Right angles, everything outside, the bounds of all maps.
+        ("rand-m9-mmax30-inc1", "bicubic", _ABOVE_TEN, OPERATIONS),
+        ("rand-m9-mmax30", "bicubic", _ABOVE_TEN, OPERATIONS),
     ],
 )
-def test_the_other_list_and_the_other_interpolation(
-    photographs, text, interpolation, names, monkeypatch
+def test_the_other_list_interpolation_and_levels(
+    photographs, text, interpolation, levels, names, monkeypatch
 ):
-    levels = (0.0, 2.4, 4.9, 7.5, 9.21, 10.0)
-    shares = _compare(text, interpolation, photographs(96, 4), levels, names, monkeypatch)
-    assert max(shares.values()) < 1e-3
-
-
-@pytest.mark.parametrize("text", ["rand-m9-mmax30-inc1", "rand-m9-mmax30"])
-def test_levels_above_ten(photographs, text, monkeypatch):
-    """Right angles, everything outside, the bounds of all maps."""
-    levels = (11.0, 20.0, 24.6, 30.0)
-    shares = _compare(text, "bicubic", photographs(96, 2), levels, OPERATIONS, monkeypatch)
+    images = photographs(96, 2 if levels is _ABOVE_TEN else 4)
+    shares = _compare(text, interpolation, images, levels, names, monkeypatch)
     assert max(shares.values()) < 1e-3
 
 

@@ -13,10 +13,6 @@ from deit_jax.errors import InputError
 from tests.data.conftest import CountingSource, permutation, plan_of
 
 
-def _labels(batches, count):
-    return [batch["label"] for batch in itertools.islice(batches, count)]
-
-
 def _assert_equal(got, want):
     assert len(got) == len(want)
     for ours, theirs in zip(got, want, strict=True):
@@ -41,21 +37,21 @@ def test_every_epoch_is_another_permutation_of_the_images_and_their_labels(plain
     assert (epochs(2, 1) != several[0]).any()
 
 
+def _joined(parts):
+    """The global batch of the processes' parts."""
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
 def _global_batches(source, config, steps, *, processes=1):
     """The batches of some steps, put together from every process's rows.
 
     Views in a batch, and in an epoch, are not multiples of the repeats: an epoch is 32 of 36 views.
     """
     sizes = {"image_size": 16, "batch_size": 4, "group_size": 2, "steps_per_epoch": 8, "seed": 7}
-    plans = [
-        plan_of(config, process_index=index, process_count=processes, **sizes)
-        for index in range(processes)
-    ]
+    sizes["process_count"] = processes
+    plans = [plan_of(config, process_index=index, **sizes) for index in range(processes)]
     shares = [data.train_batches(source, plan, start_step=steps[0]) for plan in plans]
-    return [
-        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        for parts in (list(map(next, shares)) for _ in steps)
-    ]
+    return [_joined(list(map(next, shares))) for _ in steps]
 
 
 def test_batches_depend_neither_on_the_first_step_nor_on_the_processes(folder, input_config):
@@ -112,8 +108,8 @@ def test_example_ids_name_the_rows_of_the_batch(plain_config):
     plain_config.repeats = 3
     plan = plan_of(plain_config, batch_size=12, steps_per_epoch=3, seed=5, group_size=4)
     source = CountingSource(40)
-    for step, labels in enumerate(_labels(data.train_batches(source, plan), 5)):
-        names = [f"counting:{label}" for label in labels]
+    for step, batch in zip(range(5), data.train_batches(source, plan), strict=False):
+        names = [f"counting:{label}" for label in batch["label"]]
         assert data.example_ids(source, plan, step) == names
 
 
@@ -143,9 +139,7 @@ def test_evaluation_does_not_depend_on_the_processes(folder, input_config):
         data.eval_batches(source, plan_of(input_config, image_size=16, **processes))
         for processes in ({}, *({"process_index": i, "process_count": 2} for i in range(2)))
     )
-    for want, *parts in zip(alone, *halves, strict=True):
-        for key in want:
-            np.testing.assert_array_equal(np.concatenate([p[key] for p in parts]), want[key])
+    _assert_equal([_joined(parts) for parts in zip(*halves, strict=True)], list(alone))
 
 
 @pytest.mark.parametrize(
