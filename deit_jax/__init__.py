@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0"  # setup.py reads it
+__version__ = "0.2.0"  # setup.py reads it
 
 _HOME = {
     "InputError": "deit_jax.errors",
