@@ -68,7 +68,8 @@ def train_batches(source: Source, plan: InputPlan, *, start_step: int = 0) -> "B
             "image": transform(data, tf.stack([seed, positions], axis=1)),
             "label": tf.fill(tf.shape(positions), _checked(label, source.num_classes)),
         }
-        if plan.input.repeats > 1:  # else they come in this order
+        # In a single group the rows come in order already, and sorting would copy the batch.
+        if plan.input.repeats > 1 and plan.group_size < plan.batch_size:
             rows["row"] = tf.boolean_mask(unit["row"], present)
         return rows
 

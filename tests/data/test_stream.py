@@ -104,9 +104,10 @@ def test_an_image_is_fetched_once_for_all_its_views(plain_config, processes):
     assert fetched <= needed
 
 
-def test_example_ids_name_the_rows_of_the_batch(plain_config):
+@pytest.mark.parametrize("group_size", [4, 12])
+def test_example_ids_name_the_rows_of_the_batch(plain_config, group_size):
     plain_config.repeats = 3
-    plan = plan_of(plain_config, batch_size=12, steps_per_epoch=3, seed=5, group_size=4)
+    plan = plan_of(plain_config, batch_size=12, steps_per_epoch=3, seed=5, group_size=group_size)
     source = CountingSource(40)
     for step, batch in zip(range(5), data.train_batches(source, plan), strict=False):
         names = [f"counting:{label}" for label in batch["label"]]
