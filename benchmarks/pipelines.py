@@ -159,7 +159,9 @@ def _prepare_torch(cores: int) -> None:
 
 
 def _posterize(image: "Image.Image", bits: int, **_: Any) -> "Image.Image":
-    """timm's, but black for no bits at all, as Pillow had it until it began to refuse them."""
+    """Does as timm does, but black for no bits at all, which newer Pillow refuses."""
     from PIL import Image, ImageOps
 
+    if bits >= 8:
+        return image
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)

@@ -80,6 +80,7 @@ def test_every_module_but_the_data_pipeline_imports(run_blocked):
     )
 
 
+@pytest.mark.slow
 def test_training_saving_and_predicting(run_blocked, tmp_path):
     """A whole distilled step, a model folder, TensorBoard events and a prediction."""
     run_blocked(

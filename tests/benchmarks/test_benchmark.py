@@ -84,6 +84,7 @@ def test_an_iterator_that_fails():
         one.turn(1)
 
 
+@pytest.mark.slow
 def test_input(sample_images, tmp_path, monkeypatch, capsys):
     def fewer(*args, **options):  # each takes seconds to start
         found = compared(*args, **options)
@@ -184,6 +185,7 @@ def test_the_reference_draws_one_of_three(config, sample_images):
     assert min(counts.values()) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

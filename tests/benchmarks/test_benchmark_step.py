@@ -18,6 +18,7 @@ from tests.test_without_tensorflow import block
 TRAIN = Work("train", "deit_testing_distilled", 4, "float32", "regnety_testing", True)
 
 
+@pytest.mark.slow
 def test_every_part_runs_without_tensorflow_and_torch(run_python, tmp_path):
     program = """
         import json

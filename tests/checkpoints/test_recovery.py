@@ -69,6 +69,7 @@ def restored(workdir, like, **options):
         return step, state
 
 
+@pytest.mark.slow
 def test_any_file_damaged_costs_one_checkpoint_at_most(three, tmp_path, capsys):
     """Each file of the newest one: it is read all the same, or the one before, bit for bit."""
     source, _, states = three
@@ -210,6 +211,7 @@ def _error(finished, status):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
     """One line, and the last good state stays: with more room the same command goes on from it."""
     flags = [*SHORT, f"--workdir={small_disk / 'run'}"]
@@ -236,6 +238,7 @@ def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
     assert steps == list(range(1, 23))
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_save_ends_every_one(tmp_path):
     """At once: none trains on, or waits for the share that one could not write; both go on later.
 
@@ -327,6 +330,7 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line(tmp_path):
     """Not a traceback, and what was saved stays."""
     workdir = tmp_path / "run"

@@ -160,6 +160,7 @@ def test_choices_are_those_of_the_package(command, flag, choices):
     assert parser._option_string_actions[flag].choices == choices
 
 
+@pytest.mark.slow
 def test_json_of_every_command(deit_jax_command, monkeypatch):
     """Alone on stdout, of a run that begins here and needs no --config then."""
     monkeypatch.setattr(registry, "_MODELS", small_main.models())

@@ -102,6 +102,7 @@ def show(deit_jax_command, tmp_path):
 RECIPE = ["--config=digits", *(f"--config.{name}={value}" for name, value in FLAGS.items())]
 
 
+@pytest.mark.slow
 def test_the_drawn_batch_is_that_of_the_train_step(show, drawn, repo_root):
     show(*RECIPE, f"--step={STEP}", "--count=99")
     images, targets, labels = _seen_in_training(repo_root)

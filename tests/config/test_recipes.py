@@ -132,6 +132,7 @@ def no_data(monkeypatch):
     monkeypatch.setattr("deit_jax.data.open_source", open_source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ALL_RUNS)
 def test_a_run_starts_and_says_what_it_will_do(run, teacher, no_data, tmp_path):
     """All of start-up but data and weights: validation, plan, shapes, optimiser, teacher."""
@@ -189,6 +190,7 @@ def smallest_relative(name: str) -> str:
     return f"{name.partition('_')[0]}_testing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - set(ALIASES) - OURS))
 def test_two_steps_with_a_small_model(recipe):
     """Loss, gradients and update of the recipe itself: finite, and no parameter stays.

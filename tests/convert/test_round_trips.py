@@ -197,6 +197,7 @@ def test_timm_folder(tmp_path):
     assert (info.name, info.mean, info.crop_ratio) == ("deit3_testing", (0.5, 0.5, 0.5), 0.9)
 
 
+@pytest.mark.slow
 def test_torchvision_regnet():
     """Every layer's counter differs here, and all come back."""
     torchvision = import_torchvision()
@@ -213,6 +214,7 @@ def test_torchvision_regnet():
     assert_same_bits(back, numpy_state(module))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in registry.list_models() if "testing" not in n])
 def test_every_registered_model_is_recognised_by_its_shapes(name):
     _, like = split_model(registry.abstract_model(name, num_classes=3))
@@ -249,6 +251,7 @@ def test_half_precision_and_wrappers(tmp_path):
         assert_same_bits(got, {key: value.float().numpy() for key, value in state.items()})
 
 
+@pytest.mark.slow
 def test_peak_memory_can_be_measured():
     """`python tests/convert/peak_memory.py` does it for the huge model."""
     peaks = peak_memory.measure("deit_testing")

@@ -133,6 +133,7 @@ def _expected(num_examples, broken, step, *, batch_size, steps_per_epoch, repeat
     return labels, met
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_examples", "broken", "steps", "sizes", "groups"),
     [
@@ -166,6 +167,7 @@ def test_the_next_readable_example_takes_the_place(
         np.testing.assert_array_equal(resumed, whole[2:])
 
 
+@pytest.mark.slow
 def test_only_the_views_of_broken_files_change(folder, input_config):
     """A view keeps its crop and its flip; which file it shows is all that changes."""
     source = data.open_source(folder, "train")

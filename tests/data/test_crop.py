@@ -43,6 +43,7 @@ def _check(image, size, interpolation="bicubic", pad=4, places=None):
         np.testing.assert_array_equal(got, crop(resized), err_msg=f"{image.shape} {top} {left}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [224, 96, 33])
 def test_equals_torchvision_on_photographs(jpegs, size):
     rng = np.random.default_rng(size)

@@ -54,6 +54,7 @@ def _flips(seed):
     return bool(probe[0, 0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("repeats", "steps"), [(1, 4), (3, 6)])
 def test_training_images_are_timms(
     sample_images, dataset_config, input_config, monkeypatch, repeats, steps

@@ -76,6 +76,7 @@ def _compare(text, interpolation, images, levels, names, monkeypatch):
     return shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_equals_timms(photographs, name, monkeypatch):
     """Bit for bit; in the geometry a pixel in a thousand may be a level off (none is, mostly)."""

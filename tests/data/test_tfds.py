@@ -158,6 +158,7 @@ def test_large_scans_are_remembered_until_a_file_changes(config, tmp_path, files
     assert len(scans) == 2
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_tfds_and_evaluates_every_example(stored, files, tmp_path):
     """It learns the images by heart, and the report is PIL's and NumPy's from the same files."""
     config = load_config("digits")

@@ -38,6 +38,7 @@ def test_evaluation_rounds_offsets_half_to_even(input_config):
     np.testing.assert_array_equal(got, image[80:304, 16:240])
 
 
+@pytest.mark.slow
 def test_random_resized_crop_is_pils_resize_of_the_box(jpegs, input_config):
     """Of one view, of two of the same JPEG, of a PNG; flipped or not by a flip of its own."""
     input_config.hflip = 0.0
@@ -128,6 +129,7 @@ def test_small_images_are_resized_whole_and_only_if_needed(input_config):
     np.testing.assert_array_equal(evaluation(tf.constant(want)), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_crop", ["random_resized", "simple_random", "small"])
 def test_training_is_a_function_of_the_seed(jpegs, input_config, train_crop):
     input_config.train_crop = train_crop

@@ -11,6 +11,7 @@ def pictures(sample_images):
     return verify_parity._pictures(sample_images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -34,6 +34,7 @@ def compare(case: str) -> verify_training.Row:
     return verify_training.compare(case, student, "regnety_testing", **small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", verify_training.CASES)
 def test_training_is_the_reference_step_by_step(case):
     row = compare(case)

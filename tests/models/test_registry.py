@@ -109,6 +109,7 @@ def gradient(graphdef, stats):
     return jax.grad(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TESTING)
 def test_testing_models_train_every_parameter(name):
     graphdef, params, stats = split(abstract_model(name, num_classes=5))
@@ -133,6 +134,7 @@ def depends_on_inputs(jaxpr):
     return [isinstance(x, jax.extend.core.Var) and x in reached for x in jaxpr.outvars]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*VITS, *REGNETS])
 def test_every_model_has_a_gradient_for_every_parameter(name, monkeypatch):
     """Abstractly, so that the largest need no memory: a missing gradient is a constant zero."""

@@ -10,6 +10,8 @@ from deit_jax.parallel import cluster, hosts
 from deit_jax.training import checks
 from tests import several
 
+pytestmark = pytest.mark.multihost
+
 DIGITS = ["--config=configs/digits.py"]
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -82,6 +84,7 @@ def test_a_cluster_whose_processes_jax_cannot_find(tmp_path):
     assert "--config.distributed.auto=False" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -110,6 +113,7 @@ def test_processes_that_differ_end_with_one_line(tmp_path, options, words):
     assert not list(tmp_path.glob("run/*"))
 
 
+@pytest.mark.slow
 def test_copies_of_the_data_that_differ(tmp_path):
     """Two images of the digits have each other's labels on the host of process 1."""
     changed = tmp_path / "modules" / "sklearn"
@@ -169,6 +173,7 @@ sys.exit(main(by_mode=True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "processes", "status", "words"),
     [

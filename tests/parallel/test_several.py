@@ -12,9 +12,12 @@ import deit_jax
 from deit_jax.models import registry
 from tests import chaos, several, small_main
 
+pytestmark = pytest.mark.multihost
+
 NUM_EVAL = 1003  # neither two nor three processes divide it, nor does the batch
 
 
+@pytest.mark.slow
 def test_chaos_changes_no_bit(tmp_path, capsys):
     """Kill one process in training; stop one, and both with it."""
     assert chaos.run(2, 90, tmp_path, small_main.SCRIPT) == ([], 2)
@@ -48,6 +51,7 @@ def alone(recipe, tmp_path_factory):
     return results(recipe, tmp_path_factory.mktemp("alone"), processes=1, devices=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(2, 4), (3, 1)])
 def test_processes_train_and_evaluate_as_one(
     recipe, alone, tmp_path, monkeypatch, processes, devices
@@ -68,6 +72,7 @@ def test_processes_train_and_evaluate_as_one(
         assert jax.tree.all(jax.tree.map(np.array_equal, part, whole))
 
 
+@pytest.mark.slow
 def test_pmap_in_two_processes_as_the_mesh_in_one(recipe, alone, tmp_path):
     """And what process 1 could not read, number 40 of the first 48 for evaluation, is counted."""
     flags = several.image_recipe(tmp_path / "images", num_eval=NUM_EVAL)

@@ -28,6 +28,7 @@ def bytes_of(name, fsdp, **options):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_plan_counts_the_bytes_of_a_device(tmp_path, run_main, fsdp):
     """Eight devices, a teacher that is not trained yet; nothing is written."""
@@ -194,6 +195,7 @@ def test_unknown_topology(capsys):
     assert "--topology v5e:3x3" in error
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_one_all_reduce_on_a_slice(capsys):
     """Of the gradients and metrics of hard distillation, and nothing else."""

@@ -53,6 +53,7 @@ def train(model, micro_batches, data, **changes):
     return trees.flat(variables.params), trees.flat(state.model.params), metrics
 
 
+@pytest.mark.slow
 def test_four_micro_batches_equal_the_batch(data):
     """Parameters after five steps, mixing and erasing on; each has moved a hundred times more."""
     options = {"patch_size": 8, "depth": 2}
@@ -67,6 +68,7 @@ def test_four_micro_batches_equal_the_batch(data):
         assert float(again[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_norm_records_every_micro_batch():
     """As PyTorch: the second micro-batch's record lies on top of the first one's."""
     network, variables = split_model(

@@ -21,6 +21,7 @@ def losses(workdir):
     return [line["loss"] for line in lines if line["split"] == "train"]
 
 
+@pytest.mark.slow
 def test_eight_devices_follow_one(tmp_path, run_main):
     """Loss within 1e-4 relative over the first 50 steps, drop-path, erasing and mixup on."""
     for name, env in (("one", {}), ("eight", EIGHT)):
@@ -32,6 +33,7 @@ def test_eight_devices_follow_one(tmp_path, run_main):
     assert eight == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_one_all_reduce_and_nothing_else(tmp_path, run_device_check, fsdp):
     """Distillation with every augmentation on: gradients and metrics share one all-reduce.

@@ -73,6 +73,7 @@ def weights(workdir):
     return trees.flat(model_folder.read_variables(workdir, like).params)
 
 
+@pytest.mark.slow
 def test_twice_the_resolution_with_a_token_and_a_teacher(base, tmp_path, capsys):
     """What the reference refuses: distillation while fine-tuning, here from a plain model.
 
@@ -130,6 +131,7 @@ def test_other_classes_by_attention_alone(base, five_classes, tmp_path, capsys):
     assert model_folder.read_info(tmp_path / "run").class_names == tuple(map(str, CLASSES))
 
 
+@pytest.mark.slow
 def test_the_folder_recipe_starts_from_any_model(base, five_classes, tmp_path, capsys):
     """Name, patches and image size are those of `init_from`, the classes those of the data."""
     model, run = tmp_path / "model", tmp_path / "run"

@@ -78,6 +78,7 @@ def broken_images(tmp_path, sample_images):
     return images
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_trains_teacher_and_student(
     tmp_path, folder_config, broken_images, capsys
 ):
@@ -135,6 +136,7 @@ def test_a_run_that_diverges_stops_with_a_report(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
     """Status 75 with a message; the next start resumes at that very step."""
     command = [
@@ -168,6 +170,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
     assert 3 <= stopped < 3 * 22
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_given_weights(tmp_path, capsys):
     """init_from: the first evaluation is that of the folder; the workdir's own checkpoint wins."""
     config = quick_digits()

@@ -12,6 +12,7 @@ def found(tmp_path_factory, run_device_check):
     return run_device_check("pmap", tmp_path_factory.mktemp("runs"))
 
 
+@pytest.mark.slow
 def test_both_backends_train_alike(found):
     """Twenty losses within 1e-6: erasing, mixing, drop-path and micro-batches draw the same."""
     jit, pmap = found["losses"]["jit"], found["losses"]["pmap"]

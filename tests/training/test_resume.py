@@ -46,6 +46,7 @@ def runs(tmp_path_factory):
     return workdir, flags, problems, resumed
 
 
+@pytest.mark.slow
 def test_kills_change_no_bit(runs):
     """Weights, EMA, optimiser state and final report, after one of the teacher's and a late one."""
     workdir, _, problems, resumed = runs
@@ -88,6 +89,7 @@ def test_model_folders_hold_the_last_weights(runs, monkeypatch):
             np.testing.assert_array_equal(value, arrays[f"{part}/params/{name}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_a_finished_run_repeats_its_figures(runs, run_python, mode):
     """--mode=eval, and the same command again, print the run's final report to the last digit.

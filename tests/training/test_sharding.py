@@ -21,6 +21,7 @@ def trained(root, run_device_check):
     return run_device_check("shard", root)
 
 
+@pytest.mark.slow
 def test_the_mesh_does_not_change_the_losses(trained):
     """Within 1e-5, with all that is drawn, a teacher, clipping and LAMB's norms."""
     one = trained["losses"]["1"]
@@ -52,6 +53,7 @@ def test_a_checkpoint_goes_on_over_another_mesh(trained):
     assert trained["losses"]["4"] == pytest.approx(trained["losses"]["1"][3:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_between_processes(trained, root, run_device_check):
     """8 devices of one process → one of one, and → 4 of two → one: the same bits and next batch."""
     coordinator = f"127.0.0.1:{several.free_port()}"
@@ -116,6 +118,7 @@ for name, want in trees.flat(state.model).items():
 """
 
 
+@pytest.mark.slow
 def test_batch_norm_trains_over_fsdp_as_on_one_device(check_on_devices):
     """Weights and running statistics of a RegNetY after two steps, over 2 × 2 devices."""
     check_on_devices(BATCH_NORM_OVER_FSDP, devices=4)
