@@ -65,6 +65,7 @@ def runner(name, build):
     return turns.Runner(name, functools.partial(turns.deliver, functools.partial(build, 0.03)), [0])
 
 
+@pytest.mark.slow
 def test_a_turn_costs_what_its_batches_cost():
     peaks = {}
     for build in (steady, prefetching, with_worker):

@@ -52,6 +52,7 @@ def test_every_part_runs_without_tensorflow_and_torch(run_python, tmp_path):
         assert "core" in report["device"]
 
 
+@pytest.mark.slow
 def test_the_launcher_and_a_profile(run_python, tmp_path):
     flags = ["--model=deit_testing", "--batch=4", "--rounds=1", f"--profile={tmp_path}", "--json"]
     finished = run_python("tools/benchmark.py", "infer", *flags)

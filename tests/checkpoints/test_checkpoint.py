@@ -66,6 +66,7 @@ def _message(action, *arguments):
 # Model folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

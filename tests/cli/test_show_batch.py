@@ -151,6 +151,7 @@ def test_the_drawn_batch_is_that_of_the_train_step(show, drawn, repo_root):
     assert drawn["title"].startswith(title)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_batch_is_its_first_rows(show, drawn):
     found = []
     for count in (BATCH, 5):
@@ -161,6 +162,7 @@ def test_a_part_of_the_batch_is_its_first_rows(show, drawn):
     assert " · step 0 · " in drawn["title"]
 
 
+@pytest.mark.slow
 def test_the_sheet_is_pils(show, drawn, sample_images):
     """Cells of several operations at their place, of a photograph and in timm's arithmetic."""
     file = min(sample_images.glob("train/*/*.JPEG"))

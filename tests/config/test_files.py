@@ -165,6 +165,7 @@ def test_recipes_that_are_not_there_or_fail(own_recipes, name, words):
         assert word in message
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_recipes_and_finds_them(repo_root, tmp_path):
     source = tmp_path / "source"  # no build/ of before
     source.mkdir()

@@ -81,6 +81,7 @@ def test_from_timm_through_the_commands_and_back(tmp_path, name, suffix):
     load_into(timm_twin(name, seed=1), load(back))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_from_jax_and_back_in_every_format(tmp_path, name):
     variables, info = random_variables(name)

@@ -220,6 +220,7 @@ def test_evaluation_masks_broken_images_out(plain_config, processes):
     assert skipped.keys() == {f"counting:{number}" for number in broken}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_a_label_outside_the_classes_is_never_skipped(plain_config, on_bad_image):
     plain_config.on_bad_image = on_bad_image
@@ -229,6 +230,7 @@ def test_a_label_outside_the_classes_is_never_skipped(plain_config, on_bad_image
             next(batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("on_bad_image", "number"), [("error", errno.ESTALE), ("skip", errno.EIO)])
 def test_storage_that_fails_is_no_broken_image(plain_config, on_bad_image, number):
     """Neither skipped, which would change what is trained on, nor called a mistake."""

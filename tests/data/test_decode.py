@@ -110,6 +110,7 @@ def test_jpeg_box_equals_the_cut_of_the_decoded_image(jpegs):
             np.testing.assert_array_equal(got, want, err_msg=f"{path.name} {box}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one pixel", "very wide"])
 def test_extreme_sizes_pass_through_training_and_evaluation(kind, input_config):
     image = Image.open(io.BytesIO(_RARE[kind]))

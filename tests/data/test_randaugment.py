@@ -275,6 +275,7 @@ def _augmented(image, seed, text):
     return randaugment.apply(image, draws, **how)
 
 
+@pytest.mark.slow
 def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):
     data = tf.constant(jpegs[0].read_bytes())
     seeds = tf.constant([[1, i] for i in range(3)], tf.int64)

@@ -54,6 +54,7 @@ def _global_batches(source, config, steps, *, processes=1):
     return [_joined(list(map(next, shares))) for _ in steps]
 
 
+@pytest.mark.slow
 def test_batches_depend_neither_on_the_first_step_nor_on_the_processes(folder, input_config):
     """Processes may share the views of an image: whole images are decoded here, crops there."""
     input_config.repeats = 3
@@ -114,6 +115,7 @@ def test_example_ids_name_the_rows_of_the_batch(plain_config, group_size):
         assert data.example_ids(source, plan, step) == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_examples", "processes"), [(37, 1), (37, 3), (36, 3), (1, 2), (25, 2)]
 )

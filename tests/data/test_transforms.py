@@ -18,6 +18,7 @@ _BICUBIC = torchvision.InterpolationMode.BICUBIC
 _SEED = tf.constant([3, 5], tf.int64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop_ratio", [0.875, 1.0])
 def test_evaluation_equals_torchvision_on_pil(jpegs, input_config, crop_ratio):
     input_config.crop_ratio = crop_ratio
@@ -65,6 +66,7 @@ def test_random_resized_crop_is_pils_resize_of_the_box(jpegs, input_config):
         np.testing.assert_array_equal(transform(tf.constant(source), tf.constant(seeds)), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "count"), [((375, 500), 20_000), ((500, 300), 4000), ((60, 100), 4000)]
 )

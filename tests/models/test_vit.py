@@ -173,6 +173,7 @@ def noisy_model(**more):
 IMAGES = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_nothing_else():
     def run(remat):
         graphdef, params = noisy_model(remat=remat)

@@ -126,6 +126,7 @@ np.testing.assert_allclose(metrics_again["loss"], metrics["loss"], rtol=1e-6)
 """
 
 
+@pytest.mark.slow
 def test_micro_batches_take_a_share_of_every_devices_rows(check_on_devices):
     """On a 4 × 2 mesh: no row leaves its device, and the gradient is that of the batch."""
     check_on_devices(ON_EIGHT_DEVICES)

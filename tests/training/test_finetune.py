@@ -105,6 +105,7 @@ def test_twice_the_resolution_with_a_token_and_a_teacher(base, tmp_path, capsys)
     assert ("warning: top-1 is" in printed) == (final["top1"] < 98)
 
 
+@pytest.mark.slow
 def test_other_classes_by_attention_alone(base, five_classes, tmp_path, capsys):
     """Five classes and a new head; all but attention, head and positions stays to the bit."""
     folder, _ = base

@@ -124,6 +124,7 @@ def quick_digits():
     return config
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_with_a_report(tmp_path):
     """An absurd rate: the run names step, seed and examples, and keeps a state that can be read."""
     config = quick_digits()

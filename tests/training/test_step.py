@@ -80,6 +80,7 @@ def still(after, state):
     return {k for k, v in trees.flat(after.model.params).items() if jnp.array_equal(v, before[k])}
 
 
+@pytest.mark.slow
 def test_every_part_of_the_state_moves(engine):
     step, state, teacher, batch = engine
     after, metrics = step(step(state, teacher, batch)[0], teacher, batch)
@@ -106,6 +107,7 @@ def test_parameters_that_do_not_train_stay_to_the_bit(parts, engine):
     assert 0 < float(metrics["grad_norm"]) < float(full["grad_norm"])
 
 
+@pytest.mark.slow
 def test_cosub_trains_two_submodels_of_each_image(parts):
     """Without stochastic depth both are the model: base is that of bce, cosub its own entropy."""
     changes = {"distill__kind": "none", "train__loss": "bce", "mixing__smoothing": 0.0}
@@ -183,6 +185,7 @@ def exact(parts):
     return moved(parts)
 
 
+@pytest.mark.slow
 def test_a_step_in_bfloat16_follows_float32(parts, exact):
     """Losses within 1 %, updates within 10 % in L2: the noise of eight bits of mantissa."""
     losses, moves, _ = moved(parts, dtype="bfloat16")
