@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=one_or_more,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="images decoded at a time (default: one a processor)",
+        help="images decoded at a time (default: one per processor)",
     )
 
 

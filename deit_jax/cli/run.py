@@ -9,7 +9,7 @@ it stopped. An evaluation in a new folder needs --config and --config.init_from=
 compiles the training step for the devices found here and says what memory and time it needs; it
 trains and writes nothing.
 
-Status: 0 finished; 75 stopped and saved, run me again; 2 a mistake; 1 what a retry may mend.
+Status: 0 finished; 75 stopped and saved, run me again; 2 a mistake; 1 what a retry may fix.
 """
 
 import contextlib

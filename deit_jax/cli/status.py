@@ -37,7 +37,7 @@ def outcome(
     """Returns the exit status that an error stands for, and its line; a bug has None.
 
     75: stopped and saved, run me again; 2: a mistake of the user, which no retry mends; 1: what a
-    retry may mend, and a bug; 130: Ctrl-C.
+    retry may fix, and a bug; 130: Ctrl-C.
 
     Args:
       error: any.

@@ -23,7 +23,7 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
         that folder is gone.
 
     Raises:
-      InputError: a field is wrong, or `init_from` is no model folder.
+      InputError: a field is wrong, or `init_from` is not a model folder.
     """
     check_structure(config)
     if config.init_from and not (config.model.name and config.input.image_size):

@@ -73,7 +73,7 @@ def evaluator(run: Run) -> Callable[[TrainState], dict[str, float]]:
 
 
 def skipped(batches: Iterator[dict], config: "ConfigDict") -> dict[str, int]:
-    """How many images could not be read so far, if any; else nothing. Every process asks.
+    """Returns the number of unreadable images so far, {} without any; every process must call it.
 
     One that several processes have met, in different epochs, counts for each of them.
     """
