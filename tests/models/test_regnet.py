@@ -10,7 +10,7 @@ from flax import nnx
 from deit_jax import trees
 from deit_jax.errors import InputError
 from deit_jax.models.layers import BatchNorm
-from deit_jax.models.regnet import RegNetY, conv3x3, stage_plan
+from deit_jax.models.regnet import RegNetY, conv3x3
 from tests.models.test_vit import assert_close, to_torch
 from tests.oracles import timm_models
 
@@ -43,24 +43,8 @@ def run(model, images):
     return outputs(nnx.to_pure_dict(state))
 
 
-def abstract():
-    return nnx.eval_shape(lambda: RegNetY(**SMALL, num_classes=7, rngs=nnx.Rngs(0)))
-
-
 def nhwc(x):
     return x.permute(0, 2, 3, 1)
-
-
-def test_stage_plan():
-    assert stage_plan(200, 106.23, 2.48, 112, 18) == [
-        (224, 2, 2),
-        (448, 4, 4),
-        (1232, 11, 11),
-        (3024, 27, 1),
-    ]
-    # 96 / 64 rounds half to even, and 128 / 24 down to 5 groups.
-    assert stage_plan(96, 31.41, 2.24, 64, 22)[0] == (128, 2, 2)
-    assert stage_plan(48, 20.71, 2.65, 24, 27)[1] == (120, 5, 6)
 
 
 def test_evaluation_equals_timm():
@@ -163,12 +147,3 @@ def test_initialisation():
             assert (leaf == 0.0).all(), name
     for name, leaf in trees.flat(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))).items():
         assert (np.asarray(leaf) == (1.0 if name.endswith("var") else 0.0)).all()
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype"), [((2, 3, 32, 32), "float32"), ((2, 32, 32, 3), "uint8")]
-)
-def test_wrong_images_are_named(shape, dtype):
-    model = abstract()
-    with pytest.raises(InputError, match="images have"):
-        jax.eval_shape(model, jax.ShapeDtypeStruct(shape, dtype))

@@ -9,8 +9,7 @@ import torch
 from flax import nnx
 
 from deit_jax import trees
-from deit_jax.errors import InputError
-from deit_jax.models.vit import Block, VisionTransformer
+from deit_jax.models.vit import VisionTransformer
 from tests.oracles import timm_models
 
 SMALL = {
@@ -38,10 +37,6 @@ def pair(variant, **more):
     ours = timm_models.with_weights_of(oracle, build)
     images = np.random.default_rng(1).normal(size=(5, *ours.image_size, 3)).astype(np.float32)
     return oracle, ours, images
-
-
-def abstract(**options):
-    return nnx.eval_shape(lambda: VisionTransformer(**options, rngs=nnx.Rngs(0)))
 
 
 def run(model, images):
@@ -78,7 +73,8 @@ def assert_close(got, want, tolerance=2e-5):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_equal_timm(variant):
-    oracle, ours, images = pair(variant)
+    # Without a key there is no noise either.
+    oracle, ours, images = pair(variant, drop_rate=0.1, drop_path_rate=0.5)
     logits, heads, features = run(ours, images)
     assert logits.dtype == jnp.float32
     assert_close(features, oracle.forward_features(to_torch(images)))
@@ -133,10 +129,9 @@ def test_attention_maxima_are_those_of_timms_softmax(variant, monkeypatch):
 def test_bfloat16_keeps_float32_where_it_matters():
     oracle, model, images = pair("distilled", dtype=jnp.bfloat16)
     logits, _, features = run(model, images)
-    for got, want in (
-        (logits, oracle(to_torch(images))),
-        (features, oracle.forward_features(to_torch(images))),
-    ):
+    images_of_torch = to_torch(images)
+    wanted = oracle(images_of_torch), oracle.forward_features(images_of_torch)
+    for got, want in zip((logits, features), wanted, strict=True):
         assert got.dtype == jnp.float32
         assert_close(got, want, 5e-2)
         with pytest.raises(AssertionError):
@@ -160,95 +155,14 @@ def test_bfloat16_keeps_float32_where_it_matters():
     assert set(types) == {("bf16", "bf16", "f32")}
 
 
-def noisy_model(**more):
-    """Return a distilled model with every kind of noise on, without weights, and weights for it."""
-    options = SMALL | {"drop_path_rate": 0.5, "drop_rate": 0.1, "distilled": True} | more
-    graphdef, shapes = nnx.split(abstract(**options))
-    oracle = timm_models.vit(**SMALL, distilled=True)
-    params = timm_models.to_tree(oracle.state_dict())
-    trees.check_like(params, nnx.to_pure_dict(shapes))
-    return graphdef, params
-
-
-IMAGES = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
-
-
-@pytest.mark.slow
-def test_remat_changes_memory_and_nothing_else():
-    def run(remat):
-        graphdef, params = noisy_model(remat=remat)
-
-        def loss(params):
-            logits = nnx.merge(graphdef, params)(IMAGES, nnx.Rngs(dropout=jax.random.key(3)))
-            return (logits**2).sum()
-
-        residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
-        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-        return value, gradient, trees.param_count(residuals)
-
-    value, gradient, stored = run(False)
-    value_remat, gradient_remat, stored_remat = run(True)
-    assert_close(value_remat, value, 1e-6)
-    for got, want in zip(jax.tree.leaves(gradient_remat), jax.tree.leaves(gradient), strict=True):
-        assert_close(got, want, 1e-5)
-    assert stored_remat < 0.7 * stored
-
-
-def test_noise_is_a_function_of_the_key():
-    graphdef, params = noisy_model()
-    logits = jax.jit(lambda key: nnx.merge(graphdef, params)(IMAGES, nnx.Rngs(dropout=key)))
-    first = logits(jax.random.key(3))
-    np.testing.assert_array_equal(first, logits(jax.random.key(3)))
-    assert not np.allclose(first, logits(jax.random.key(4)))
-
-
-def test_without_rngs_there_is_no_noise():
-    graphdef, params = noisy_model()
-    quiet, _ = noisy_model(drop_path_rate=0.0, drop_rate=0.0)
-    got, want = (run(nnx.merge(graph, params), IMAGES)[0] for graph in (graphdef, quiet))
-    np.testing.assert_array_equal(got, want)
-
-
-def test_drop_path_rates_of_the_blocks():
-    def rates(mode):
-        options = SMALL | {"depth": 5, "drop_path_rate": 0.2, "drop_path_mode": mode}
-        return [block.drop_path.rate for block in abstract(**options).blocks]
-
-    np.testing.assert_allclose(rates("linear"), [0.0, 0.05, 0.1, 0.15, 0.2])
-    assert rates("constant") == [0.2] * 5
-
-
-def test_drop_path_is_independent_over_samples_and_branches():
-    block = Block(
-        8,
-        2,
-        mlp_ratio=4.0,
-        layer_scale_init=1.0,
-        drop_rate=0.0,
-        drop_path_rate=0.3,
-        dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-    )
-    # Branches that add 1 and 10 whatever comes in: the sum tells which of them were kept.
-    for linear, constant in ((block.attn.proj, 1.0), (block.mlp.fc2, 10.0)):
-        linear.kernel[...] = jnp.zeros_like(linear.kernel[...])
-        linear.bias[...] = jnp.full_like(linear.bias[...], constant)
-    samples = 4000
-    out = np.asarray(block(jnp.zeros((samples, 3, 8)), nnx.Rngs(dropout=0)))
-    assert (out == out[:, :1, :1]).all()
-    out = out[:, 0, 0] * 0.7
-    for value, probability in ((0, 0.09), (1, 0.21), (10, 0.21), (11, 0.49)):
-        frequency = np.isclose(out, value, atol=1e-4).mean()
-        assert abs(frequency - probability) < 5 * (probability * (1 - probability) / samples) ** 0.5
-
-
 @pytest.mark.parametrize(
     ("variant", "mode", "rates"),
     [("distilled", "linear", [0, 0.2, 0.4]), ("deit3", "constant", [0.4] * 3)],
 )
 def test_every_branch_of_a_model_is_dropped_by_itself_at_its_rate(variant, mode, rates):
     options = SMALL | {"image_size": 4, "depth": 3, "drop_path_rate": 0.4} | VARIANTS[variant]
-    graphdef, shapes = nnx.split(abstract(**options, drop_path_mode=mode))
+    build = functools.partial(VisionTransformer, **options, drop_path_mode=mode)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), nnx.to_pure_dict(shapes))
     params["norm"]["scale"] += 1
     for number, block in params["blocks"].items():  # each branch adds to a channel of its own
@@ -293,32 +207,3 @@ def test_initialisation():
             np.testing.assert_array_equal(leaf, np.float32(constant))
     kernels = [leaf for name, leaf in leaves.items() if name.endswith("attn/proj/kernel")]
     assert not np.array_equal(*kernels)
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "message"),
-    [
-        ((2, 17, 16, 3), "float32", r"\(2, 17, 16, 3\), expected \[batch, 16, 16, 3\]"),
-        ((2, 3, 16, 16), "float32", "images have shape"),
-        ((16, 16, 3), "float32", "images have shape"),
-        ((2, 16, 16, 3), "uint8", "images have dtype uint8"),
-    ],
-)
-def test_wrong_images_are_named(shape, dtype, message):
-    model = abstract(**SMALL)
-    with pytest.raises(InputError, match=message):
-        jax.eval_shape(model, jax.ShapeDtypeStruct(shape, dtype))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"num_heads": 5}, "embed_dim 32 is not divisible by num_heads 5"),
-        ({"image_size": 3}, "smaller than one patch"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
-        ({"drop_path_mode": "cosine"}, 'drop_path_mode is "cosine"'),
-    ],
-)
-def test_options_that_do_not_fit(wrong, message):
-    with pytest.raises(InputError, match=message):
-        abstract(**(SMALL | wrong))
