@@ -69,7 +69,7 @@ VITS = [name for name in registry.list_models() if "embed_dim" in registry.model
 
 @pytest.mark.parametrize("name", VITS)
 def test_the_parameters_that_decay_are_the_references(name):
-    """By PyTorch's names; two blocks stand for all. The counts of whole models: test_optim.py."""
+    """By PyTorch's names; two blocks stand for all."""
     _, like = split_model(registry.abstract_model(name, depth=2))
     keys = {tensor.leaf: tensor.key for tensor in mapping.tensors_of(like, layouts.TIMM_VIT)}
     with torch.device("meta"):

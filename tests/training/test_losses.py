@@ -1,4 +1,4 @@
-"""Losses and task losses against torch, timm and hand-checked numbers."""
+"""Losses and task losses against torch, timm and numbers by hand."""
 
 from types import SimpleNamespace
 
@@ -10,19 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from deit_jax.errors import InputError
-from deit_jax.training import losses, mixing, tasks
+from deit_jax.training import losses, tasks
 from tests.oracles import torch_training
 
 INDEX = np.arange(20, dtype=np.float32).reshape(4, 5)
 STUDENT, STUDENT_DIST = jnp.sin(1 + INDEX), jnp.cos(2 + INDEX)
 TEACHER = jnp.sin(0.5 * INDEX)
-LABELS = np.array([0, 2, 4, 1])
-
-
-def mixed_targets(smoothing=0.1):
-    draw = mixing.MixDraw(jnp.array([0.7]), jnp.array([False]), jnp.zeros((1, 4), jnp.int32))
-    hot = mixing.one_hot_smooth(jnp.asarray(LABELS), 5, smoothing)
-    return mixing.apply_mix(jnp.zeros((4, 1, 1, 3)), hot, draw)[1]
+TARGETS = np.random.default_rng(0).dirichlet(np.ones(5), 4).astype(np.float32)
 
 
 def recipe(kind="none", *, loss="cross_entropy", cosub=False, **distill):
@@ -33,8 +27,7 @@ def recipe(kind="none", *, loss="cross_entropy", cosub=False, **distill):
     )
 
 
-def task_loss(config, heads=(STUDENT, STUDENT_DIST), targets=None, teacher=TEACHER):
-    targets = mixed_targets() if targets is None else targets
+def task_loss(config, heads=(STUDENT, STUDENT_DIST), targets=TARGETS, teacher=TEACHER):
     return tasks.choose_task(config)(heads, targets, teacher, config)
 
 
@@ -49,25 +42,6 @@ def random(*shape, scale=1.0, seed=0):
 
 def distributions(seed, *shape):
     return np.random.default_rng(seed).dirichlet(np.ones(shape[-1]), shape[0]).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    ("config", "part", "known"),
-    [
-        (recipe(), "base", 1.6084588),
-        (recipe("hard"), "distill", 1.6162078),
-        (recipe("hard"), "", 1.6123333),
-        (recipe("soft"), "", 0.8359652),
-        (recipe("soft", alpha=0.1, temperature=3.0), "", 1.4543908),
-        (recipe("soft", alpha=0.1, temperature=3.0, reduction="batchmean"), "", 1.4815023),
-    ],
-)
-def test_recipe_vectors(config, part, known):
-    np.testing.assert_allclose(mixed_targets()[0], [0.65, 0.29, 0.02, 0.02, 0.02], atol=1e-7)
-    loss, parts = task_loss(config)
-    value = parts[part] if part else loss
-    assert value.shape == (4,)
-    assert value.mean() == pytest.approx(known, abs=2e-7)
 
 
 def test_label_losses_equal_torch_per_example():
@@ -155,7 +129,7 @@ def test_parts_of_each_task():
     loss, parts = task_loss(recipe("hard", alpha=0.25, loss="bce"))
     assert set(parts) == {"base", "distill", "teacher_agreement"}
     np.testing.assert_allclose(loss, 0.75 * parts["base"] + 0.25 * parts["distill"], rtol=1e-6)
-    base = losses.binary_cross_entropy(STUDENT, mixed_targets())
+    base = losses.binary_cross_entropy(STUDENT, TARGETS)
     np.testing.assert_array_equal(parts["base"], base)
     agrees = STUDENT_DIST.argmax(1) == TEACHER.argmax(1)
     np.testing.assert_array_equal(parts["teacher_agreement"], agrees)

@@ -1,7 +1,5 @@
 """On-device augmentation against timm, scipy and NumPy float64."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,8 +92,6 @@ def test_erasing_frequency_tries_and_empty_boxes():
     assert erased.mean() == pytest.approx(0.25, abs=0.012)
     assert not np.any(np.asarray(draw.box)[~erased])
     assert len(np.unique(jax.random.key_data(draw.noise_key), axis=0)) == COUNT
-    areas = np.prod(np.diff(np.asarray(draw.box)[erased])[:, ::2], axis=1) / 224**2
-    assert areas.mean() == pytest.approx(0.176, abs=0.005)
     # Boxes of the whole image never fit, so nothing is erased; with more tries fewer are missed.
     whole = {"prob": 1.0, "area": (0.999, 1.0), "aspect": 0.999}
     assert not np.any(mixing.draw_erasing(jax.random.key(2), COUNT, (32, 32), **whole).box)
@@ -139,9 +135,6 @@ def test_cutmix_box_equals_the_reference_formula():
         np.testing.assert_array_equal(boxes, want)
         areas = [(b[1] - b[0]) * (b[3] - b[2]) for b in want]
         np.testing.assert_allclose(kept, 1 - np.array(areas) / np.prod(size), atol=1e-6)
-    box, kept = mixing.cutmix_box(jnp.array([0.5]), jnp.array([112]), jnp.array([10]), (224, 224))
-    np.testing.assert_array_equal(box, [[112 - 79, 112 + 79, 0, 10 + 79]])
-    assert kept[0] == pytest.approx(1 - 158 * 89 / 224**2)
 
 
 def test_apply_mix_equals_timm_with_the_same_draws(monkeypatch):
@@ -174,12 +167,7 @@ def test_draw_statistics():
     draw = mixing.draw_mix(jax.random.key(0), COUNT, (224, 224), **BOTH)
     lam, cut, box = (np.asarray(v) for v in draw)
     assert cut.mean() == pytest.approx(0.5, abs=0.015)
-    assert stats.kstest(lam[~cut], stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
     assert not np.any(box[~cut])
-    # Cutmix: λ is what the box leaves, distributed as in an independent float64 draw.
-    area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
-    np.testing.assert_allclose(lam[cut], 1 - area[cut] / 224**2, atol=1e-6)
-    assert lam[cut].mean() == pytest.approx(0.682, abs=0.01)
     rng = np.random.default_rng(1)
     boxes = np.array(
         [box_of_timm_032(v, *rng.integers(0, 224, 2), (224, 224)) for v in rng.beta(1.0, 1.0, 5000)]
@@ -192,15 +180,13 @@ def test_draw_statistics():
     for kind in (False, True):
         assert stats.ks_2samp(lam[cut == kind], their_lam[their_cut == kind]).pvalue > 1e-3
 
-    rare = mixing.draw_mix(jax.random.key(1), COUNT, (16, 16), **BOTH | {"prob": 0.3})
-    assert np.mean(np.asarray(rare.lam) == 1.0) == pytest.approx(0.7, abs=0.02)
-    only_cut = mixing.draw_mix(jax.random.key(2), COUNT, (16, 16), **BOTH | {"mixup_alpha": 0.0})
-    assert np.all(only_cut.use_cutmix)
-    only_mix = mixing.draw_mix(jax.random.key(3), COUNT, (16, 16), **BOTH | {"cutmix_alpha": 0.0})
-    assert not np.any(only_mix.use_cutmix)
-    assert stats.kstest(np.asarray(only_mix.lam), stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
-    mostly = mixing.draw_mix(jax.random.key(4), COUNT, (16, 16), **BOTH | {"switch_prob": 0.9})
-    assert np.mean(mostly.use_cutmix) == pytest.approx(0.9, abs=0.01)
+    def draw_with(**changes):
+        return mixing.draw_mix(jax.random.key(1), COUNT, (16, 16), **BOTH | changes)
+
+    assert np.mean(draw_with(prob=0.3).lam == 1.0) == pytest.approx(0.7, abs=0.02)
+    assert np.all(draw_with(mixup_alpha=0.0).use_cutmix)
+    assert not np.any(draw_with(cutmix_alpha=0.0).use_cutmix)
+    assert np.mean(draw_with(switch_prob=0.9).use_cutmix) == pytest.approx(0.9, abs=0.01)
 
 
 def test_mix_is_the_identity_when_off_and_checks_the_group_size():
@@ -229,69 +215,3 @@ def test_groups_are_drawn_independently_and_stay_apart():
     assert np.any(mixed[0] != images[0])
     # The other group's images do not matter.
     np.testing.assert_array_equal(mix(images.at[4:].set(0.0))[0][:4], mixed[:4])
-
-
-def test_a_slice_of_the_draws_gives_a_slice_of_the_batch():
-    images = jnp.asarray(random_batch(8, 16, 16))
-    targets = mixing.one_hot_smooth(jnp.arange(8), 8, 0.0)
-    erasing, draw = jax.jit(
-        lambda key: (
-            mixing.draw_erasing(key, 8, (16, 16), prob=0.7),
-            mixing.draw_mix(key, 4, (16, 16), **BOTH | {"mixup_alpha": 0.0}),
-        )
-    )(jax.random.key(0))
-
-    @jax.jit
-    def augment(images, targets, erasing, draw):
-        return mixing.apply_mix(mixing.apply_erasing(images, erasing), targets, draw)
-
-    def last(tree, start):
-        return jax.tree.map(lambda x: x[start:], tree)
-
-    want = augment(images, targets, erasing, draw)
-    got = augment(images[4:], targets[4:], last(erasing, 4), last(draw, 2))
-    np.testing.assert_array_equal(got[0], want[0][4:])
-    np.testing.assert_array_equal(got[1], want[1][4:])
-
-
-ON_EIGHT_DEVICES = """
-import jax, jax.numpy as jnp, numpy as np
-from deit_jax.parallel import mesh as parallel
-from deit_jax.training import losses, mixing
-
-def program(key, images, labels, replicated):
-    erase_key, mix_key = jax.random.split(key)
-    x = mixing.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    x = mixing.random_erasing(erase_key, x, prob=0.5)
-    x, targets, _ = mixing.mix(
-        mix_key, x, labels, num_classes=10, group_size=2, smoothing=0.1, mixup_alpha=0.8,
-        cutmix_alpha=1.0, prob=0.9, switch_prob=0.5, replicated=replicated,
-    )
-    logits = x.reshape(len(x), -1)[:, :10]
-    loss = losses.soft_cross_entropy(logits, targets) + losses.cross_entropy(logits, labels, 0.1)
-    loss += losses.soft_distillation(logits[:, ::-1], jnp.sin(logits), temperature=2.0)
-    return x, targets, loss + losses.hard_distillation(logits[:, ::-1], jnp.sin(logits))
-
-rng = np.random.default_rng(0)
-images, labels = rng.integers(0, 256, (32, 16, 16, 3), np.uint8), rng.integers(0, 10, 32, np.int32)
-key = jax.random.key(3)
-mesh = parallel.make_mesh(fsdp=2)
-assert mesh.size == 8
-rows, replicated = parallel.batch_sharding(mesh), parallel.replicated(mesh)
-eight = jax.jit(
-    lambda *args: program(*args, replicated),
-    in_shardings=(replicated, rows, rows), out_shardings=rows,
-).lower(key, images, labels).compile()
-one = jax.jit(lambda *args: program(*args, None))(key, images, labels)
-for name, many, alone in zip(("images", "targets", "losses"), eight(key, images, labels), one):
-    tolerance = 1e-6 if name == "losses" else 0
-    np.testing.assert_allclose(many, alone, rtol=0, atol=tolerance, err_msg=name)
-print(eight.as_text())
-"""
-
-
-def test_eight_devices_give_the_same_bits_without_communication(check_on_devices):
-    program = check_on_devices(ON_EIGHT_DEVICES)
-    assert "HloModule" in program
-    pattern = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    assert not re.findall(pattern, program)

@@ -15,10 +15,7 @@ from deit_jax.config.fields import default_config
 from deit_jax.errors import InputError
 from deit_jax.models.registry import abstract_model
 from deit_jax.training import optim
-from tests.oracles import torch_training
 from tests.oracles.torchvision_ops import import_torchvision
-
-WARMUP = {"warmup_epochs": 5, "warmup_lr": 1e-6}
 
 
 def config(**changes):
@@ -27,32 +24,9 @@ def config(**changes):
     return optimizer
 
 
-@pytest.mark.parametrize(
-    ("peak", "low", "epochs", "known"),
-    [
-        (1e-3, 1e-5, 300, {0: 1e-6, 1: 1e-6, 2: 2.008e-4, 151: 5.05e-4, 299: 1.01086e-5}),
-        (3e-3, 1e-5, 800, {5: 2.4002e-3, 6: 2.99971e-3, 400: 1.51087e-3, 799: 1.00461e-5}),
-        (1e-5, 1e-5, 20, {2: 2.8e-6, 5: 8.2e-6, 6: 1e-5, 19: 1e-5}),
-        (5e-6, 5e-6, 30, {2: 1.8e-6, 5: 4.2e-6, 6: 5e-6, 29: 5e-6}),
-        (3e-4, 1e-5, 50, {2: 6.08e-5, 6: 2.92903e-4, 25: 1.64105e-4, 49: 1.11434e-5}),
-    ],
-)
-def test_learning_rate_follows_the_reference_loop(peak, low, epochs, known):
-    per_epoch = 7
-    schedule = SimpleNamespace(epochs=epochs, min_lr=low, per_epoch=True, **WARMUP)
-    steps = jnp.arange(epochs * per_epoch)
-    rates = optim.learning_rate(
-        steps, schedule, peak_lr=peak, warmup_epochs=5, steps_per_epoch=per_epoch
-    )
-    assert rates.dtype == jnp.float32
-    want = np.repeat(torch_training.rates(peak, schedule), per_epoch)
-    np.testing.assert_allclose(rates, want, rtol=0, atol=1e-9)
-    for epoch, value in known.items():
-        assert rates[epoch * per_epoch] == pytest.approx(value, rel=1e-5)
-
-
 def test_learning_rate_per_step_has_no_lag():
-    schedule = SimpleNamespace(epochs=10, min_lr=0.1, per_epoch=False, **WARMUP)
+    """The rates of every epoch stand beside the reference's in tests/config/test_recipes.py."""
+    schedule = SimpleNamespace(epochs=10, min_lr=0.1, per_epoch=False, warmup_lr=1e-6)
 
     def rate(step, warmup=5):
         options = {"peak_lr": 1.0, "warmup_epochs": warmup, "steps_per_epoch": 4}
@@ -93,43 +67,6 @@ def small_params() -> dict:
     )
 
 
-def test_decay_mask_by_name():
-    kernels = {"patch_embed/proj/kernel", "blocks/0/attn/qkv/kernel", "head/kernel"}
-    for more, decayed in (({}, kernels | {"dist_token"}), ({"decay_dist_token": False}, kernels)):
-        mask = trees.flat(optim.decay_mask(small_params(), **more))
-        assert {name for name, decays in mask.items() if decays} == decayed
-        assert len(mask) == 12
-    with pytest.raises(InputError, match="'blocks/0/rel_bias'"):
-        optim.decay_mask({"blocks": {0: {"rel_bias": jnp.zeros(3)}}})
-
-
-@pytest.mark.parametrize(
-    ("name", "undecayed", "decayed", "undecayed_elements"),
-    [
-        ("deit_tiny_patch16_224", 102, 50, 69_544),
-        ("deit_small_patch16_224", 102, 50, 138_088),
-        ("deit_base_patch16_224", 102, 50, 275_176),
-        ("deit_tiny_distilled_patch16_224", 103, 52, 70_736),
-        ("deit_small_distilled_patch16_224", 103, 52, 139_472),
-        ("deit_base_distilled_patch16_224", 103, 52, 276_944),
-        ("deit3_small_patch16_224", 126, 50, 146_920),
-        ("deit3_medium_patch16_224", 126, 50, 195_560),
-        ("deit3_base_patch16_224", 126, 50, 292_840),
-        ("deit3_large_patch16_224", 246, 98, 574_440),
-        ("deit3_huge_patch14_224", 326, 130, 948_200),
-    ],
-)
-def test_decay_groups_have_the_counts_of_the_reference(
-    name, undecayed, decayed, undecayed_elements
-):
-    params = abstract_params(name)
-    mask = jax.tree.leaves(optim.decay_mask(params))
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    assert (mask.count(False), mask.count(True)) == (undecayed, decayed)
-    kept = sum(size for size, decays in zip(sizes, mask, strict=True) if not decays)
-    assert kept == undecayed_elements
-
-
 ATTENTION_ONLY = ".*/attn/.* head/.* pos_embed"
 
 
@@ -140,11 +77,6 @@ def test_attention_alone_trains_as_many_parameters_as_in_the_reference():
     assert trees.param_count(params) == 86_585_320
     assert trees.param_count(trees.select(params, mask)) == 29_267_944
     assert all(jax.tree.leaves(optim.trainable_mask(params, "")))
-
-
-def test_a_pattern_that_trains_nothing_is_named():
-    with pytest.raises(InputError, match=r"optimizer\.trainable is .* 'kernel' matches"):
-        optim.make_optimizer(small_params(), config(trainable="head/.* kernel"))
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
@@ -179,6 +111,8 @@ def test_regnet_decays_exactly_its_matrices_and_convolutions():
     mask = optim.decay_mask(params)
     by_rank = jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # the rule for torch's tensors
     assert mask == by_rank
+    with pytest.raises(InputError, match="'blocks/0/rel_bias'"):
+        optim.decay_mask({"blocks": {0: {"rel_bias": jnp.zeros(3)}}})
 
 
 def run(settings, params, grads, rates):
@@ -254,9 +188,16 @@ def test_optimizers_equal_torch_for_ten_steps(name, weight_decay, clip_norm):
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=3e-7)
 
 
-def test_an_unknown_name_is_refused():
-    with pytest.raises(InputError, match=r"optimizer\.name is 'adam'"):
-        optim.make_optimizer(small_params(), config(name="adam"))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adam"}, r"optimizer\.name is 'adam'"),
+        ({"trainable": "head/.* kernel"}, r"optimizer\.trainable is .* 'kernel' matches"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, message):
+    with pytest.raises(InputError, match=message):
+        optim.make_optimizer(small_params(), config(**settings))
 
 
 def test_lamb_recipe_vector():
@@ -268,17 +209,6 @@ def test_lamb_recipe_vector():
     want = [-0.0142973, 0.8265721, 0.9229447, 0.1553165, -0.7419641, -0.9725361]
     np.testing.assert_allclose(params["kernel"].ravel(), want, atol=2e-7)
     np.testing.assert_allclose(params["bias"], [0.48, -0.48], atol=2e-7)
-
-
-def test_ema_closed_form():
-    decay, steps = 0.99, 200
-    start, target = jnp.array([1.0, -2.0]), jnp.array([3.0, 5.0])
-    step = jax.jit(lambda e: optim.ema_update(e, {"w": target}, decay))
-    ema = {"w": start}
-    for _ in range(steps):
-        ema = step(ema)
-    want = decay**steps * np.asarray(start) + (1 - decay**steps) * np.asarray(target)
-    np.testing.assert_allclose(ema["w"], want, rtol=1e-5)
 
 
 def test_ema_does_not_drift_over_a_long_run():
