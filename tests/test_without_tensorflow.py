@@ -85,43 +85,26 @@ def test_training_saving_and_predicting(run_blocked, tmp_path):
     """A whole distilled step, a model folder, TensorBoard events and a prediction."""
     run_blocked(
         """
-        import flax
         import jax
         import jax.numpy as jnp
         import numpy as np
 
         import deit_jax
         from deit_jax.config.fields import default_config
-        from deit_jax.config.plan import plan_run
-        from deit_jax.models.network import join_model, split_model
-        from deit_jax.models.registry import create_model
-        from deit_jax.training import optim
+        from deit_jax.models.network import join_model
         from deit_jax.training.metrics import MetricWriter
-        from deit_jax.training.state import new_state
-        from deit_jax.training.step import make_train_step
+        from tests.training import steps
 
         config = default_config()
         config.distill.kind = "hard"
         config.train.batch_size = 4
         config.mixing.random_erasing = config.mixing.prob = 0.0
         config.schedule.warmup_lr = 0.1
-        numbers = {"num_train": 8, "num_eval": 4, "num_classes": 3, "class_names": ()}
-        plan = plan_run(config, **numbers, num_devices=1)
-
-        def model(name, **options):
-            rngs = flax.nnx.Rngs(0)
-            return split_model(create_model(name, num_classes=3, **options, rngs=rngs))
-
-        student, weights = model("deit_testing_distilled", depth=1, embed_dim=8, patch_size=16)
-        teacher, teacher_weights = model("regnety_testing", depth=4)
-        optimizer = optim.make_optimizer(weights.params, config.optimizer)
-        step = make_train_step(config, plan, student, optimizer, teacher=teacher)
-        rng = np.random.default_rng(0)
-        batch = {
-            "image": rng.integers(0, 256, (4, 32, 32, 3), np.uint8),
-            "label": rng.integers(0, 3, 4).astype(np.int32),
-        }
-        state = new_state(weights, optimizer, ema=True)
+        small = {"depth": 1, "embed_dim": 8, "patch_size": 16}
+        student, weights = steps.new_model("deit_testing_distilled", **small)
+        teacher, teacher_weights = steps.new_model("regnety_testing", depth=4)
+        step, state = steps.build(config, student, weights, teacher=teacher)
+        batch = steps.new_batch(4, np.random.default_rng(0))
         state, metrics = jax.jit(step)(state, teacher_weights, batch)
         assert np.isfinite(metrics["loss"]) and int(state.step) == 1
         before, after = (w.params["head_dist"]["bias"] for w in (weights, state.model))
@@ -130,9 +113,8 @@ def test_training_saving_and_predicting(run_blocked, tmp_path):
         folder = sys.argv[1]
         deit_jax.save_model(folder + "/model", join_model(student, state.model))
         loaded = deit_jax.load_model(folder + "/model")
-        picture = rng.integers(0, 256, (40, 60, 3), np.uint8)
-        logits = loaded(jnp.asarray(deit_jax.preprocess(loaded, picture)))
-        assert logits.shape == (1, 3) and bool(jnp.isfinite(logits).all())
+        logits = loaded(jnp.asarray(deit_jax.preprocess(loaded, batch["image"][0])))
+        assert logits.shape == (1, 10) and bool(jnp.isfinite(logits).all())
 
         writer = MetricWriter(folder, tensorboard=True)
         writer.write(1, "train", {"loss": float(metrics["loss"])})

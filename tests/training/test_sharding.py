@@ -76,37 +76,28 @@ def test_a_checkpoint_moves_between_processes(trained, root, run_device_check):
 
 BATCH_NORM_OVER_FSDP = """
 import jax, numpy as np
-from flax import nnx
 from configs import digits
 from deit_jax import trees
-from deit_jax.config.plan import plan_run
-from deit_jax.models import registry
-from deit_jax.models.network import split_model
 from deit_jax.parallel.mesh import batch_sharding, make_mesh, replicated, state_shardings
-from deit_jax.training import optim
-from deit_jax.training.state import new_state
-from deit_jax.training.step import make_train_step
+from tests.training import steps
 
 config = digits.get_config()
 config.optimizer.name, config.optimizer.lr, config.schedule.warmup_lr = "sgd", 0.05, 0.05
-plan = plan_run(config, num_train=64, num_eval=8, num_classes=10, class_names=(), num_devices=4)
-model = registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(0))
-network, variables = split_model(model)
-optimizer = optim.make_optimizer(variables.params, config.optimizer)
-state = start = new_state(variables, optimizer, ema=True)
-rng = np.random.default_rng(0)
-images, labels = rng.integers(0, 256, (16, 32, 32, 3), np.uint8), rng.integers(0, 10, 16, np.int32)
-batch = {"image": images, "label": labels}
+network, variables = steps.new_model("regnety_testing")
+batch = steps.new_batch(16, np.random.default_rng(0))
 mesh = make_mesh(fsdp=2)
-everywhere, shardings = replicated(mesh), state_shardings(mesh, state)
+everywhere = replicated(mesh)
+one, start = steps.build(config, network, variables)
+four, _ = steps.build(config, network, variables, replicated=everywhere)
+shardings = state_shardings(mesh, start)
 assert any("fsdp" in s.spec for s in jax.tree.leaves(shardings))
-one = jax.jit(make_train_step(config, plan, network, optimizer))
+one = jax.jit(one)
 four = jax.jit(
-    make_train_step(config, plan, network, optimizer, replicated=everywhere),
+    four,
     in_shardings=(shardings, everywhere, batch_sharding(mesh)),
     out_shardings=(shardings, everywhere),
 )
-other = jax.device_put(state, shardings)
+state, other = start, jax.device_put(start, shardings)
 for _ in range(2):
     state, metrics = one(state, None, batch)
     other, again = four(other, None, batch)

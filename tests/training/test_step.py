@@ -8,18 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import digits_distill
 from deit_jax import trees
-from deit_jax.config.plan import plan_run
 from deit_jax.models import registry
-from deit_jax.models.network import Network, Variables, split_model
-from deit_jax.training import optim
-from deit_jax.training.state import new_state
-from deit_jax.training.step import make_train_step
+from deit_jax.models.network import Network, Variables
 from deit_jax.training.teacher import teacher_forward
+from tests.training import steps
+
+SMALL = {"depth": 2, "drop_path_rate": 0.1}
 
 
 class Parts(NamedTuple):
@@ -42,26 +40,18 @@ def parts():
     config.mixing.random_erasing = 0.25
     config.train.batch_size = 8
     config.schedule.per_epoch = False
-    options = {"num_classes": 10, "depth": 2, "drop_path_rate": 0.1}
-    model = registry.create_model("deit_testing_distilled", **options, rngs=nnx.Rngs(0))
-    teacher = registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(1))
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
-        "label": rng.integers(0, 10, 8).astype(np.int32),
-    }
-    return Parts(config, *split_model(model), *split_model(teacher), batch)
+    student = steps.new_model("deit_testing_distilled", **SMALL)
+    teacher = steps.new_model("regnety_testing", seed=1)
+    return Parts(config, *student, *teacher, steps.new_batch(8, np.random.default_rng(0)))
 
 
 def build(parts, **changes):
     """The compiled step and its first state; `changes` are fields, dots written as "__"."""
     config = parts.config.copy_and_resolve_references()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    plan = plan_run(config, num_train=64, num_eval=8, num_classes=10, class_names=(), num_devices=1)
-    optimizer = optim.make_optimizer(parts.variables.params, config.optimizer)
     teacher = None if config.distill.kind == "none" else parts.teacher
-    step = make_train_step(config, plan, parts.network, optimizer, teacher=teacher)
-    return jax.jit(step), new_state(parts.variables, optimizer, ema=True)
+    step, state = steps.build(config, parts.network, parts.variables, teacher=teacher)
+    return jax.jit(step), state
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +101,8 @@ def test_parameters_that_do_not_train_stay_to_the_bit(parts, engine):
 def test_cosub_trains_two_submodels_of_each_image(parts):
     """Without stochastic depth both are the model: base is that of bce, cosub its own entropy."""
     changes = {"distill__kind": "none", "train__loss": "bce", "mixing__smoothing": 0.0}
-    quiet = registry.abstract_model("deit_testing_distilled", num_classes=10, depth=2)
-    alone = parts._replace(network=split_model(quiet)[0])
+    quiet, _ = steps.new_model("deit_testing_distilled", depth=2)
+    alone = parts._replace(network=quiet)
     step, state = build(alone, **changes)
     _, plain = step(state, None, parts.batch)
     step, state = build(alone, **changes, train__cosub=True)
@@ -162,16 +152,14 @@ def test_profiles_read_like_the_model(engine):
         assert re.search(rf"(transpose\()?jvp\(student\)+/{layer}", lowered), layer
 
 
-def moved(parts, steps=3, **options):
+def moved(parts, **options):
     """Losses, and how far SGD has moved the parameters, of the student with other options."""
-    options = {"num_classes": 10, "depth": 2, "drop_path_rate": 0.1} | options
-    other = parts._replace(
-        network=split_model(registry.abstract_model("deit_testing_distilled", **options))[0]
-    )
+    network, _ = steps.new_model("deit_testing_distilled", **SMALL | options)
+    other = parts._replace(network=network)
     sgd = {"optimizer__name": "sgd", "optimizer__lr": 0.05, "schedule__warmup_lr": 0.05}
     step, state = build(other, **sgd)
     losses = []
-    for _ in range(steps):
+    for _ in range(3):
         state, metrics = step(state, parts.teacher_variables, parts.batch)
         losses.append(float(metrics["loss"]))
     jaxpr = str(jax.make_jaxpr(step)(state, parts.teacher_variables, parts.batch))
@@ -207,9 +195,7 @@ def test_remat_changes_no_step(parts, exact):
 
 def test_the_teacher_sees_its_own_normalisation():
     """A teacher with another mean and std gets the pixels it would have got on its own."""
-    teacher, variables = split_model(
-        registry.create_model("regnety_testing", num_classes=10, rngs=nnx.Rngs(1))
-    )
+    teacher, variables = steps.new_model("regnety_testing")
     info = registry.model_info("deit_testing", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     pixels = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
     shown = (pixels - np.array(info.mean)) / np.array(info.std)
@@ -222,9 +208,7 @@ def test_the_teacher_sees_its_own_normalisation():
 @pytest.mark.parametrize("student_size", [24, 48])
 def test_a_transformer_teacher_sees_its_own_resolution(student_size):
     """The student's images resized as torch's antialiased bicubic does, which is PIL's."""
-    teacher, variables = split_model(
-        registry.create_model("deit_testing", num_classes=10, depth=1, rngs=nnx.Rngs(1))
-    )
+    teacher, variables = steps.new_model("deit_testing", depth=1)
     info = registry.model_info("deit_testing", image_size=student_size)
     pixels = np.random.default_rng(0).normal(size=(2, student_size, student_size, 3))
     planes = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
