@@ -21,7 +21,10 @@ from tests.oracles.reference_vit import ReferenceVit, interpolate
 from timm.layers import resample_abs_pos_embed  # isort: skip  # after torchvision's preparation
 
 # The registry's testing models, for the torch module.
-TESTING = {"image_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+TESTING = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2,
+    "num_classes": 5,
+}  # fmt: skip
 DEIT3 = {"no_embed_class": True, "layer_scale_init": 1e-4}
 GRIDS = [
     ((14, 14), (24, 24)),
@@ -68,25 +71,6 @@ def test_timm_kernel_equals_timm(num_prefix, old_grid, grid):
         torch.from_numpy(pos), grid, old_grid, num_prefix_tokens=num_prefix
     )
     np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=1e-6)
-
-
-def test_kernels_on_a_known_field():
-    """Rows computed with PyTorch 4×4 → 6×6 when the recipes were collected."""
-    pos = np.sin(np.arange(16.0)).reshape(1, 16, 1).astype(np.float32)
-    want = {
-        "reference": [-0.015213, 0.530344, 1.096683, 1.106079, 0.555793, 0.016814],
-        "timm": [-0.010087, 0.476463, 1.026097, 1.045660, 0.523073, 0.049266],
-    }
-    for kernel, row in want.items():
-        got = resize_pos_embed(pos, grid=(6, 6), num_prefix=0, kernel=kernel)
-        np.testing.assert_allclose(got[0, :6, 0], row, atol=1e-6)
-
-
-def test_the_same_grid_keeps_the_bits():
-    pos = embeddings(2 + 70)
-    for kernel in ("reference", "timm"):
-        got = resize_pos_embed(pos, grid=(7, 10), num_prefix=2, old_grid=(7, 10), kernel=kernel)
-        assert got.tobytes() == pos.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -191,40 +175,24 @@ def test_other_classes_of_the_same_number(name):
 
 
 SIZES = [
-    ("deit_testing", 48, 1, (12, 12)),
-    ("deit_testing_distilled", 24, 2, (6, 6)),
-    ("deit3_testing", (40, 24), 0, (10, 6)),
-    ("deit_testing", (35, 34), 1, (8, 8)),  # the last pixels are in no patch
+    ("deit_testing", 32, 48, 1, (8, 8), (12, 12)),
+    ("deit_testing_distilled", 32, 24, 2, (8, 8), (6, 6)),
+    ("deit3_testing", 32, (40, 24), 0, (8, 8), (10, 6)),
+    ("deit_testing", (24, 40), 32, 1, (6, 10), (8, 8)),
+    ("deit_testing", 32, (35, 34), 1, (8, 8), (8, 8)),  # the last pixels are in no patch
 ]
 
 
-def assert_resized(got, pos, old_grid, grid, num_prefix, kernel="reference"):
-    """Compares position embeddings with PyTorch's own resize of `pos`."""
-    np.testing.assert_array_equal(got[:, :num_prefix], pos[:, :num_prefix])
-    field = torch.from_numpy(pos[0, num_prefix:].reshape(*old_grid, -1)).double()
-    want = interpolate(field, grid, antialias=kernel == "timm").numpy().reshape(1, -1, 64)
-    np.testing.assert_allclose(got[:, num_prefix:], want, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("kernel", ["reference", "timm"])
-@pytest.mark.parametrize(("name", "size", "num_prefix", "grid"), SIZES)
-def test_other_image_size(name, size, num_prefix, grid, kernel):
-    target, same = shapes(name, image_size=size), grid == (8, 8)
-    other = () if same else {"pos_embed"}
-    old, _, got, changes = fit(shapes(name), target, fresh=False, kernel=kernel, other=other)
-    if same:
-        assert changes == []
-        return
-    assert_resized(got["pos_embed"], old["pos_embed"], (8, 8), grid, num_prefix, kernel)
-    assert changes == [
-        f"pos_embed resized from 8×8 to {grid[0]}×{grid[1]} patches, {kernel} kernel"
-    ]
-
-
-def test_back_from_images_that_are_not_square():
-    source = shapes("deit_testing", image_size=(24, 40))
-    old, _, got, _ = fit(source, shapes("deit_testing"), other={"pos_embed"})
-    assert_resized(got["pos_embed"], old["pos_embed"], (6, 10), (8, 8), 1)
+@pytest.mark.parametrize(("name", "old_size", "size", "num_prefix", "old_grid", "grid"), SIZES)
+def test_other_image_size(name, old_size, size, num_prefix, old_grid, grid, kernel):
+    source, target = shapes(name, image_size=old_size), shapes(name, image_size=size)
+    other = {"pos_embed"} if grid != old_grid else ()
+    old, _, got, changes = fit(source, target, fresh=False, kernel=kernel, other=other)
+    how = {"grid": grid, "num_prefix": num_prefix, "old_grid": old_grid, "kernel": kernel}
+    np.testing.assert_array_equal(got["pos_embed"], resize_pos_embed(old["pos_embed"], **how))
+    grids = f"{old_grid[0]}×{old_grid[1]} to {grid[0]}×{grid[1]}"
+    assert changes == [f"pos_embed resized from {grids} patches, {kernel} kernel" for _ in other]
 
 
 def test_the_distillation_token_is_dropped():
@@ -339,22 +307,18 @@ def test_a_wrong_image_size_is_refused():
 
 
 def reference(seed=0, **options):
-    return timm_models.randomise(ReferenceVit(**(TESTING | {"num_classes": 5} | options)), seed)
+    return timm_models.randomise(ReferenceVit(**(TESTING | options)), seed)
 
 
 def to_variables(tensors):
     """The torch module's tensors as our Variables."""
-    return Variables(
-        timm_models.to_tree({reference_vit.timm_name(k): v for k, v in tensors.items()}), {}
-    )
+    named = {reference_vit.timm_name(name): tensor for name, tensor in tensors.items()}
+    return Variables(timm_models.to_tree(named), {})
 
 
 def images(*size):
-    return np.random.default_rng(3).normal(size=(2, *size, 3)).astype(np.float32)
-
-
-def to_torch(pixels):
-    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    rng = np.random.default_rng(3)
+    return torch.from_numpy(rng.normal(size=(2, 3, *size)).astype(np.float32))
 
 
 def assert_close(got, want, tolerance):
@@ -370,12 +334,11 @@ def assert_close(got, want, tolerance):
 )
 def test_reference_module_equals_timm(options):
     ours = reference(**options)
-    theirs = timm_models.vit(seed=1, **(TESTING | {"num_classes": 5} | options))
+    theirs = timm_models.vit(seed=1, **(TESTING | options))
     state = {reference_vit.timm_name(name): tensor for name, tensor in ours.state_dict().items()}
     assert set(state) == set(theirs.state_dict())
     theirs.load_state_dict(state)
-    size = options.get("image_size", (32, 32))
-    pixels = to_torch(images(*size))
+    pixels = images(*options.get("image_size", (32, 32)))
     with torch.no_grad():
         assert_close(ours.forward_features(pixels), theirs.forward_features(pixels), 1e-5)
         assert_close(ours(pixels), theirs(pixels), 1e-5)
@@ -385,58 +348,32 @@ def test_reference_module_equals_timm(options):
                 assert_close(got, want, 1e-5)
 
 
-def resized(state, grid, num_prefix):
-    """What the reference does to a checkpoint before it fine-tunes at another size."""
-    prefix, patches = state["pos_embed"][0].split([num_prefix, 64])
-    patches = interpolate(patches.reshape(8, 8, -1), grid, antialias=False).flatten(0, 1)
-    return state | {"pos_embed": torch.cat([prefix, patches])[None]}
+@pytest.mark.parametrize(
+    ("name", "options", "had", "target", "changes", "has", "size"),
+    [
+        ("deit_testing_distilled", {"distilled": True}, 2, "deit_testing", {}, 1, (48, 40)),
+        ("deit3_testing", DEIT3, 0, "deit3_testing", {"num_classes": 7} | DEIT3, 0, (24, 24)),
+        ("deit_testing", {}, 1, "deit_testing_distilled", {"distilled": True}, 2, (32, 32)),
+    ],
+)
+def test_fitted_weights_give_the_logits_of_the_reference(
+    name, options, had, target, changes, has, size
+):
+    """Of a torch module that is filled as the reference fills it: rows resized, heads its own."""
+    source, module = reference(**options).state_dict(), reference(1, image_size=size, **changes)
+    own = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    prefix, patches = source["pos_embed"].split([had, 64], dim=1)
+    prefix = torch.cat([prefix, own["pos_embed"][:, had:has]], dim=1)[:, :has]
+    grid = size[0] // 4, size[1] // 4
+    field = interpolate(patches.reshape(8, 8, 64), grid, antialias=False).reshape(1, -1, 64)
+    fitting = {k: v for k, v in source.items() if k in own and v.shape == own[k].shape}
+    module.load_state_dict(own | fitting | {"pos_embed": torch.cat([prefix, field], dim=1)})
 
-
-def fitted_heads(tensors, name, target_name, pixels, fresh=None, **options):
-    """Our logits after fitting the tensors to a target of this size."""
-    network, want = shapes(target_name, image_size=tuple(pixels.shape[1:3]), **options)
-    variables, _ = fit_weights(
-        to_variables(tensors), shapes(name)[0].info, want, network.info, fresh=fresh
-    )
-    variables = jax.tree.map(jnp.asarray, variables)
-    return jax.jit(lambda variables: network(variables, pixels)[0])(variables)
-
-
-def test_a_plain_model_from_a_distilled_one_at_another_size():
-    distilled = reference(distilled=True).state_dict()
-    pixels = images(48, 40)
-    plain = reference(seed=1, image_size=(48, 40))
-    state = resized(distilled, (12, 10), 2)
-    state["pos_embed"] = state["pos_embed"][:, [0, *range(2, 122)]]
-    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-    (got,) = fitted_heads(distilled, "deit_testing_distilled", "deit_testing", pixels)
-    assert_close(got, plain(to_torch(pixels)), 2e-5)
-
-
-def test_a_deit3_at_another_size_with_other_classes():
-    source = reference(**DEIT3).state_dict()
-    pixels = images(24, 24)
-    target = reference(seed=1, image_size=24, num_classes=7, **DEIT3)
-    fresh = to_variables({k: v.clone() for k, v in target.state_dict().items()})
-    heads = {k: v for k, v in target.state_dict().items() if k.startswith("head")}
-    target.load_state_dict(resized(source, (6, 6), 0) | heads)
-    (got,) = fitted_heads(
-        source, "deit3_testing", "deit3_testing", pixels, fresh=lambda: fresh, num_classes=7
-    )
-    assert_close(got, target(to_torch(pixels)), 2e-5)
-
-
-def test_a_distilled_model_from_a_plain_one():
-    plain = reference().state_dict()
-    pixels = images(32, 32)
-    target = reference(seed=1, distilled=True)
-    own = {k: v.clone() for k, v in target.state_dict().items()}
-    pos, new = plain["pos_embed"], own["pos_embed"]
-    target.load_state_dict(
-        own | plain | {"pos_embed": torch.cat([pos[:, :1], new[:, 1:2], pos[:, 1:]], dim=1)}
-    )
-    got = fitted_heads(
-        plain, "deit_testing", "deit_testing_distilled", pixels, fresh=lambda: to_variables(own)
-    )
-    for ours, theirs in zip(got, target.heads(to_torch(pixels)), strict=True):
+    classes = changes.get("num_classes", 5)
+    network, want = shapes(target, image_size=size, num_classes=classes)
+    info, fresh = shapes(name)[0].info, to_variables(own)
+    fitted, _ = fit_weights(to_variables(source), info, want, network.info, fresh=lambda: fresh)
+    pixels = images(*size)
+    got, _ = jax.jit(network)(jax.tree.map(jnp.asarray, fitted), pixels.permute(0, 2, 3, 1).numpy())
+    for ours, theirs in zip(got, module.heads(pixels), strict=True):
         assert_close(ours, theirs, 2e-5)
