@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -98,25 +97,13 @@ def test_round_trip_is_exact_for_us_and_for_plain_orbax(tmp_path, name, options)
 
 def test_model_json_says_all_that_prediction_needs(tmp_path):
     model = _tiny()
-    model.info = registry.ModelInfo(
-        **{
-            **{field: getattr(model.info, field) for field in ("name", "image_size", "overrides")},
-            "num_classes": 3,
-            "class_names": ("Affe", "Bär", "猫"),
-            "mean": (0.1, 0.2, 0.3),
-            "std": (0.4, 0.5, 0.6),
-            "crop_ratio": None,
-            "interpolation": "bilinear",
-            "source": "a test",
-            "weights": "ema",
-        }
-    )
+    model.info = dataclasses.replace(
+        model.info, class_names=("Affe", "Bär", "猫"), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6),
+        crop_ratio=None, interpolation="bilinear", source="a test", weights="ema",
+    )  # fmt: skip
     save_model(tmp_path / "model", model)
-    text = (tmp_path / "model" / "model.json").read_text(encoding="utf-8")
-    assert "Bär" in text
-    assert json.loads(text)["crop_ratio"] is None
-    assert read_info(tmp_path / "model") == model.info
-    assert load_model(tmp_path / "model").info == model.info
+    assert "Bär" in (tmp_path / "model" / "model.json").read_text(encoding="utf-8")
+    assert read_info(tmp_path / "model") == load_model(tmp_path / "model").info == model.info
 
 
 class _Crash(BaseException):
@@ -175,7 +162,7 @@ def test_paths_relative_to_the_present_folder(tmp_path, monkeypatch):
 
 def test_the_weights_alone_of_a_training_checkpoint(tmp_path):
     info, state = _state()
-    with contextlib.closing(TrainCheckpoints(tmp_path, keep=1)) as checkpoints:
+    with _open(tmp_path) as checkpoints:
         _save(checkpoints, info, state, 7)
     step = tmp_path / "checkpoints" / "7"
     for ema, kept in ((False, state.model), (True, state.ema)):
@@ -204,7 +191,6 @@ def test_no_model_folder(tmp_path):
         (lambda text: text[:40], "model.json is damaged"),
         (lambda text: "[1, 2]", "model.json is damaged"),
         (lambda text: text.replace('"num_classes"', '"classes"'), "model.json is damaged"),
-        (lambda text: text.replace('"image_size": 32,', ""), "model.json is damaged"),
         (lambda text: text.replace('"format": 1', '"format": 99'), "has format 99, expected 1"),
         (lambda text: text.replace('"image_size": 32', '"image_size": "32"'), "'32' as"),
         (lambda text: text.replace('"std": [', '"std": [0.1, '), 'as "std"'),
@@ -223,51 +209,43 @@ def test_damaged_model_json_is_one_line_that_names_it(tmp_path, change, words):
     assert str(file) in message
 
 
-def _weight_files(folder):
-    return sorted(path for path in (folder / "weights").rglob("*") if path.is_file())
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:50])
+
+
+def _largest(folder):
+    return max(folder.rglob("?" * 32), key=lambda path: path.stat().st_size)
 
 
 # Orbax gives up at the first array; the readers of the others then miss its event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    "damage", ["no weights", "no manifest", "cut manifest", "cut data", "no data"]
+    "damage",
+    [
+        shutil.rmtree,
+        lambda weights: (weights / "manifest.ocdbt").unlink(),
+        lambda weights: _cut(weights / "manifest.ocdbt"),
+        lambda weights: _cut(_largest(weights)),
+        lambda weights: shutil.rmtree(weights / "ocdbt.process_0"),
+    ],
 )
 def test_damaged_weights_are_one_line_that_names_the_folder(tmp_path, damage):
     save_model(tmp_path / "model", _tiny())
     weights = tmp_path / "model" / "weights"
-    largest = max(_weight_files(tmp_path / "model"), key=lambda path: path.stat().st_size)
-    manifest = weights / "manifest.ocdbt"
-    if damage == "no weights":
-        shutil.rmtree(weights)
-    elif damage == "no manifest":
-        manifest.unlink()
-    elif damage == "cut manifest":
-        manifest.write_bytes(manifest.read_bytes()[:50])
-    elif damage == "cut data":
-        largest.write_bytes(largest.read_bytes()[:100])
-    else:
-        shutil.rmtree(weights / "ocdbt.process_0")
+    damage(weights)
     message = _message(load_model, tmp_path / "model")
     assert message.startswith(f"{weights} cannot be read (")
     assert "NoneType" not in message
     assert len(message) < 500
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"depth": 2}, "unexpected params/blocks/1/"),
-        ({"num_classes": 4}, "params/head/kernel has shape (8, 4), expected (8, 3)"),
-        ({"distilled": True}, "unexpected params/dist_token"),
-    ],
-)
-def test_weights_of_another_model_are_named(tmp_path, options, words):
+def test_weights_of_another_model_are_named(tmp_path):
     save_model(tmp_path / "ours", _tiny())
-    save_model(tmp_path / "other", _tiny(**options))
+    save_model(tmp_path / "other", _tiny(num_classes=4))
     shutil.rmtree(tmp_path / "ours" / "weights")
     shutil.copytree(tmp_path / "other" / "weights", tmp_path / "ours" / "weights")
     message = _message(load_model, tmp_path / "ours")
-    assert words in message
+    assert "params/head/kernel has shape (8, 4), expected (8, 3)" in message
     assert str(tmp_path / "ours") in message
 
 
@@ -289,8 +267,8 @@ def _state(*, seed=0, ema=True, optimizer=None, **options):
     return network.info, jax.tree.map(jax.numpy.asarray, state)
 
 
-def _open(workdir, *, keep=2):
-    return contextlib.closing(TrainCheckpoints(workdir, keep=keep))
+def _open(workdir, *, keep=2, **options):
+    return contextlib.closing(TrainCheckpoints(workdir, keep=keep, **options))
 
 
 def _save(checkpoints, info, state, step, top1=None):
@@ -327,7 +305,7 @@ def test_restore_is_exact_with_optimiser_and_average(tmp_path, ema):
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
     info, state = _state()
-    with _open(tmp_path, keep=2) as checkpoints:
+    with _open(tmp_path) as checkpoints:
         for step, top1 in ((1, 10.0), (2, 50.0), (3, None), (4, 30.0), (5, 20.0), (6, None)):
             _save(checkpoints, info, state, step, top1)
     assert _steps(tmp_path) == [2, 5, 6]
