@@ -45,9 +45,8 @@ def test_help_and_mistakes_are_quick(run_python):
     for (name, (_, line)), text in zip(COMMANDS.items(), helps, strict=True):
         assert f"  {name}" in listed
         assert line in listed
-        assert (
-            f"examples:\ndeit-jax {name.replace('eval', 'train').replace('plan', 'train')}" in text
-        )
+        example = "train" if name in ("eval", "plan") else name
+        assert f"examples:\ndeit-jax {example}" in text
         assert "--json" in text
         assert ("--config.GROUP.FIELD=VALUE" in text) == (name not in NO_RECIPE)
     assert done.stderr.count("unknown flag --jsno, did you mean --json?") == len(COMMANDS)
@@ -76,7 +75,6 @@ def test_a_dash_is_an_underscore():
         ("predict --model m b.jpg gone.jpg", "gone.jpg: no such image"),
         ("predict --model m b.jpg empty", "empty holds no image"),
         ("predict --model m b.jpg --topk 0", "--topk: 0"),
-        ("predict --model m b.jpg --topk five", "--topk: five"),
         ("predict --model m b.jpg --batch-size=-1", "--batch_size: -1"),
         ("predict --model m b.jpg --csv gone/x.csv", "--csv: gone/x.csv"),
         ("predict --model m b.jpg --csv empty", "--csv: empty is a folder"),
@@ -84,18 +82,9 @@ def test_a_dash_is_an_underscore():
         ("predict --model m", "IMAGE"),
         ("check-data", "--config is missing"),
         ("check-data --config=digits --workers=0", "--workers: 0"),
-        ("check-data --config=digits --config.dataset.sauce=folder", "config.dataset.source"),
-        ("check-data --config=digits --config.dataset.source=filder", "'filder'"),
-        ("check-data --config=folder --config.dataset.root=nowhere", "root is 'nowhere'"),
         ("show-batch", "--out"),
-        ("show-batch --out x.png", "--config is missing"),
         ("show-batch --config=digits --out x.jpg", ".png"),
         ("show-batch --config=digits --out nowhere/x.png", "--out: nowhere/x.png"),
-        (
-            "show-batch --config=digits --out x.png --config.train.seed=-1",
-            "config.train.seed is -1",
-        ),
-        ("show-batch --config=no.py --out x.png", "no.py"),
         ("show-batch --config=digits --out x.png b.jpg", "'b.jpg' without --randaugment"),
         ("show-batch --config=digits --out x.png --step=1320", "--step is 1320"),
         ("show-batch --config=digits --out x.png --config.train.batch_size=2000", "1438 images"),
@@ -104,7 +93,6 @@ def test_a_dash_is_an_underscore():
         ("show-batch --config=digits --out x.png --randaugment rand-m9 --step=1", "--step"),
         ("show-batch --out x.png --randaugment rand-m9 no.jpg", "no.jpg: no such image"),
         ("convert --src b.jpg --dst empty", "--dst empty"),
-        ("convert --src b.jpg --dst m --image-size=99999", "--image_size: 99999"),
         ("export-torch --src empty --dst x.pth --format tf", "--format"),
         ("compile-for --config=digits --topology v5e:2x2 --train-images=0", "--train_images: 0"),
         ("list-models 'bert*'", "'bert*'"),

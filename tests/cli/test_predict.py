@@ -15,7 +15,6 @@ from PIL import Image
 
 import deit_jax
 from deit_jax.cli.predict import find_images
-from deit_jax.errors import InputError
 from deit_jax.inference.predict import predict
 from deit_jax.models import imagenet
 from deit_jax.models.network import Network
@@ -25,6 +24,10 @@ from deit_jax.models.network import Network
 def predict_command(deit_jax_command):
     """Predicts with a model: predict_command(folder, *images and flags)."""
     return lambda folder, *rest: deit_jax_command("predict", "--model", folder, *rest)
+
+
+def _objects(text):
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _save(folder, name, class_names, **changes):
@@ -100,7 +103,7 @@ def test_json_of_a_folder_has_every_pictures_own_figures(predict_command, distil
     status, out, err = predict_command(folder, photos, "--json", "--topk=4", "--batch_size=3")
     assert status == 0
     assert "7/7" in err, "a folder has a progress bar"
-    lines = [json.loads(line) for line in out.splitlines()]
+    lines = _objects(out)
     assert [line["file"] for line in lines] == list(map(str, _sorted_photos(photos)))
     assert len(lines) == 7
     best = []
@@ -134,9 +137,7 @@ def test_text_of_one_picture(predict_command, distilled, photos):
 def test_one_head_and_several_files_in_the_order_given(predict_command, plain, photos):
     folder, model = plain
     files = [str(photos / name) for name in ("e.bmp", "a.PNG")]
-    lines = [
-        json.loads(line) for line in predict_command(folder, *files, "--json").out.splitlines()
-    ]
+    lines = _objects(predict_command(folder, *files, "--json").out)
     assert [line["file"] for line in lines] == files
     for line in lines:
         assert set(line) == {"file", "predictions"}
@@ -147,8 +148,7 @@ def test_one_head_and_several_files_in_the_order_given(predict_command, plain, p
 def test_csv_on_stdout_and_in_a_file_agree_with_json(predict_command, distilled, photos, tmp_path):
     common, file = (distilled[0], photos, "--topk=2"), tmp_path / "found.csv"
     on_stdout = predict_command(*common).out
-    found = predict_command(*common, "--json", "--csv", file).out
-    lines = [json.loads(line) for line in found.splitlines()]
+    lines = _objects(predict_command(*common, "--json", "--csv", file).out)
     assert file.read_text() == on_stdout
     assert predict_command(*common, "--csv", file).out == ""
     assert file.read_text() == on_stdout
@@ -189,7 +189,7 @@ def test_an_unreadable_picture_is_named_and_the_others_predicted(
     flags = ("--json", "--batch_size=3", "--csv", tmp_path / "found.csv")
     status, found, err = predict_command(folder, tmp_path, *flags)
     assert status == 1
-    lines = [json.loads(line) for line in found.splitlines()]
+    lines = _objects(found)
     assert [Path(line["file"]).name for line in lines] == ["0.png", "2.png", "4.png"]
     for line in lines:  # each its own, though others before them in the batch are missing
         _check(line["predictions"], _expected(model, line["file"])[0], ("a", "b", "c"), 3)
@@ -219,36 +219,21 @@ def test_linked_folders_are_searched(photos, tmp_path):
 
 
 def test_models_that_cannot_predict(predict_command, photos, tmp_path):
-    def error(folder):
-        status, out, err = predict_command(folder, photos / "b.jpg", "--csv", tmp_path / "x.csv")
-        assert (status, out) == (2, "")
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert not (tmp_path / "x.csv").exists(), "a CSV has its name only when complete"
-        return err
-
-    assert "is no model folder" in error(tmp_path)
     good, model = _save(tmp_path / "model", "deit_testing", ("a", "b"))
-    description = json.loads((tmp_path / "model" / "model.json").read_text())
-    for changes, message in (
-        ({"class_names": ["a"]}, "1 class names for 2 classes"),
-        ({"interpolation": "cubic"}, "interpolation is 'cubic'"),
-        ({"crop_ratio": 2}, 'has 2 as "crop_ratio"'),
-    ):
-        text = json.dumps(description | changes)
-        (tmp_path / "model" / "model.json").write_text(text)
-        assert message in error(good)
     model.head.bias[...] = np.full(2, np.nan, np.float32)
     deit_jax.save_model(good, model)
-    assert "the logits are not finite" in error(good)
+    for folder, words in ((photos, "is no model folder"), (good, "the logits are not finite")):
+        flags = (photos / "b.jpg", "--csv", tmp_path / "x.csv")
+        status, out, err = predict_command(folder, *flags)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert words in err
+        assert not (tmp_path / "x.csv").exists(), "a CSV has its name only when complete"
 
 
-def test_classes_without_names_have_their_numbers(tmp_path, photos):
+def test_classes_without_names_have_their_numbers(photos):
     model = deit_jax.create_model("deit_testing", num_classes=2, depth=1, rngs=nnx.Rngs(0))
     (result,) = predict(model, [photos / "b.jpg"], topk=2, batch_size=16)
     assert {one["name"] for one in result["predictions"]} == {"class 0", "class 1"}
-    with pytest.raises(InputError, match="no model folder"):
-        deit_jax.load_model(tmp_path)
 
 
 def test_stops_with_its_reader(repo_root, distilled, photos):

@@ -92,15 +92,12 @@ def test_rates_are_those_of_the_reference_at_every_epoch(run):
     np.testing.assert_allclose(rates, want, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("alias", ALIASES)
-def test_names_of_their_own(alias):
-    assert load_config(alias).to_json() == load_config(ALIASES[alias]).to_json()
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_without_an_argument_is_one_of_the_runs_and_the_card_says_how(recipe):
     configs = [load_config(run) for run in runs_of(recipe)]
     assert load_config(recipe).to_json() in [config.to_json() for config in configs]
+    if recipe in ALIASES:
+        assert configs[0].to_json() == load_config(ALIASES[recipe]).to_json()
     card = " ".join(module(recipe).__doc__.split())
     assert f"deit-jax train --config={recipe}" in card
     assert ("--config.init_from=" in card) == any(config.init_from for config in configs)
@@ -151,32 +148,29 @@ def test_a_run_starts_and_says_what_it_will_do(run, teacher, no_data, tmp_path):
     setup = check(config, str(tmp_path))
     info, size = setup.network.info, config.input.image_size
     assert (info.name, info.image_size) == (config.model.name, size)
-    said = dict(
-        x.split(maxsplit=1) for x in summary.describe_run(setup, "from scratch").splitlines()
-    )
-    assert said["model"].startswith(f"{config.model.name}, ")
-    assert f" {size}×{size}, " in said["model"]
-    assert ("drop path" in said["model"]) == (config.model.drop_path_rate > 0)
-    assert said["schedule"].startswith(f"{config.schedule.epochs} epochs")
-    assert f"peak rate {config.optimizer.lr:g}" in said["schedule"]
-    assert said["optimiser"].startswith(config.optimizer.name)
-    assert ("clipped at 1" in said["optimiser"]) == (config.optimizer.clip_norm == 1)
-    assert said["loss"].startswith({"bce": "bce"}.get(config.train.loss, "cross-entropy"))
-    assert said["batch"].startswith(f"{config.train.batch_size} images")
-    assert ("views of each" in said["images"]) == (config.input.repeats > 1)
-    assert config.input.auto_augment in said["images"]
-    mixed = config.mixing.prob and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha)
-    assert (f"groups of {config.mixing.group_size}" in said["mixing"]) == bool(mixed)
+    said = summary.describe_run(setup, "from scratch")
+    for words in (
+        f"{config.model.name}, ",
+        f" {size}×{size}, ",
+        f"{config.schedule.epochs} epochs",
+        f"peak rate {config.optimizer.lr:g}",
+        f"{config.train.batch_size} images",
+        config.optimizer.name,
+        config.input.auto_augment,
+    ):
+        assert words in said
+    assert ("drop path" in said) == (config.model.drop_path_rate > 0)
+    assert ("clipped at 1" in said) == (config.optimizer.clip_norm == 1)
+    assert ("views of each" in said) == (config.input.repeats > 1)
     assert "warning" not in said
 
 
-def test_a_teacher_is_trained_as_its_student(tmp_path):
+def test_a_teacher_is_trained_as_its_student():
     """On the images that it will see; saved as often, for the same spot machines."""
     config = load_config("digits_distill")
     config.input.image_size, config.input.mean = 64, (0.1, 0.2, 0.3)
     config.checkpoint.every_steps, config.train.seed = 7, 5
-    own = load_config("digits_teacher")
-    teacher = teacher_config(config)
+    own, teacher = load_config("digits_teacher"), teacher_config(config)
     assert (teacher.input.image_size, teacher.input.mean) == (64, (0.1, 0.2, 0.3))
     assert (teacher.checkpoint.every_steps, teacher.train.seed) == (7, 5)
     assert teacher.model.name == own.model.name
@@ -200,17 +194,16 @@ def test_two_steps_with_a_small_model(recipe):
     config = load_config(recipe)
     config.train.batch_size, config.mixing.group_size = 8, 4
     plan = plan_run(config, num_train=8, num_eval=8, num_classes=5, class_names=(), num_devices=1)
-    options = {"num_classes": 5, "image_size": 16}
-    noise = {"depth": 2, "drop_path_rate": config.model.drop_path_rate}
-    name = smallest_relative(config.model.name)
-    network, variables = split_model(
-        registry.create_model(name, **options, **noise, rngs=nnx.Rngs(0))
+
+    def small(name, **options):
+        options |= {"num_classes": 5, "image_size": 16, "rngs": nnx.Rngs(0)}
+        return split_model(registry.create_model(name, **options))
+
+    network, variables = small(
+        smallest_relative(config.model.name), depth=2, drop_path_rate=config.model.drop_path_rate
     )
-    teacher = teacher_variables = None
-    if config.distill.kind != "none":
-        teacher, teacher_variables = split_model(
-            registry.create_model("regnety_testing", **options, rngs=nnx.Rngs(1))
-        )
+    distilled = config.distill.kind != "none"
+    teacher, teacher_variables = small("regnety_testing") if distilled else (None, None)
     optimizer = optim.make_optimizer(variables.params, config.optimizer)
     step = jax.jit(make_train_step(config, plan, network, optimizer, teacher=teacher))
     rng = np.random.default_rng(0)
