@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deit_jax import pictures
 from deit_jax.errors import InputError
 from deit_jax.models.info import ModelInfo
 
@@ -75,19 +76,17 @@ def _resize_and_crop(
 def _load(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
     """Opens or wraps an image and converts it to RGB."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return pictures.to_rgb(image)
     if isinstance(image, (str, os.PathLike)):
         try:
-            # Pillow leaves the file of a broken GIF open.
-            with open(image, "rb") as file, Image.open(file) as opened:
-                return opened.convert("RGB")
+            with open(image, "rb") as file:
+                return pictures.read(file)
         except FileNotFoundError:
             raise InputError(f"{os.fspath(image)}: no such image file; check the path") from None
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"{os.fspath(image)}: cannot be read as an image ({error}); expected a file that "
-                "Pillow opens, such as JPEG or PNG"
-            ) from error
+        except InputError as error:
+            raise InputError(f"{os.fspath(image)}: {error}") from error
+        except OSError as error:
+            raise InputError(f"{os.fspath(image)}: cannot be read ({error.strerror})") from error
     array = np.asarray(image)
     rgb = array.ndim == 3 and array.shape[-1] == 3
     if array.dtype != np.uint8 or not (rgb or array.ndim == 2) or array.size == 0:

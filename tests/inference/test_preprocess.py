@@ -94,9 +94,9 @@ def test_bit_equal_to_torchvision_for_odd_sizes_and_settings():
         assert_as_torchvision(info(**changes), noise(71, 45))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1"])
 def test_every_mode_is_converted_to_rgb(mode):
-    image = noise(50, 41).convert("L" if mode in ("LA", "I;16") else "RGB").convert(mode)
+    image = noise(50, 41).convert("L" if mode == "LA" else "RGB").convert(mode)
     assert_as_torchvision(info(), image)
 
 
@@ -163,9 +163,10 @@ def test_bad_files_and_arrays_give_one_clear_line(tmp_path: Path):
     png.write_bytes(png.read_bytes()[:2000])
     cases = [
         (tmp_path / "missing.jpg", "no such image file"),
-        (text, "cannot be read as an image"),
-        (png, "cannot be read as an image"),
-        (tmp_path, "cannot be read as an image"),
+        (text, "the file begins with b'not an i', expected JPEG, PNG,"),
+        (png, r"cut\.png: cannot be read as PNG: image file is truncated"),
+        (tmp_path, r"cannot be read \(Is a directory\)"),
+        (Image.new("I;16", (8, 8)), r"more than eight bits \(mode I;16\), expected eight"),
         (np.zeros((8, 8, 3), np.float32), r"float32 array of shape \(8, 8, 3\): expected uint8"),
         (np.zeros((1, 8, 8, 3), np.uint8), "without a batch axis"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
