@@ -33,7 +33,7 @@ def _run(argv: list[str]) -> None:
     if name not in PARTS:
         raise InputError(f"the part to measure is {name!r}, expected one of {', '.join(PARTS)}")
     part = importlib.import_module(PARTS[name])
-    run_command(part, name, rest, prog="tools/benchmark.py")
+    run_command(part, name, rest, prog="python tools/benchmark.py")
 
 
 if __name__ == "__main__":

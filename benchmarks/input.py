@@ -8,14 +8,13 @@ with PyTorch's pipelines for the same. docs/benchmarks.md explains the figures.
 """
 
 import contextlib
-import functools
 import itertools
 import os
-import shlex
 import statistics
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,15 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace, emit: Callable[[Report], None]) -> None:
-    """Measures and reports."""
-    report = measure(arguments)
-    command = f"python tools/benchmark.py input {shlex.join(arguments.argv)}"
-    publish(markdown(report, command), arguments.write)
-    emit(report)
-
-
-def measure(arguments: Namespace) -> Report:
-    """Measures.
+    """Measures and reports.
 
     Raises:
       InputError: flags or data that are wrong, or nothing to compare the recipe with.
@@ -91,15 +82,14 @@ def measure(arguments: Namespace) -> Report:
             with contextlib.ExitStack() as stack:
                 runners = {}
                 for label, build in builders.items():
-                    program = functools.partial(deliver, build)
-                    runner = Runner(f"{kind}, {label}", program, available[:cores])
+                    runner = Runner(f"{kind}, {label}", partial(deliver, build), available[:cores])
                     runners[label] = stack.enter_context(runner)
                 turns = take_turns(runners, rounds=rounds, count=images // batch)
             groups[kind] = {
                 label: _figures(runner.facts, turns[label], turns["ours, uint8"], images)
                 for label, runner in runners.items()
             }
-    return {
+    report = {
         **origin(*PACKAGES),
         "recipe": arguments.config_file,
         "cpu": processor(),
@@ -111,6 +101,8 @@ def measure(arguments: Namespace) -> Report:
         "median_file_bytes": statistics.median(itertools.chain(*files.values())),
         "kinds": groups,
     }
+    publish(markdown(report, arguments.command_line), arguments.write)
+    emit(report)
 
 
 def compared(
@@ -122,7 +114,7 @@ def compared(
       InputError: PyTorch's side has nothing like the recipe.
     """
     train, chosen = kind == "train", config.input
-    found = {"ours, uint8": functools.partial(pipelines.ours, config, train=train)}
+    found = {"ours, uint8": partial(pipelines.ours, config, train=train)}
     if not with_timm:
         return found
     by_timm = chosen.train_crop == "random_resized" and not (
@@ -135,12 +127,11 @@ def compared(
             f"{chosen.color_jitter:g}; measure without --compare"
         )
     if train and chosen.three_augment:
-        name, build = "reference's chain", functools.partial(pipelines.reference, config, cores)
+        name, build = "reference's chain", partial(pipelines.reference, config, cores)
     else:
-        name, build = "timm", functools.partial(pipelines.timm, config, cores, train=train)
-    for in_uint8 in (False, True):
-        label = f"{name}, {'uint8' if in_uint8 else 'float32'}"
-        found[label] = functools.partial(build, in_uint8=in_uint8)
+        name, build = "timm", partial(pipelines.timm, config, cores, train=train)
+    found[f"{name}, float32"] = partial(build, in_uint8=False)
+    found[f"{name}, uint8"] = partial(build, in_uint8=True)
     return found
 
 
@@ -174,16 +165,16 @@ def markdown(report: Report, command: str) -> Iterator[str]:
         for label, one in group.items():
             low, high = one["ours_is_faster_range"]
             faster = f"{one['ours_is_faster']:.2f}× ({low:.2f}–{high:.2f})"
-            rows.append(
-                (
-                    label,
-                    f"{one['cpu_ms']:.2f} ms",
-                    f"{one['images_per_cpu_second']:,.0f}",
-                    "" if label.startswith("ours") else faster,
-                    f"{one['first_batch_s']:.1f} s ({one['first_batch_cpu_s']:.1f} s)",
-                    f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
-                )
+            first = f"{one['first_batch_s']:.1f} s ({one['first_batch_cpu_s']:.1f} s)"
+            row = (
+                label,
+                f"{one['cpu_ms']:.2f} ms",
+                f"{one['images_per_cpu_second']:,.0f}",
+                "" if label.startswith("ours") else faster,
+                first,
+                f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
             )
+            rows.append(row)
         yield ""
         yield from table(f"pipeline, {kind}", *columns, rows=rows)
 

@@ -133,14 +133,8 @@ def _train(work: Work) -> tuple[Any, tuple]:
     config = work.recipe()
     validate(config)
     check_model(config)
-    plan = plan_run(
-        config,
-        num_train=1_281_167,
-        num_eval=0,
-        num_classes=CLASSES,
-        class_names=(),
-        num_devices=jax.device_count(),
-    )
+    counts = {"num_train": 1_281_167, "num_classes": CLASSES, "num_devices": jax.device_count()}
+    plan = plan_run(config, **counts)
     run = assemble(config, "", plan, make_mesh())
     student = split_model(build_model(config, plan, rngs=nnx.Rngs(0)))[1]
     teacher = _network(work, work.teacher) if work.teacher else (None, None)

@@ -7,15 +7,11 @@ PyTorch are imported inside: every pipeline has a process of its own, which need
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from deit_jax.config.plan import plan_run
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
+from deit_jax.config.plan import plan_data
 
 
 def ours(config: ConfigDict, *, train: bool) -> Iterator[Any]:
@@ -23,15 +19,7 @@ def ours(config: ConfigDict, *, train: bool) -> Iterator[Any]:
     from deit_jax import data
 
     source = data.open_source(config.dataset, "train" if train else "eval")
-    numbers = plan_run(
-        config,
-        num_train=source.num_examples,
-        num_eval=0,
-        num_classes=source.num_classes,
-        class_names=source.class_names,
-        num_devices=1,
-    )
-    plan = data.InputPlan.of(config, numbers)
+    plan = data.InputPlan.of(config, plan_data(config, source, num_devices=1))
     return data.train_batches(source, plan) if train else data.eval_batches(source, plan)
 
 
@@ -73,13 +61,11 @@ def timm(config: ConfigDict, cores: int, *, train: bool, in_uint8: bool) -> Iter
 def reference(config: ConfigDict, cores: int, *, in_uint8: bool) -> Iterator[Any]:
     """The reference's training transform for DeiT III; not `in_uint8`, it normalises as well."""
     _prepare_torch(cores)
-    transform = three_augment_chain(config.input, in_uint8=in_uint8)
-    return _torch_batches(config, cores, transform, train=True)
+    chain = three_augment_chain(config.input, in_uint8=in_uint8)
+    return _torch_batches(config, cores, chain, train=True)
 
 
-def three_augment_chain(
-    chosen: ConfigDict, *, in_uint8: bool
-) -> "Callable[[Image.Image], torch.Tensor]":
+def three_augment_chain(chosen: ConfigDict, *, in_uint8: bool) -> Callable[[Any], Any]:
     """Builds DeiT III's transform as the reference composes it, a PIL image to [3, S, S].
 
     Random-resized or simple random crop, flip, exactly one of grey, solarise and blur, colour
@@ -97,7 +83,7 @@ def three_augment_chain(
             transforms.RandomCrop(size, padding=chosen.pad, padding_mode="reflect"),
         ]
 
-    def blur(image: "Image.Image") -> "Image.Image":
+    def blur(image: Any) -> Any:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
     grey = transforms.Grayscale(num_output_channels=3)
@@ -118,7 +104,7 @@ def three_augment_chain(
 def _torch_batches(
     config: ConfigDict,
     cores: int,
-    transform: Callable[["Image.Image"], Any],
+    transform: Callable[[Any], Any],
     *,
     train: bool,
     collate: Callable[[list], Any] | None = None,
@@ -131,14 +117,11 @@ def _torch_batches(
     split = config.dataset.train_split if train else config.dataset.eval_split
     dataset = create_dataset("", f"{config.dataset.root}/{split}", search_split=False)
     dataset.transform = transform
-    sampler = None
-    if train:
-        repeats = config.input.repeats
-        sampler = RepeatAugSampler(dataset, num_replicas=1, rank=0, num_repeats=repeats)
+    views = {"num_replicas": 1, "rank": 0, "num_repeats": config.input.repeats}
     loader = DataLoader(
         dataset,
         batch_size=config.train.batch_size,
-        sampler=sampler,
+        sampler=RepeatAugSampler(dataset, **views) if train else None,
         num_workers=cores if cores > 1 else 0,
         persistent_workers=cores > 1,
         collate_fn=collate,
@@ -158,7 +141,7 @@ def _prepare_torch(cores: int) -> None:
     random.seed(0)
 
 
-def _posterize(image: "Image.Image", bits: int, **_: Any) -> "Image.Image":
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
     """Does as timm does, but black for no bits at all, which newer Pillow refuses."""
     from PIL import Image, ImageOps
 

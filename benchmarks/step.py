@@ -12,14 +12,13 @@ turns with ours. docs/benchmarks.md explains the work, the figures, and when to 
 import contextlib
 import functools
 import os
-import shlex
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import jax_step, torch_step
-from benchmarks.turns import Runner, Turn, take_turns
+from benchmarks import jax_step
+from benchmarks.turns import Program, Runner, Turn, take_turns
 from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
@@ -48,15 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace, emit: Callable[[Report], None]) -> None:
-    """Measures and reports."""
-    report = measure(arguments)
-    command = f"python tools/benchmark.py {arguments.command} {shlex.join(arguments.argv)}"
-    publish(markdown(report, command), arguments.write)
-    emit(report)
-
-
-def measure(arguments: Namespace) -> Report:
-    """Measures.
+    """Measures and reports.
 
     Raises:
       InputError: flags that are wrong or do not fit together.
@@ -81,7 +72,7 @@ def measure(arguments: Namespace) -> Report:
         device = _torch_device(facts) if arguments.compare else None
         for name, compiled in (("torch eager", False), ("torch compile", True)):
             if arguments.compare:
-                build = functools.partial(torch_step.build, work, device, compiled)
+                build = functools.partial(_torch_program, work, device, compiled)
                 try:
                     runners[name] = stack.enter_context(Runner(name, build))
                 except Exception as error:
@@ -97,7 +88,7 @@ def measure(arguments: Namespace) -> Report:
     }
     ours = rows.pop("ours")
     achieved, peak = facts["flops"] / (ours["step_ms"] / 1e3), facts["peak_flops"]
-    return {
+    report = {
         **work._asdict(),
         **origin(*PACKAGES),
         "device": facts["device"],
@@ -109,6 +100,14 @@ def measure(arguments: Namespace) -> Report:
         "compile_s": facts["compile_s"],
         "compare": rows | failed,
     }
+    publish(markdown(report, arguments.command_line), arguments.write)
+    emit(report)
+
+
+def _torch_program(*arguments: Any) -> Program:
+    from benchmarks import torch_step  # PyTorch: imported by its own processes alone
+
+    return torch_step.build(*arguments)
 
 
 def _torch_device(facts: dict[str, Any]) -> str:

@@ -3,15 +3,16 @@
 import functools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from benchmarks.jax_step import CLASSES, Work
 from benchmarks.turns import Program
 from deit_jax.models import registry
 from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD
+from tests.oracles import timm_models  # before timm: prepares torchvision
 
-if TYPE_CHECKING:
-    import torch
+timm_model = functools.partial(timm_models.fresh, num_classes=CLASSES)
 
 
 def build(work: Work, device_name: str, compiled: bool) -> Program:
@@ -22,8 +23,6 @@ def build(work: Work, device_name: str, compiled: bool) -> Program:
       device_name: "cpu" or "cuda".
       compiled: by torch.compile; else eager.
     """
-    import torch
-
     torch.manual_seed(0)
     wait = peak_memory = lambda: None
     if device_name == "cuda":
@@ -44,17 +43,7 @@ def build(work: Work, device_name: str, compiled: bool) -> Program:
     return Program(run, {}, peak_memory)
 
 
-def timm_model(name: str, **options: Any) -> "torch.nn.Module":
-    """Returns timm's module for any name of our registry, also the few that timm has no name for.
-
-    `options` are timm's own.
-    """
-    from tests.oracles import timm_models
-
-    return timm_models.fresh(name, num_classes=CLASSES, **options)
-
-
-def normalise(images: "torch.Tensor") -> "torch.Tensor":
+def normalise(images: torch.Tensor) -> torch.Tensor:
     """Turns uint8 [B,3,H,W] into normalised float32, as timm's prefetcher does on the device."""
     images = images.float()
     mean, std = (
@@ -64,22 +53,20 @@ def normalise(images: "torch.Tensor") -> "torch.Tensor":
 
 
 def train(
-    work: Work, device: "torch.device", compiled: bool
-) -> tuple["torch.nn.Module", Callable[[], None]]:
+    work: Work, device: torch.device, compiled: bool
+) -> tuple[torch.nn.Module, Callable[[], None]]:
     """Builds the student, and the reference's step that trains it, augmentation included."""
-    import torch
-
-    config = work.recipe()
-    student = timm_model(work.model, drop_path_rate=config.model.drop_path_rate)
-    student = student.to(device).train()
-    if registry.is_distilled(work.model):
-        student.set_distilled_training(True)
     from timm.data import Mixup
     from timm.data.random_erasing import RandomErasing
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import param_groups_weight_decay
     from timm.utils import ModelEmaV2
 
+    config = work.recipe()
+    student = timm_model(work.model, drop_path_rate=config.model.drop_path_rate)
+    student = student.to(device).train()
+    if registry.is_distilled(work.model):
+        student.set_distilled_training(True)
     groups = param_groups_weight_decay(student, config.optimizer.weight_decay)
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=fused)
@@ -94,8 +81,7 @@ def train(
     teacher = timm_model(work.teacher).to(device).eval() if work.teacher else None
     forward = torch.compile(student) if compiled else student
     teach = torch.compile(teacher) if compiled and teacher else teacher
-    images, labels = _examples(work, device)
-    autocast = _autocast(work, device)
+    images, labels, autocast = _setting(work, device)
 
     def step() -> None:
         inputs, targets = mix(erase(normalise(images)), labels)
@@ -118,33 +104,25 @@ def train(
 
 
 def _forward(
-    work: Work, device: "torch.device", compiled: bool
-) -> tuple["torch.nn.Module", Callable[[], Any]]:
+    work: Work, device: torch.device, compiled: bool
+) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     """The model, and its forward pass from uint8 images, or a teacher's normalised ones."""
-    import torch
-
     model = timm_model(work.model).to(device).eval()
     forward = torch.compile(model) if compiled else model
-    images, _ = _examples(work, device)
+    images, _, autocast = _setting(work, device)
     normalised = normalise(images) if work.part == "teacher" else None
-    autocast = _autocast(work, device)
 
-    def step() -> "torch.Tensor":
+    def step() -> torch.Tensor:
         with torch.inference_mode(), autocast():
             return forward(normalise(images) if normalised is None else normalised)
 
     return model, step
 
 
-def _examples(work: Work, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:
-    import torch
-
+def _setting(work: Work, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Callable]:
+    """Images and labels on the device, and what chooses the dtype of the matmuls."""
     images, labels = (torch.from_numpy(x) for x in work.examples().values())
-    return images.permute(0, 3, 1, 2).contiguous().to(device), labels.long().to(device)
-
-
-def _autocast(work: Work, device: "torch.device") -> Callable[[], Any]:
-    import torch
-
+    images = images.permute(0, 3, 1, 2).contiguous()
     enabled = work.dtype == "bfloat16"
-    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)
+    return images.to(device), labels.long().to(device), autocast

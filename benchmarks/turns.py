@@ -5,10 +5,12 @@ CPU time is that of the process and of its living workers, read from /proc: Linu
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit_jax.console import log_error
@@ -44,7 +46,7 @@ class Turn(NamedTuple):
 _program: Program  # of this process, where it waits for its turns
 
 
-class Runner:
+class Runner(ProcessPoolExecutor):
     """A process with a program that waits for its turns; a context manager.
 
     Args:
@@ -62,25 +64,18 @@ class Runner:
 
     def __init__(self, name: str, build: Callable[[], Program], cores: list[int] | None = None):
         log_error(f"{name}: starting")
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(cores,))
+        super().__init__(1, multiprocessing.get_context("spawn"), _prepare, (cores,))
         begin = time.monotonic()
         try:
-            self.facts: dict[str, Any] = self._pool.submit(_start, build).result()
+            self.facts: dict[str, Any] = self.submit(_start, build).result()
         except BaseException:
-            self._pool.shutdown()
+            self.shutdown()
             raise
         self.facts["first_s"] = time.monotonic() - begin
 
-    def __enter__(self) -> "Runner":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
     def turn(self, count: int) -> Turn:
         """Times `count` steps or batches."""
-        return self._pool.submit(_turn, count).result()
+        return self.submit(_turn, count).result()
 
 
 def take_turns(runners: dict[str, Runner], *, rounds: int, count: int) -> dict[str, list[Turn]]:
@@ -145,8 +140,8 @@ def _cpu_seconds() -> float:
     """User and system time of this process and its workers."""
     total = time.process_time()
     for worker in multiprocessing.active_children():
-        with open(f"/proc/{worker.pid}/stat", encoding="ascii") as file:
-            fields = file.read().rpartition(")")[2].split()  # the name in brackets may hold spaces
+        text = Path(f"/proc/{worker.pid}/stat").read_text()
+        fields = text.rpartition(")")[2].split()  # the name in brackets may hold spaces
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
 
@@ -157,8 +152,7 @@ def _peak_bytes() -> int:
     Not from getrusage, which begins with what the process had before it became this program.
     """
     total = 0
-    for worker in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
-        with open(f"/proc/{worker}/status", encoding="utf-8") as file:
-            line = next(line for line in file if line.startswith("VmHWM"))
-        total += int(line.split()[1]) * 1024
+    for worker in ("self", *(child.pid for child in multiprocessing.active_children())):
+        status = Path(f"/proc/{worker}/status").read_text()
+        total += int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
     return total

@@ -136,8 +136,7 @@ def compare(
     """
     config = recipe(case, image_size=image_size, batch_size=batch_size)
     num_train = num_steps // _EPOCHS * batch_size
-    counts = {"num_train": num_train, "num_eval": 0, "num_classes": _CLASSES}
-    plan = plan_run(config, **counts, class_names=(), num_devices=1)
+    plan = plan_run(config, num_train=num_train, num_classes=_CLASSES, num_devices=1)
     student = Twins(name, image_size, seed=0, **options)
     batches = _batches(plan, image_size, batch_size)
     teachers = None

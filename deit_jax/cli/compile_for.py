@@ -10,7 +10,6 @@ the TPU compiler, which needs no TPU: pip install 'jax[tpu]'. It takes minutes. 
 docs/tpu.md explains the report, and what the estimates of time leave out.
 """
 
-import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
@@ -41,6 +40,5 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         num_train=arguments.train_images,
         num_classes=arguments.classes,
     )
-    command = f"deit-jax compile-for {shlex.join(arguments.argv)}"
-    publish(topology.lines(found, command), arguments.write)
+    publish(topology.lines(found, arguments.command_line), arguments.write)
     emit(found)

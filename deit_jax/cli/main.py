@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import json
+import shlex
 import sys
 import types
 from argparse import Namespace
@@ -76,7 +77,7 @@ def run_command(
     Args:
       module: the command, as above.
       name: its name, `arguments.command`.
-      argv: its flags.
+      argv: its flags; the whole command line is `arguments.command_line`, for reports.
       prog: the program that it is a command of.
     """
     arguments = _parse(name, module, argv, prog)
@@ -101,7 +102,7 @@ def _parse(name: str, module: types.ModuleType, argv: list[str], prog: str) -> N
         action="store_true",
         help="print the result as JSON, alone on stdout; all else goes to stderr",
     )
-    parser.set_defaults(command=name, argv=argv)
+    parser.set_defaults(command=name, command_line=f"{parser.prog} {shlex.join(argv)}")
     if not module.RECIPE:
         return parser.parse_args(argv)
     parser.add_argument(

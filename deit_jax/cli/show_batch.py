@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.cli.drawing import draw
 from deit_jax.config.fields import default_config
-from deit_jax.config.plan import check_batch, plan_run
+from deit_jax.config.plan import check_batch, plan_data
 from deit_jax.config.randaugment_policy import OPERATIONS, Policy, parse_policy
 from deit_jax.console import log
 from deit_jax.errors import InputError
@@ -108,14 +108,7 @@ def batch_of_step(
 
     source = data.open_source(config.dataset, "train")
     check_batch(config, num_devices=jax.device_count(), num_processes=1)
-    plan = plan_run(
-        config,
-        num_train=source.num_examples,
-        num_eval=0,
-        num_classes=source.num_classes,
-        class_names=source.class_names,
-        num_devices=jax.device_count(),
-    )
+    plan = plan_data(config, source, num_devices=jax.device_count())
     if not 0 <= step < plan.total_steps:
         raise InputError(
             f"--step is {step}, but training has the steps 0 to {plan.total_steps - 1}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -46,14 +47,28 @@ def check_batch(config: ConfigDict, *, num_devices: int, num_processes: int) -> 
         refuse(config, "train.accumulate_steps", f"a divisor of the {share}")
 
 
+def plan_data(
+    config: ConfigDict, train_source: Any, *, num_devices: int, num_eval: int = 0
+) -> RunPlan:
+    """Returns `plan_run` for an opened train split, a `deit_jax.data.Source`."""
+    return plan_run(
+        config,
+        num_train=train_source.num_examples,
+        num_classes=train_source.num_classes,
+        num_devices=num_devices,
+        num_eval=num_eval,
+        class_names=train_source.class_names,
+    )
+
+
 def plan_run(
     config: ConfigDict,
     *,
     num_train: int,
-    num_eval: int,
     num_classes: int,
-    class_names: tuple[str, ...],
     num_devices: int,
+    num_eval: int = 0,
+    class_names: tuple[str, ...] = (),
 ) -> RunPlan:
     """Returns the run's numbers.
 
@@ -63,10 +78,10 @@ def plan_run(
     Args:
       config: checked by `validate` and `check_batch`.
       num_train: examples in the train split.
-      num_eval: examples in the eval split.
       num_classes: of the data.
-      class_names: in the order of the labels; () where there are none.
       num_devices: of all processes.
+      num_eval: examples in the eval split.
+      class_names: in the order of the labels; () where there are none.
 
     Raises:
       InputError: the train split is smaller than a batch, or the images of a device do not pair up

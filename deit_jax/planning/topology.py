@@ -45,14 +45,8 @@ def forecast_slice(
     check_batch(config, num_devices=len(devices), num_processes=hosts)
     check_model(config)
     registry.model_options(teacher)  # raises for an unknown name
-    plan = plan_run(
-        config,
-        num_train=num_train,
-        num_eval=0,
-        num_classes=num_classes,
-        class_names=(),
-        num_devices=len(devices),
-    )
+    counts = {"num_train": num_train, "num_classes": num_classes, "num_devices": len(devices)}
+    plan = plan_run(config, **counts)
     run = assemble(config, "", plan, make_mesh(config.parallel.fsdp, devices))
     chip = chips.find(devices[0].device_kind)
     limit = int(chip.memory * report.GIB) if chip else None

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.fit import fit
 from deit_jax.checkpoints.training import TrainCheckpoints
-from deit_jax.config.plan import RunPlan, check_batch, plan_run
+from deit_jax.config.plan import RunPlan, check_batch, plan_data
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Variables, split_model
@@ -49,14 +49,8 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     teacher = teacher_folder(config, workdir)
     teacher_is_there = None if teacher is None else model_folder.find_model(teacher) is not None
     checks.check_data(train_source, eval_source, teacher_is_there)
-    plan = plan_run(
-        config,
-        num_train=train_source.num_examples,
-        num_eval=eval_source.num_examples,
-        num_classes=train_source.num_classes,
-        class_names=train_source.class_names,
-        num_devices=jax.device_count(),
-    )
+    num_eval = eval_source.num_examples
+    plan = plan_data(config, train_source, num_devices=jax.device_count(), num_eval=num_eval)
     mesh = make_mesh(config.parallel.fsdp)
     run = assemble(config, workdir, plan, mesh, sources=(train_source, eval_source))
     check_teacher(run)
