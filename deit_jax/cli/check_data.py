@@ -8,7 +8,6 @@ sizes, colours. An image that training's decoder refuses, and a label outside th
 on a line each, and the exit status is then 1. Files that are in both splits are a warning.
 """
 
-import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -18,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deit_jax.cli.arguments import one_or_more
+from deit_jax.parallel import cpus
 
 RECIPE = "required"
 SPLITS = ("train", "eval")
@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=one_or_more,
-        default=os.cpu_count() or 1,
+        default=cpus.available(),
         metavar="N",
         help="images decoded at a time (default: one per processor)",
     )

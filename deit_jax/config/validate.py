@@ -37,10 +37,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of wh
     ),
     "0 or more": (
         lambda value: value >= 0,
-        "model.patch_size dataset.num_classes input.pad input.color_jitter mixing.mixup_alpha "
-        "mixing.cutmix_alpha distill.teacher_epochs optimizer.lr optimizer.weight_decay "
-        "optimizer.clip_norm schedule.warmup_epochs schedule.warmup_lr schedule.min_lr train.seed "
-        "train.eval_every_epochs checkpoint.every_epochs checkpoint.every_steps "
+        "model.patch_size dataset.num_classes input.read_threads input.pad input.color_jitter "
+        "mixing.mixup_alpha mixing.cutmix_alpha distill.teacher_epochs optimizer.lr "
+        "optimizer.weight_decay optimizer.clip_norm schedule.warmup_epochs schedule.warmup_lr schedule.min_lr "
+        "train.seed train.eval_every_epochs checkpoint.every_epochs checkpoint.every_steps "
         "distributed.process_id",
     ),
     "greater than 0": (lambda value: value > 0, "distill.temperature optimizer.eps"),

@@ -15,6 +15,7 @@ class Source(abc.ABC):
     num_examples: int  # examples are 0 … num_examples-1
     num_classes: int  # labels are 0 … num_classes-1
     class_names: tuple[str, ...]  # one a class, or () where unknown
+    read_threads: int = 16  # reads at a time where `input.read_threads` is 0
 
     @abc.abstractmethod
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -4,7 +4,6 @@ Which example stands in which row is arithmetic (`order`). The views of an image
 rows of a batch are loaded together, since reading and decoding cost as much as all the rest.
 """
 
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,6 +16,7 @@ from deit_jax.data.order import NONE, Order, among
 from deit_jax.data.plan import InputPlan
 from deit_jax.data.source import Source
 from deit_jax.errors import InputError, TransientError
+from deit_jax.parallel import cpus
 
 _PREFETCH = 2  # batches; a DeiT batch of 1024 is 154 MB
 _OUTSIDE = "label outside the class range"  # a mistake in the data set, not a broken image
@@ -59,10 +59,9 @@ def train_batches(source: Source, plan: InputPlan, *, start_step: int = 0) -> "B
         by_row = tf.argsort(tf.reduce_max(views["row"], axis=1))
         return {name: tf.gather(value, by_row) for name, value in views.items()}
 
-    def load(unit: Tensors) -> Tensors:
+    def load(unit: Tensors, data: tf.Tensor, label: tf.Tensor) -> Tensors:
         present = unit["row"] != NONE
         positions = tf.boolean_mask(unit["position"], present)
-        data, label = source.fetch(unit["index"])
         seed = tf.fill(tf.shape(positions), tf.cast(plan.seed, tf.int64))
         rows = {
             "image": transform(data, tf.stack([seed, positions], axis=1)),
@@ -100,16 +99,15 @@ def eval_batches(source: Source, plan: InputPlan) -> "Batches":
         real = (index < source.num_examples) & ~among(index, unreadable)
         return {"index": tf.where(real, index, NONE)}
 
-    def example(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        data, label = source.fetch(index)
+    def example(data: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return transform(data), _checked(label, source.num_classes)
 
     def padding() -> tuple[tf.Tensor, tf.Tensor]:
         return tf.zeros((plan.image_size, plan.image_size, 3), tf.uint8), tf.constant(0, tf.int32)
 
-    def load(unit: Tensors) -> Tensors:
+    def load(unit: Tensors, data: tf.Tensor, label: tf.Tensor) -> Tensors:
         real = unit["index"] != NONE
-        image, label = tf.cond(real, lambda: example(unit["index"]), padding)
+        image, label = tf.cond(real, lambda: example(data, label), padding)
         return {
             "image": image[None],
             "label": label[None],
@@ -148,7 +146,7 @@ class Batches(Iterator[Batch]):
         source: Source,
         plan: InputPlan,
         units: Callable[[tf.Tensor, list[int]], Tensors],
-        load: Callable[[Tensors], Tensors],
+        load: Callable[[Tensors, tf.Tensor, tf.Tensor], Tensors],
         *,
         steps: tuple[int, int],
     ) -> None:
@@ -158,12 +156,13 @@ class Batches(Iterator[Batch]):
           source: the split.
           plan: the input plan of the run.
           units: (step, unreadable examples) → what to load: one entry an example, with its `index`.
-          load: an entry → one or more rows of the batch.
+          load: an entry, its data and its label → one or more rows of the batch.
           steps: the first step and the one after the last.
         """
         self.skipped: dict[str, str] = {}
         self._source, self._plan, self._units = source, plan, units
         # Traced once, however often the stream begins anew.
+        self._fetch = tf.function(_fetch_of(source), autograph=False)
         self._load = tf.function(load, autograph=False)
         self._step, self._end = steps
         self._unreadable: list[int] = []
@@ -183,7 +182,8 @@ class Batches(Iterator[Batch]):
     def _open(self) -> Iterator[Batch]:
         dataset = tf.data.Dataset.range(self._step, self._end)
         dataset = dataset.flat_map(self._entries)
-        dataset = dataset.map(self._load, num_parallel_calls=os.cpu_count(), deterministic=True)
+        readers = self._plan.input.read_threads or self._source.read_threads
+        dataset = read_then_work(dataset, self._fetch, self._load, readers, cpus.available())
         dataset = dataset.rebatch(self._plan.local_rows, drop_remainder=True).map(_in_order_of_rows)
         return untuned(dataset.prefetch(_PREFETCH)).as_numpy_iterator()
 
@@ -195,7 +195,7 @@ class Batches(Iterator[Batch]):
         """Finds what cannot be loaded in the present batch; raises unless it may be skipped."""
         # tf.data does not say which element failed: load the batch again, one by one.
         entries = self._entries(tf.constant(self._step, tf.int64))
-        loaded = iter(untuned(entries.map(self._load)))
+        loaded = iter(untuned(entries.map(self._fetch).map(self._load)))
         found = False
         for entry in untuned(entries).as_numpy_iterator():
             try:
@@ -225,6 +225,36 @@ class Batches(Iterator[Batch]):
                 f"{self._source.description}: none of its {self._source.num_examples} images can "
                 f"be read ({name}: {reason})"
             ) from error
+
+
+def _fetch_of(source: Source) -> Callable[[Tensors], tuple[Tensors, tf.Tensor, tf.Tensor]]:
+    """Returns entry → the entry, its data and its label, which are empty without an index."""
+    like = tf.function(source.fetch, autograph=False).get_concrete_function(
+        tf.TensorSpec((), tf.int64)
+    )
+
+    def nothing() -> tuple[tf.Tensor, ...]:
+        return tuple(tf.zeros([n or 0 for n in x.shape], x.dtype) for x in like.structured_outputs)
+
+    def fetch(entry: Tensors) -> tuple[Tensors, tf.Tensor, tf.Tensor]:
+        index = entry["index"]
+        return entry, *tf.cond(index != NONE, lambda: source.fetch(index), nothing)
+
+    return fetch
+
+
+def read_then_work(
+    dataset: tf.data.Dataset, read: Callable, work: Callable, readers: int, workers: int
+) -> tf.data.Dataset:
+    """Maps what waits for storage and what computes, in order, each by its own number of threads.
+
+    In one map, as many reads as processors would be under way: 2 images in 50 ms from a bucket.
+    """
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = readers + workers
+    dataset = dataset.map(read, num_parallel_calls=readers, deterministic=True)
+    dataset = dataset.map(work, num_parallel_calls=workers, deterministic=True)
+    return dataset.with_options(options)
 
 
 def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:

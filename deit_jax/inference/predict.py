@@ -1,6 +1,5 @@
 """Predicts what is in many pictures: reads them in threads and computes them in batches."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from deit_jax.inference.preprocess import preprocess
 from deit_jax.models import imagenet
 from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import split_model
+from deit_jax.parallel import cpus
 
 HEADS = ("class", "distillation")  # in the order of `model.heads`
 
@@ -47,7 +47,7 @@ def predict(
 
     batch_size = min(batch_size, len(files))
     chunks = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpus.available()) as pool:
         # One batch ahead and no more: images wait in memory until they are computed.
         ahead = pool.map(lambda file: _read(info, file), chunks[0])
         for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):

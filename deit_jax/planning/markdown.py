@@ -1,7 +1,6 @@
 """Markdown files that hold measurements: one section per command, with its date and versions."""
 
 import contextlib
-import os
 import platform
 import re
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from deit_jax.console import log
+from deit_jax.parallel import cpus
 
 
 def processor() -> str:
@@ -17,7 +17,7 @@ def processor() -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = next((line.partition(":")[2].strip() for line in file if "model name" in line), name)
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = cpus.available()
     return f"{name}, {count} core(s)"
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import threading
 import time
 
 import numpy as np
@@ -103,6 +104,24 @@ def test_an_image_is_fetched_once_for_all_its_views(plain_config, processes):
         names = data.example_ids(source, plan, step)[: plan.local_rows]
         needed.update({int(name.removeprefix("counting:")) for name in names})
     assert fetched <= needed
+
+
+@pytest.mark.parametrize("batches", [data.train_batches, data.eval_batches])
+def test_reads_overlap_by_their_own_number(plain_config, batches):
+    """Each read waits until seven others are under way, on however few processors."""
+    plain_config.read_threads = 8
+    together = threading.Barrier(8)
+
+    class Source(CountingSource):
+        def fetch(self, index):
+            def wait(index):
+                together.wait(timeout=60)
+                return index
+
+            return super().fetch(tf.ensure_shape(tf.numpy_function(wait, [index], tf.int64), ()))
+
+    batch = next(batches(Source(40), plan_of(plain_config, steps_per_epoch=5)))
+    assert batch["image"].shape == (8, 4, 4, 3)
 
 
 @pytest.mark.parametrize("group_size", [4, 12])

@@ -1,7 +1,5 @@
 """Prepared TFDS data sets against TFDS's own readers, and a whole run on one."""
 
-import os
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,7 +9,6 @@ from PIL import Image
 import deit_jax
 from deit_jax.config.files import load_config
 from deit_jax.data import open_source
-from deit_jax.data import tfds as tfds_source
 from tests.data.conftest import picture, refused, store_tfds
 
 _COUNT = 11
@@ -138,24 +135,6 @@ def test_a_file_cut_short_is_named(config, tmp_path, files):
     assert f"expected {_COUNT}" in message
     path.unlink()
     assert str(path) in refused(config)
-
-
-def test_large_scans_are_remembered_until_a_file_changes(config, tmp_path, files, monkeypatch):
-    store_tfds(tmp_path / "data", "tfrecord", files)
-    config.root = str(tmp_path / "data")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tfds_source, "_CACHE_FROM", 1)
-    scans = []
-    scan = tfds_source._scan
-    monkeypatch.setattr(tfds_source, "_scan", lambda *a: scans.append(a) or scan(*a))
-    first = _examples(open_source(config, "train"))
-    assert len(scans) == 1
-    assert _examples(open_source(config, "train")) == first
-    assert len(scans) == 1
-    (path,) = (tmp_path / "data").glob("toy/1.2.0/toy-train*")
-    os.utime(path, (path.stat().st_mtime + 10,) * 2)
-    np.testing.assert_equal(_examples(open_source(config, "train")), first)
-    assert len(scans) == 2
 
 
 @pytest.mark.slow
