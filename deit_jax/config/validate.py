@@ -39,9 +39,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of wh
         lambda value: value >= 0,
         "model.patch_size dataset.num_classes input.read_threads input.pad input.color_jitter "
         "mixing.mixup_alpha mixing.cutmix_alpha distill.teacher_epochs optimizer.lr "
-        "optimizer.weight_decay optimizer.clip_norm schedule.warmup_epochs schedule.warmup_lr schedule.min_lr "
-        "train.seed train.eval_every_epochs checkpoint.every_epochs checkpoint.every_steps "
-        "distributed.process_id",
+        "optimizer.weight_decay optimizer.clip_norm schedule.warmup_epochs schedule.warmup_lr "
+        "schedule.min_lr train.seed train.eval_every_epochs checkpoint.every_epochs "
+        "checkpoint.every_steps distributed.process_id",
     ),
     "greater than 0": (lambda value: value > 0, "distill.temperature optimizer.eps"),
     "in (0, 1]": (lambda value: 0 < value <= 1, "input.crop_ratio dataset.train_fraction"),
