@@ -2,8 +2,8 @@
 
 python tests/convert/fuzz.py --files=2000 [--seed=0]
 
-Every file is a small model's, in one of the formats, damaged in one of several ways. Prints how
-many succeeded and how many were refused; exits with 1 at the first traceback, with its number.
+Prints how many succeeded and how many were refused; exits with 1 at the first traceback, with its
+number.
 """
 
 import argparse
@@ -31,20 +31,17 @@ from tests.convert.conftest import command, numpy_state, save, timm_twin  # noqa
 
 def originals() -> dict[str, bytes]:
     """The sound files, by suffix-bearing names."""
-    files = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("deit_testing_distilled", "deit3_testing", "regnety_testing"):
             arrays = numpy_state(timm_twin(name, num_classes=3))
-            path = Path(folder) / name
             for kind in (".safetensors", ".pth", "_old.pth"):
-                save(Path(f"{path}{kind}"), arrays, container=None if "old" in kind else "model")
+                container = None if "old" in kind else "model"
+                save(Path(folder, name + kind), arrays, container=container)
             # As our own converter writes it, with the model's description.
             info = from_torch.from_tensors(arrays, what=name).info
-            torch_files.write(f"{path}_ours.safetensors", arrays, info=info)
-            torch_files.write(f"{path}_ours.pth", arrays, info=info, container="model")
-        for path in Path(folder).iterdir():
-            files[path.name] = path.read_bytes()
-    return dict(sorted(files.items()))
+            torch_files.write(f"{folder}/{name}_ours.safetensors", arrays, info=info)
+            torch_files.write(f"{folder}/{name}_ours.pth", arrays, info=info, container="model")
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def header_of(name: str, content: bytes) -> tuple[int, int]:
@@ -64,25 +61,18 @@ def mutate(name: str, content: bytes, rng: np.random.Generator) -> bytes:
     """One of several kinds of damage."""
     data = bytearray(content)
     start, end = header_of(name, content) if rng.random() < 0.7 else (0, len(data))
+    place, length = int(rng.integers(start, end)), int(rng.integers(1, 64))
     kind = rng.integers(7)
-    place = int(rng.integers(start, end))
-    length = int(rng.integers(1, 64))
     if kind == 0:
         data[place] ^= 1 << int(rng.integers(8))
     elif kind == 1:
-        data[place : place + length] = rng.bytes(length)
-    elif kind == 2:
         del data[place:]
-    elif kind == 3:
-        del data[place : place + length]
-    elif kind == 4:
-        data[place:place] = rng.bytes(length)
-    elif kind == 5:
-        data[place : place + length] = bytes(length)
-    else:  # one number becomes another in the text of a header
-        digits = [i for i in range(start, end) if 48 <= data[i] < 58]
-        if digits:
-            data[digits[int(rng.integers(len(digits)))]] = int(rng.integers(48, 58))
+    elif kind == 2:  # one number becomes another in the text of a header
+        digits = [i for i in range(start, end) if 48 <= data[i] < 58] or [place]
+        data[rng.choice(digits)] = int(rng.integers(48, 58))
+    else:  # bytes are replaced by others or by zeros, deleted, or inserted
+        stop = place if kind == 3 else place + length
+        data[place:stop] = {4: b"", 5: bytes(length)}.get(int(kind), rng.bytes(length))
     return bytes(data)
 
 
@@ -108,10 +98,10 @@ def fuzz(files: int, seed: int) -> collections.Counter:
             else:
                 (line,) = errors.getvalue().strip().splitlines()
                 assert line.startswith("error: "), f"file {number} ({name}): {line}"
-            assert sorted(p.name for p in Path(folder).iterdir()) == [name], f"file {number}"
+            assert os.listdir(folder) == [name], f"file {number}"
             counts["converted" if status == 0 else "refused"] += 1
             path.unlink()
-            if sys.stdout.isatty() or (number + 1) % 200 == 0:
+            if (number + 1) % 200 == 0:
                 print(f"{number + 1}/{files} {dict(counts)}", flush=True)
     return counts
 

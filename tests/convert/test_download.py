@@ -11,6 +11,7 @@ import pytest
 
 from deit_jax.convert.download import fetch
 from deit_jax.errors import InputError, TransientError
+from tests import several
 
 _BODY = bytes(range(256)) * 1500
 _HASHED = f"tiny-{hashlib.sha256(_BODY).hexdigest()[:8]}.pth"
@@ -80,9 +81,7 @@ def server(tmp_path, monkeypatch):
 @pytest.fixture
 def dead_address():
     """Where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{free.getsockname()[1]}"
+    return f"http://127.0.0.1:{several.free_port()}"
 
 
 def refusal(src, kind=InputError):
@@ -93,10 +92,6 @@ def refusal(src, kind=InputError):
     assert "\n" not in message
     assert len(message) < 600
     return message
-
-
-def cached(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 def test_paths(tmp_path):
@@ -136,7 +131,7 @@ def test_a_failed_download_leaves_nothing(server, tmp_path, name, answer, kind, 
     message = refusal(url, kind)
     assert url in message
     assert words in message
-    assert cached(tmp_path) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     server.script.clear()
     assert fetch(url).read_bytes() == _BODY
 
@@ -185,9 +180,9 @@ _FETCH_ALL = """
 import json, sys
 from deit_jax.convert.download import fetch
 from deit_jax.errors import InputError
-for src in sys.argv[1:]:
+for name in sys.argv[1:]:
     try:
-        print(json.dumps({f.name: f.read_text() for f in fetch(src).iterdir()}))
+        print(json.dumps({f.name: f.read_text() for f in fetch(f"hf:owner/{name}").iterdir()}))
     except InputError as error:
         print(json.dumps([type(error).__name__, str(error)]))
 """
@@ -197,9 +192,7 @@ def test_the_hub(server, dead_address, tmp_path, run_python):
     env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
 
     def run(address, *names):
-        ran = run_python(
-            "-c", _FETCH_ALL, *(f"hf:owner/{n}" for n in names), env=env | {"HF_ENDPOINT": address}
-        )
+        ran = run_python("-c", _FETCH_ALL, *names, env=env | {"HF_ENDPOINT": address})
         assert ran.returncode == 0, ran.stderr
         return [json.loads(line) for line in ran.stdout.splitlines()]
 

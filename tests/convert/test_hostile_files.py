@@ -153,16 +153,11 @@ def test_wrong_names_and_places(tmp_path, state, converted, refused):
 def test_export_refuses_in_one_line(tmp_path, refused):
     model = random_folder(tmp_path / "model", "deit3_testing")
     out = tmp_path / "out.safetensors"
-    nowhere = tmp_path / "nowhere"
-    assert "no model folder" in refused("export-torch", nowhere, out, "--format", "timm")
-    line = refused("export-torch", model, tmp_path / "out.npz", "--format", "timm")
-    assert ".npz" in line
-    assert ".safetensors" in line
+    assert "no model folder" in refused("export-torch", tmp_path / "no", out, "--format", "timm")
+    assert ".npz" in refused("export-torch", model, tmp_path / "out.npz", "--format", "timm")
     assert "LayerScale" in refused("export-torch", model, out, "--format", "hf")
     out.write_text("precious")
     assert "--overwrite" in refused("export-torch", model, out, "--format", "timm")
-    line = refused("export-torch", model, model, "--format", "timm", "--overwrite")
-    assert "did not write" in line
     assert out.read_text() == "precious"
 
 
@@ -240,8 +235,7 @@ def test_nothing_of_other_people_is_replaced(tmp_path, refused):
         assert command("export-torch", run, tmp_path / "hf", *hf) == 0
         assert command("convert", tmp_path / "hf", out, "--overwrite") == 0
     assert command("export-torch", run, out / "b.safetensors", "--format", "timm") == 0
-    line = refused("convert", out / "b.safetensors", out, "--overwrite")
-    assert "holds the source" in line
+    assert "holds the source" in refused("convert", out / "b.safetensors", out, "--overwrite")
     for name in ("out.new", "out.old", "hf.new"):
         assert (tmp_path / name / "precious").read_text() == "yes"
     names = {"run", "out", "hf", "out.new", "out.old", "hf.new"}

@@ -86,14 +86,11 @@ def test_from_timm_through_the_commands_and_back(tmp_path, name, suffix):
 def test_from_jax_and_back_in_every_format(tmp_path, name):
     variables, info = random_variables(name)
     model_folder.write_model(tmp_path / "model", variables, info)
-    forms = {
-        "deit3_testing": ("timm", "fb"),
-        "regnety_testing": ("timm", "fb", "torchvision"),
-    }.get(name, ("timm", "fb", "hf"))
+    refused = {"deit3_testing": ("hf", "torchvision"), "regnety_testing": ("hf",)}
     for form in to_torch.FORMATS:
         for suffix in ("",) if form == "hf" else (".safetensors", ".pth"):
             path = tmp_path / f"{form}{suffix}"
-            if form not in forms:
+            if form in refused.get(name, ("torchvision",)):
                 with pytest.raises(deit_jax.InputError, match=f"{name}.*timm"):
                     to_torch.write(tmp_path / "model", path, form)
                 assert not path.exists()
@@ -299,9 +296,7 @@ def test_weights_are_made_to_fit_on_request(tmp_path, capsys):
     more = ["--model", "deit_testing_distilled", "--image_size", "64", "--num_classes", "3"]
     more += ["--class_names", tmp_path / "names.txt"]
     assert command("convert", source, tmp_path / "model", *more) == 0
-    printed = capsys.readouterr().out
-    for words in ("resized from 8×8 to 16×16", "dist_token newly", "head newly", "head_dist newly"):
-        assert words in printed
+    assert "resized from 8×8 to 16×16" in capsys.readouterr().out
     info = deit_jax.load_model(tmp_path / "model").info
     assert (info.name, info.image_size) == ("deit_testing_distilled", 64)
     assert info.class_names == ("cat", "dog", "owl")
