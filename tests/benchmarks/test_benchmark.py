@@ -1,5 +1,6 @@
 """tools/benchmark.py: its bookkeeping against work of known cost, and its pipelines."""
 
+import collections
 import functools
 import itertools
 import json
@@ -40,19 +41,16 @@ def _produce(seconds, made):
         made.put(None)
 
 
-def prefetching(seconds):
-    """Three batches are always being prepared in a thread."""
-    made = queue.Queue(3)
-    threading.Thread(target=_produce, args=(seconds, made), daemon=True).start()
+def prefetching(seconds, context=None):
+    """Three batches are always being prepared: in a thread or, with a context, in a process."""
+    made = context.Queue(3) if context else queue.Queue(3)
+    worker = context.Process if context else threading.Thread
+    worker(target=_produce, args=(seconds, made), daemon=True).start()
     return iter(made.get, "never")
 
 
 def with_worker(seconds):
-    """The same in a process."""
-    context = multiprocessing.get_context("fork")
-    made = context.Queue(3)
-    context.Process(target=_produce, args=(seconds, made), daemon=True).start()
-    return iter(made.get, "never")
+    return prefetching(seconds, multiprocessing.get_context("fork"))
 
 
 def broken(seconds):
@@ -95,20 +93,11 @@ def test_input(sample_images, tmp_path, monkeypatch, capsys):
     compared = benchmark_input.compared
     monkeypatch.setattr(benchmark_input, "compared", fewer)
     file = tmp_path / "numbers.md"
-    flags = ["--only=eval", "--compare=timm", "--cores=1", "--rounds=1", "--images=8", "--batch=4"]
-    size = "--config.input.image_size=64"
-    argv = [
-        "input",
-        CONFIG,
-        size,
-        "--data",
-        str(sample_images),
-        *flags,
-        "--json",
-        "--write",
-        str(file),
-    ]
-    status = benchmark.main(argv)
+    argv = (
+        f"input {CONFIG} --config.input.image_size=64 --data={sample_images} --write={file} --json"
+    )
+    argv += " --only=eval --compare=timm --cores=1 --rounds=1 --images=8 --batch=4"
+    status = benchmark.main(argv.split())
     out, err = capsys.readouterr()
     assert status == 0, err
 
@@ -116,18 +105,15 @@ def test_input(sample_images, tmp_path, monkeypatch, capsys):
     assert report["files"] == {"val": len(list(sample_images.glob("val/*/*")))}
     found = report["kinds"]["eval"]
     assert set(found) == {"ours, uint8", "timm, uint8"}
-    ours = found["ours, uint8"]
-    assert ours["ours_is_faster"] == 1
     for one in found.values():
         assert 0.01 < one["cpu_ms"] < 1000
         assert one["cpu_ms_rounds"] == [one["cpu_ms"]]
         assert one["images_per_cpu_second"] == pytest.approx(1e3 / one["cpu_ms"])
-        assert one["ours_is_faster"] == pytest.approx(one["cpu_ms"] / ours["cpu_ms"])
+        ratio = one["cpu_ms"] / found["ours, uint8"]["cpu_ms"]
+        assert one["ours_is_faster"] == pytest.approx(ratio)
         assert one["first_batch_cpu_s"] > 0.5
         assert 1e8 < one["peak_memory_bytes"] < 3e9
-    text = file.read_text()
-    assert "## Input pipeline of deit_b, 1 core(s)\n\n`python tools/benchmark.py input --c" in text
-    assert f"| timm, uint8 | {found['timm, uint8']['cpu_ms']:.2f} ms |" in text
+    assert f"| timm, uint8 | {found['timm, uint8']['cpu_ms']:.2f} ms |" in file.read_text()
 
 
 @pytest.fixture
@@ -172,17 +158,19 @@ def test_the_reference_draws_one_of_three(config, sample_images):
     pipelines._prepare_torch(1)
     chain = pipelines.three_augment_chain(config.input, in_uint8=True)
     image = Image.open(next(sample_images.glob("val/*/*"))).convert("RGB").resize((64, 64))
-    grey = np.asarray(image.convert("L"))[None].repeat(3, 0)
-    solarised = np.asarray(ImageOps.solarize(image)).transpose(2, 0, 1)
-    original = np.asarray(image, int).transpose(2, 0, 1)
-    counts = dict.fromkeys(("grey", "solarised", "blurred"), 0)
+    pixels = {
+        "grey": np.asarray(image.convert("L").convert("RGB")),
+        "solarised": np.asarray(ImageOps.solarize(image)),
+    }
+    original, counts = np.asarray(image, int), collections.Counter()
     for _ in range(60):
-        result = chain(image).numpy().astype(int)
-        same = np.array_equal(result, grey), np.array_equal(result, solarised)
-        counts["grey" if same[0] else "solarised" if same[1] else "blurred"] += 1
-        if not any(same):
-            assert np.std(np.diff(result)) <= np.std(np.diff(original))
-            assert np.abs(result.mean((1, 2)) - original.mean((1, 2))).max() < 2
+        result = chain(image).numpy().transpose(1, 2, 0).astype(int)
+        kinds = [kind for kind, wanted in pixels.items() if np.array_equal(result, wanted)]
+        counts[kinds[0] if kinds else "blurred"] += 1
+        if not kinds:
+            assert np.std(np.diff(result, axis=1)) <= np.std(np.diff(original, axis=1))
+            assert np.abs(result.mean((0, 1)) - original.mean((0, 1))).max() < 2
+    assert len(counts) == 3
     assert min(counts.values()) > 5
 
 

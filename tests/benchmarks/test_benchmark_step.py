@@ -28,22 +28,18 @@ def test_every_part_runs_without_tensorflow_and_torch(run_python, tmp_path):
             for argv in json.loads(sys.argv[1]):
                 assert benchmark.main(argv) == 0
     """
-    small = ["--batch=4", "--rounds=2", "--json"]
-    distill = ["--distill=hard", "--teacher=regnety_testing", "--ema"]
     runs = [
-        ["train", "--model=deit_testing_distilled", *distill, *small],
-        ["teacher", "--model=regnety_testing", "--dtype=float32", *small],
+        "train --model=deit_testing_distilled --distill=hard --teacher=regnety_testing --ema",
+        "teacher --model=regnety_testing --dtype=float32",
     ]
+    runs = [[*run.split(), "--batch=4", "--rounds=2", "--json"] for run in runs]
     blocked = ("tensorflow", "tensorflow_datasets", "torch", "timm")
     script = tmp_path / "program.py"  # the processes of the programs run it, too
     script.write_text(block(program, blocked))
     finished = run_python(script, json.dumps(runs))
     assert finished.returncode == 0, finished.stderr[-3000:]
-    text = finished.stdout
-    for argv in runs:
-        text = text[text.index("{") :]
-        report, end = json.JSONDecoder().raw_decode(text)
-        text = text[end:]
+    reports = [line for line in finished.stdout.splitlines() if line != "done"]
+    for argv, report in zip(runs, map(json.loads, reports), strict=True):
         assert report["part"] == argv[0]
         for name in ("images_per_second", "step_ms", "cpu_ms", "compile_s", "peak_memory_bytes"):
             assert report[name] > 0, name
