@@ -1,6 +1,6 @@
 """Kills a training run at random steps, restarts it, and compares it with one left in peace.
 
-python tests/kill_and_resume.py --kills=3 --seed=0 --workdir=DIR [main.py flags ...]
+python -m tests.kill_and_resume --kills=3 --seed=0 --workdir=DIR [main.py flags ...]
 
 Each run trains its own teacher, and one more kill falls into that. Prints every array and figure
 that differs by a bit and exits non-zero if one does.
@@ -9,10 +9,8 @@ that differs by a bit and exits non-zero if one does.
 import argparse
 import functools
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,8 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-ROOT = Path(__file__).resolve().parent.parent
-
+from tests import several
 
 LOG_EVERY = 3
 
@@ -48,35 +45,27 @@ def launch(
     Returns:
       The step the student resumed at (0: it did not), and the last one it reported.
     """
-    command = [sys.executable, script, f"--workdir={workdir}", *flags]
-    command.append(f"--config.train.log_every_steps={LOG_EVERY}")
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        resumed, last, sign, output = 0, 0, -1, []
-        for line in process.stdout:
-            output.append(line)
-            if line.strip() == f"Run {workdir}":
-                sign = 1
-            if sign == 1 and (found := re.search(r"resumed at step (\d+)", line)):
-                resumed = int(found[1])
-            if found := re.match(r"step (\d+)/", line):
-                step = sign * int(found[1])
-                last = max(last, step)
-                if kill_at is not None and step * kill_at > 0 and abs(step) >= abs(kill_at):
-                    time.sleep(delay)
-                    process.kill()
-                    process.wait()
-                    return resumed, last
-        stderr = process.stderr.read()
-    if process.returncode != 0:
-        raise RuntimeError(f"main.py exited {process.returncode}:\n{''.join(output)}\n{stderr}")
-    return resumed, last
+    flags = [*flags, f"--workdir={workdir}", f"--config.train.log_every_steps={LOG_EVERY}"]
+    killed = False
+    with several.started(flags, processes=1, script=script) as (process,):
+        while process.running and not killed:
+            time.sleep(0.02)
+            teacher, _, student = process.stdout.partition(f"Run {workdir}\n")
+            if kill_at is not None:
+                killed = _last_step(teacher if kill_at < 0 else student) >= abs(kill_at)
+        if killed:
+            time.sleep(delay)
+            process.kill()
+    output = process.stdout
+    if not killed and process.returncode != 0:
+        raise RuntimeError(f"main.py exited {process.returncode}:\n{output}\n{process.stderr}")
+    student = output.partition(f"Run {workdir}\n")[2]
+    resumed = re.search(r"resumed at step (\d+)", student)
+    return int(resumed[1]) if resumed else 0, _last_step(student)
+
+
+def _last_step(output: str) -> int:
+    return max(map(int, re.findall(r"^step (\d+)/", output, re.MULTILINE)), default=0)
 
 
 def newest_step(workdir: Path) -> int:

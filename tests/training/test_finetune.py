@@ -74,6 +74,17 @@ def weights(workdir):
 
 
 @pytest.mark.slow
+def test_the_given_weights_are_the_start_unless_there_is_a_checkpoint(base, tmp_path, capsys):
+    folder, report = base
+    config = recipe(epochs=10)
+    config.init_from = str(folder)
+    assert loop.evaluate(config, str(tmp_path))["loss"] == report["loss"]
+    config.init_from = "gone"
+    assert loop.train(config, str(folder)) == report
+    assert "(so init_from gone is not read)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_twice_the_resolution_with_a_token_and_a_teacher(base, tmp_path, capsys):
     """What the reference refuses: distillation while fine-tuning, here from a plain model.
 

@@ -1,29 +1,17 @@
 """Whole runs in one process: folders of images, stopping, faults and what a run leaves behind."""
 
-import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 import deit_jax
 from configs import digits, folder
-from deit_jax.checkpoints import model_folder
-from deit_jax.checkpoints.fit import resize_pos_embed
-from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.config.files import load_config
 from deit_jax.errors import NonFiniteLoss
-from deit_jax.models import registry
-from deit_jax.models.network import split_model
 from deit_jax.training import loop
-from deit_jax.training.setup import check, check_start, initial_state
-from tests import kill_and_resume
+from tests import kill_and_resume, several
 
 QUICK_TEACHER = """
 from configs import folder_teacher
@@ -114,20 +102,20 @@ def test_a_folder_of_images_trains_teacher_and_student(
         assert word in printed, word
 
 
-def quick_digits():
-    config = digits.get_config()
-    config.schedule.epochs = 3
-    config.schedule.warmup_epochs = 1
-    config.train.log_every_steps = 1
-    config.train.eval_every_epochs = 0
-    config.checkpoint.every_epochs = 0
-    return config
+QUICK = {
+    "schedule.epochs": 3,
+    "schedule.warmup_epochs": 1,
+    "train.log_every_steps": 1,
+    "train.eval_every_epochs": 0,
+    "checkpoint.every_epochs": 0,
+}
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_stops_with_a_report(tmp_path):
     """An absurd rate: the run names step, seed and examples, and keeps a state that can be read."""
-    config = quick_digits()
+    config = digits.get_config()
+    config.update_from_flattened_dict(QUICK)
     config.optimizer.lr = 1e30
     config.train.max_nonfinite_steps = 3
     with pytest.raises(NonFiniteLoss, match=r"steps \d+ to \d+ \(seed 0\).*digits:\d+, digits"):
@@ -140,79 +128,14 @@ def test_a_run_that_diverges_stops_with_a_report(tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
     """Status 75 with a message; the next start resumes at that very step."""
-    command = [
-        sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={tmp_path}",
-        "--config.schedule.epochs=3", "--config.schedule.warmup_epochs=1",
-        "--config.train.log_every_steps=1",
-        "--config.checkpoint.every_epochs=0", "--config.train.eval_every_epochs=0",
-    ]  # fmt: skip
-    root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(
-        command,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == 75
-    stopped = int(rest.split("saved at step ")[1].split(";")[0])
-    config = load_config(str(root / "configs/digits.py"))
-    config.schedule.epochs, config.schedule.warmup_epochs = 3, 1
-    config.train.log_every_steps = 1
-    config.checkpoint.every_epochs = config.train.eval_every_epochs = 0
-    loop.train(config, str(tmp_path))
+    flags = ["--config=configs/digits.py", f"--workdir={tmp_path}"]
+    flags += [f"--config.{name}={value}" for name, value in QUICK.items()]
+    with several.started(flags, processes=1) as (process,):
+        process.wait_for("\nstep 3/")
+        process.send(signal.SIGTERM)
+        assert process.wait(120) == 75
+    stopped = int(process.stdout.split("saved at step ")[1].split(";")[0])
+    loop.train(load_config(tmp_path), str(tmp_path))
     assert f"resumed at step {stopped}" in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path, "train")] == list(range(1, 3 * 22 + 1))
     assert 3 <= stopped < 3 * 22
-
-
-@pytest.mark.slow
-def test_fine_tuning_starts_from_the_given_weights(tmp_path, capsys):
-    """init_from: the first evaluation is that of the folder; the workdir's own checkpoint wins."""
-    config = quick_digits()
-    loop.train(config, str(tmp_path / "first"))
-    config.init_from = str(tmp_path / "first")
-    started = loop.evaluate(config, str(tmp_path / "second"))
-    first = lines(tmp_path / "first", "final")[-1]
-    assert started["loss"] == first["loss"]
-    config.init_from = str(tmp_path / "gone")
-    capsys.readouterr()
-    resumed = loop.train(config, str(tmp_path / "first"))
-    assert resumed["loss"] == first["loss"]
-    assert f"(so init_from {tmp_path / 'gone'} is not read)" in capsys.readouterr().out
-
-
-def test_fine_tuning_makes_weights_fit(tmp_path):
-    """Another resolution, other classes, and a distillation token that the start does not have."""
-    config = quick_digits()
-    config.model.name = "deit_testing_distilled"
-    network, like = split_model(
-        registry.abstract_model(
-            "deit_testing", num_classes=4, image_size=64, patch_size=config.model.patch_size
-        )
-    )
-    rng = np.random.default_rng(0)
-    start = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), like)
-    model_folder.write_model(tmp_path / "start", start, network.info)
-    config.init_from = str(tmp_path / "start")
-    setup = check(config, str(tmp_path / "run"))
-    with contextlib.closing(TrainCheckpoints(setup.workdir, keep=1)) as checkpoints:
-        check_start(setup, training=True)
-        state, _, _, origin = initial_state(setup, checkpoints)
-        config.init_from = ""
-        scratch, *_ = initial_state(setup, checkpoints)
-    for words in ("pos_embed resized from 8×8 to 4×4", "head newly", "dist_token newly"):
-        assert words in origin
-    params, fresh, want = state.model.params, scratch.model.params, start.params
-    for name in ("head", "head_dist", "dist_token"):
-        jax.tree.map(np.testing.assert_array_equal, params[name], fresh[name])
-    for name in ("blocks", "norm", "patch_embed", "cls_token"):
-        jax.tree.map(np.testing.assert_array_equal, params[name], want[name])
-    resized = resize_pos_embed(want["pos_embed"], grid=(4, 4), num_prefix=1)
-    np.testing.assert_array_equal(np.delete(params["pos_embed"], 1, axis=1), resized)
-    np.testing.assert_array_equal(params["pos_embed"][:, 1], fresh["pos_embed"][:, 1])
