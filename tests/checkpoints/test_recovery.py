@@ -334,24 +334,14 @@ runpy.run_path("main.py", run_name="__main__")
 @pytest.mark.slow
 def test_ctrl_c_is_one_line(tmp_path):
     """Not a traceback, and what was saved stays."""
-    workdir = tmp_path / "run"
+    workdir, script = tmp_path / "run", tmp_path / "main.py"
+    script.write_text(WITH_CTRL_C)
     flags = [*SHORT, "--config.schedule.epochs=100", f"--workdir={workdir}"]
-    with subprocess.Popen(
-        [sys.executable, "-c", WITH_CTRL_C, *flags],
-        cwd=several.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            while not process.stdout.readline().startswith("step 5/"):
-                assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    line = "error: interrupted; the last checkpoint stays, run the same command to go on\n"
-    assert (process.returncode, stderr) == (130, line)
-    step = kill_and_resume.newest_step(workdir)
-    assert step >= 2
+    with several.started(flags, processes=1, script=script) as (process,):
+        process.wait_for("step 5/")
+        process.send(signal.SIGINT)
+        assert process.wait(60) == 130
+        line = "error: interrupted; the last checkpoint stays, run the same command to go on\n"
+        assert process.stderr == line
+    assert kill_and_resume.newest_step(workdir) >= 2
     assert kill_and_resume.final_arrays(workdir)

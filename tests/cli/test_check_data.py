@@ -1,6 +1,7 @@
 """check-data names exactly what cannot be used, and counts what PIL and NumPy count."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from deit_jax.data.scan import Example, Unreadable, scan, survey
 from tests.data.conftest import CountingSource, picture, store_tfds
 
-FOLDER, DIGITS = "--config=configs/folder.py", "--config=configs/digits.py"
+FOLDER = "--config=folder"
 
 
 @pytest.fixture
@@ -30,39 +31,40 @@ def run(deit_jax_command):
 BAD = ("train/a/cut.jpg", "train/a/empty.jpg", "train/b/text.jpg", "val/a/cut.png")
 
 
+# Of the good files: size and mode.
+GOOD = {
+    "train/a/plain.jpg": (300, 400, "RGB"),
+    "train/a/grey.jpg": (250, 225, "L"),
+    "train/a/cmyk.jpeg": (260, 250, "CMYK"),
+    "train/b/dot.jpg": (1, 1, "RGB"),
+    "train/b/alpha.png": (230, 224, "RGBA"),
+    "train/b/palette.PNG": (40, 900, "P"),
+    "train/c/picture.bmp": (240, 240, "RGB"),
+    "train/c/still.gif": (224, 500, "RGB"),
+    "val/a/small.png": (20, 30, "L"),
+}
+COPIES = {"val/b/again.jpg": "train/a/plain.jpg", "train/c/once_more.jpg": "train/a/grey.jpg"}
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of good and bad files of many kinds: its root and the sizes of the good ones."""
-    root, sizes = tmp_path / "images", {"train": [], "val": []}
-    for kind in ("train/a", "train/b", "train/c", "val/a", "val/b"):
-        (root / kind).mkdir(parents=True)
-
-    def save(name, height, width, mode="RGB"):
+    """A folder of good and bad files of many kinds."""
+    for name, (height, width, mode) in GOOD.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(picture(len(name), height, width)).convert(mode)
-        image.save(root / name)
-        sizes[name.partition("/")[0]].append((height, width))
-
-    save("train/a/plain.jpg", 300, 400)
-    save("train/a/grey.jpg", 250, 225, "L")
-    save("train/a/cmyk.jpeg", 260, 250, "CMYK")
-    save("train/b/dot.jpg", 1, 1)
-    save("train/b/alpha.png", 230, 224, "RGBA")
-    save("train/b/palette.PNG", 40, 900, "P")
-    save("train/c/picture.bmp", 240, 240)
-    save("train/c/still.gif", 224, 500)
-    save("val/a/small.png", 20, 30, "L")
-    (root / "val/b/again.jpg").write_bytes((root / "train/a/plain.jpg").read_bytes())
-    sizes["val"].append((300, 400))
-    (root / "train/c/once_more.jpg").write_bytes((root / "train/a/grey.jpg").read_bytes())
-    sizes["train"].append((250, 225))
-
-    good = (root / "train/a/plain.jpg").read_bytes()
-    (root / "train/a/cut.jpg").write_bytes(good[: len(good) // 2])
-    (root / "train/a/empty.jpg").touch()
-    (root / "train/b/text.jpg").write_text("not a picture\n")
-    good = (root / "train/b/alpha.png").read_bytes()
-    (root / "val/a/cut.png").write_bytes(good[: len(good) // 2])
-    return root, sizes
+        image.save(tmp_path / name)
+    (tmp_path / "val/b").mkdir()
+    for copy, name in COPIES.items():
+        shutil.copy(tmp_path / name, tmp_path / copy)
+    for cut, name in (
+        ("train/a/cut.jpg", "train/a/plain.jpg"),
+        ("val/a/cut.png", "val/a/small.png"),
+    ):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / cut).write_bytes(content[: len(content) // 2])
+    (tmp_path / "train/a/empty.jpg").touch()
+    (tmp_path / "train/b/text.jpg").write_text("not a picture\n")
+    return tmp_path
 
 
 def _spread(values):
@@ -71,28 +73,28 @@ def _spread(values):
 
 
 def test_bad_files_are_named_and_the_others_counted(run, folder):
-    root, sizes = folder
-    status, out, err, report = run(FOLDER, f"--config.dataset.root={root}")
+    status, out, err, report = run(FOLDER, f"--config.dataset.root={folder}")
     assert status == 1
     assert "Traceback" not in err
     assert "12/12" in err, "there is a progress bar"
-    named = [line.partition(": ")[0] for line in out if line.startswith(str(root))]
-    assert named == [str(root / name) for name in BAD]
-    assert all(len(line.partition(": ")[2]) > 10 for line in out if line.startswith(str(root)))
+    named = [line.partition(": ") for line in out if line.startswith(str(folder))]
+    assert [name for name, _, _ in named] == [str(folder / name) for name in BAD]
+    assert all(len(reason) > 10 for _, _, reason in named)
     assert out[-1].startswith("4 of 15 images cannot be used; ")
 
     assert not report["ok"]
     problems = [p for split in report["splits"].values() for p in split["problems"]]
-    assert [p["name"] for p in problems] == named
-    for split, part in (("train", "train"), ("eval", "val")):
-        found, (heights, widths) = report["splits"][split], np.transpose(sizes[part])
-        assert found["images"] == len(heights) + len(found["problems"])
+    assert [p["name"] for p in problems] == [name for name, _, _ in named]
+    train, val = report["splits"]["train"], report["splits"]["eval"]
+    for found, part in ((train, "train"), (val, "val")):
+        names = [COPIES.get(name, name) for name in (*GOOD, *COPIES) if name.startswith(part)]
+        heights, widths = np.transpose([GOOD[name][:2] for name in names])
+        assert found["images"] == len(names) + len(found["problems"])
         assert found["classes"] == ["a", "b", "c"]
         assert found["height"] == _spread(heights)
         assert found["width"] == _spread(widths)
         assert found["aspect"] == _spread(widths / heights)
         assert found["smaller"] == (np.minimum(heights, widths) < 224).sum()
-    train, val = report["splits"]["train"], report["splits"]["eval"]
     assert train["colours"] == {"grey": 2, "RGB": 2, "CMYK": 1, "alpha": 1, "palette": 1}
     assert val["colours"] == {"grey": 1, "RGB": 1}
     assert train["images_per_class"] == _spread([3, 3, 3])
@@ -100,35 +102,19 @@ def test_bad_files_are_named_and_the_others_counted(run, folder):
     assert (train["empty_classes"], val["empty_classes"]) == ([], ["c"])
     assert "  warning: 1 of 3 classes without usable images: c" in out
     assert (train["repeated"], val["repeated"]) == (1, 0)
-    again = {"train": f"{root}/train/a/plain.jpg", "eval": f"{root}/val/b/again.jpg"}
+    again = {"train": f"{folder}/train/a/plain.jpg", "eval": f"{folder}/val/b/again.jpg"}
     assert report["in_both"] == [again]
     (warning,) = [line for line in out if line.startswith("warning: ")]
     assert warning.endswith(f", 1: {again['eval']} = {again['train']}")
 
 
-def test_a_sound_folder(run, folder):
-    root, _ = folder
-    for name in (*BAD, "val/b/again.jpg"):
-        (root / name).unlink()
-    Image.fromarray(picture(1, 30, 30)).save(root / "val/b/other.jpg")
-    status, out, _, report = run(FOLDER, f"--config.dataset.root={root}", "--workers=1")
-    assert status == 0
-    assert report["ok"]
-    assert not report["in_both"]
-    assert out[0] == f"train: folder {root}/train, 9 images"
-    assert out[1] == "  3 classes: a, b, c"
-    assert out[-1].startswith("every image can be used; ")
-
-
-def test_digits(run):
-    status, out, _, report = run(DIGITS)
-    assert status == 0
+def test_every_image_of_the_digits_can_be_used(run):
+    status, out, _, report = run("--config=digits", "--workers=1")
+    assert (status, report["ok"], report["in_both"]) == (0, True, [])
     assert "  10 classes: 0, 1, 2 … 7, 8, 9" in out
+    assert out[-1].startswith("every image can be used; ")
     train = report["splits"]["train"]
-    assert train["images"] == 1438
-    assert train["height"] == train["width"] == {"min": 8, "median": 8, "max": 8}
-    assert train["smaller"] == 1438
-    assert train["colours"] == {}
+    assert (train["images"], train["smaller"], train["colours"]) == (1438, 1438, {})
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])

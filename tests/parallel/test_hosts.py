@@ -1,7 +1,5 @@
 """How the processes of a run are found, connected, compared and ended together."""
 
-import json
-
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -89,25 +87,23 @@ def test_a_cluster_whose_processes_jax_cannot_find(tmp_path):
     ("options", "words"),
     [
         (
-            {"own_flags": {1: ["--config.train.seed=1"]}, "slurm": True},
+            {"own_flags": {1: ["--config.train.seed=1"]}, "detected": True},
             "process 1 of 2 has config.train.seed 1, but process 0 has 0",
         ),
         # One that trains would wait in vain for one that evaluates.
         ({"own_flags": {1: ["--mode=eval"]}}, "--mode 'eval', but process 0 has 'train'"),
         ({"devices": [1, 3]}, "local devices 3, but process 0 has 1"),
-        ({"own_flags": {1: ["--workdir=OTHER"]}}, "process 1 of 2 does not find in --workdir="),
+        ({"own_flags": {1: ["--workdir={}"]}}, "process 1 of 2 does not find in --workdir="),
     ],
 )
 def test_processes_that_differ_end_with_one_line(tmp_path, options, words):
-    """Before long work. Slurm's environment says which processes there are, in place of fields."""
-    options = json.loads(json.dumps(options).replace("OTHER", str(tmp_path / "other")))
-    options["own_flags"] = {1: options.get("own_flags", {}).get("1", [])}
-    if options.pop("slurm", False):
+    """Before long work; by Slurm's environment or by fields."""
+    given = options.pop("own_flags", {1: []})[1]
+    options["own_flags"] = {1: [flag.format(tmp_path / "other") for flag in given]}
+    if "detected" in options:
         shared = SLURM | {"JAX_COORDINATOR_PORT": str(several.free_port())}
-        options["own_env"] = {
-            i: shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in (0, 1)
-        }
-        options["detected"] = True
+        own = ({"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in "01")
+        options["own_env"] = {number: shared | mine for number, mine in enumerate(own)}
     for process in several.run([*DIGITS, f"--workdir={tmp_path / 'run'}"], processes=2, **options):
         assert words in _error(process)
     assert not list(tmp_path.glob("run/*"))
