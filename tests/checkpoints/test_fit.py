@@ -223,31 +223,6 @@ def test_a_distillation_token_is_added(target):
     assert changes[-1] == "row 1 of pos_embed newly initialised: deit_testing is not distilled"
 
 
-def test_without_class_positions_a_distillation_token_changes_no_position():
-    plain = shapes("deit3_testing")
-    distilled = shapes("deit3_testing", distilled=True)
-    *_, changes = fit(plain, distilled, new={"dist_token"} | head("head_dist"))
-    assert len(changes) == 2
-    *_, changes = fit(distilled, plain)
-    assert changes == ["dist_token, head_dist dropped: deit3_testing is not distilled"]
-
-
-def test_jax_arrays_and_another_key_order():
-    network, like = shapes("deit3_testing")
-    wanted, want = shapes("deit3_testing", image_size=24)
-
-    def backwards(tree):
-        if not isinstance(tree, dict):
-            return jnp.asarray(tree)
-        return {key: backwards(tree[key]) for key in reversed(tree)}
-
-    numpy = filled(like, 0)
-    got, _ = fit_weights(Variables(backwards(numpy.params), {}), network.info, want, wanted.info)
-    assert key_order(got.params) == key_order(want.params)
-    expected, _ = fit_weights(numpy, network.info, want, wanted.info)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
 def test_shapes_alone_tell_what_would_be_done():
     (network, like) = shapes("deit_testing")
     (wanted, want) = shapes("deit_testing_distilled", image_size=48)

@@ -134,17 +134,6 @@ def test_text_of_one_picture(predict_command, distilled, photos):
     assert len(want) == 7 + 2
 
 
-def test_one_head_and_several_files_in_the_order_given(predict_command, plain, photos):
-    folder, model = plain
-    files = [str(photos / name) for name in ("e.bmp", "a.PNG")]
-    lines = _objects(predict_command(folder, *files, "--json").out)
-    assert [line["file"] for line in lines] == files
-    for line in lines:
-        assert set(line) == {"file", "predictions"}
-        _check(line["predictions"], _expected(model, line["file"])[0], ("a", "b", "c"), 3)
-    assert "head" not in predict_command(folder, *files).out
-
-
 def test_csv_on_stdout_and_in_a_file_agree_with_json(predict_command, distilled, photos, tmp_path):
     common, file = (distilled[0], photos, "--topk=2"), tmp_path / "found.csv"
     on_stdout = predict_command(*common).out
@@ -192,6 +181,7 @@ def test_an_unreadable_picture_is_named_and_the_others_predicted(
     lines = _objects(found)
     assert [Path(line["file"]).name for line in lines] == ["0.png", "2.png", "4.png"]
     for line in lines:  # each its own, though others before them in the batch are missing
+        assert set(line) == {"file", "predictions"}, "one head says no more"
         _check(line["predictions"], _expected(model, line["file"])[0], ("a", "b", "c"), 3)
     for number in (1, 3, 5):
         assert err.count(f"{tmp_path / f'{number}.png'}: ") == 1
@@ -210,7 +200,9 @@ def test_any_failure_of_a_decoder_is_a_line(predict_command, plain, photos, monk
     assert predict_command(plain[0], photos / "b.jpg") == (1, "", line)
 
 
-def test_linked_folders_are_searched(photos, tmp_path):
+def test_linked_folders_are_searched_and_files_stay_in_order(photos, tmp_path):
+    files = [photos / "e.bmp", photos / "a.PNG"]
+    assert find_images(files) == files
     (tmp_path / "link").symlink_to(photos)
     found = find_images([str(tmp_path)])
     assert [p.relative_to(tmp_path / "link") for p in found] == [

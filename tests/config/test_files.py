@@ -12,8 +12,8 @@ import deit_jax
 from deit_jax.config.fields import default_config
 from deit_jax.config.files import changed_fields, load_config, packaged_recipes, write_config
 from deit_jax.config.validate import validate
-from deit_jax.errors import InputError
 from deit_jax.training.teacher import teacher_config
+from tests.refusal import refusal
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +44,6 @@ def own_recipes(tmp_path):
     return folder
 
 
-def _refusal(name):
-    with pytest.raises(InputError) as caught:
-        load_config(name)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize("name", ["deit3:l_400", "deit3.py:l_400", "configs/deit3.py:l_400"])
 def test_a_packaged_recipe_is_found_from_any_folder(name, repo_root):
     assert deit_jax.load_config is load_config
@@ -73,7 +65,7 @@ def test_a_run_folder_and_its_config_are_the_config_again(tmp_path):
         assert again.to_dict() == config.to_dict()
     assert load_config("digits").dataset.source == "digits"  # the packaged name wins
     (tmp_path / "empty").mkdir()
-    assert "empty is no run folder" in _refusal("empty")
+    assert "empty is no run folder" in refusal(load_config, "empty")
 
 
 def test_a_file_in_the_folder_wins_over_the_packaged_recipe(own_recipes, monkeypatch):
@@ -120,12 +112,12 @@ def test_the_config_of_another_version(tmp_path, capsys):
     assert changed_fields(default_config(), tmp_path) == ["train.cosub: None → False"]
     tree["train"]["dropout"] = 0.1
     file.write_text(json.dumps(tree))
-    assert "train.dropout" in _refusal(file)
+    assert "train.dropout" in refusal(load_config, file)
     for damaged in ("", '{"train": ', "[]"):
         file.write_text(damaged)
-        assert f"{file} is damaged" in _refusal(file)
+        assert f"{file} is damaged" in refusal(load_config, file)
         assert changed_fields(default_config(), tmp_path) == []  # a run resumes all the same
-    assert "nowhere/config.json cannot be read" in _refusal("nowhere/config.json")
+    assert "nowhere/config.json cannot be read" in refusal(load_config, "nowhere/config.json")
 
 
 def test_changed_fields_lists_what_differs_from_the_first_run(tmp_path):
@@ -160,7 +152,7 @@ def test_changed_fields_lists_what_differs_from_the_first_run(tmp_path):
 def test_recipes_that_are_not_there_or_fail(own_recipes, name, words):
     (own_recipes / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     (own_recipes / "wrong.py").write_text("def get_config():\n    return 3\n")
-    message = _refusal(name)
+    message = refusal(load_config, name)
     for word in words:
         assert word in message
 

@@ -6,7 +6,7 @@ from deit_jax.cli.arguments import Parser
 from deit_jax.config.files import write_config
 from deit_jax.config.flags import parse
 from deit_jax.config.validate import validate
-from deit_jax.errors import InputError
+from tests.refusal import refusal
 
 
 def _parse(*argv):
@@ -17,11 +17,7 @@ def _parse(*argv):
 
 
 def _refusal(*argv):
-    with pytest.raises(InputError) as caught:
-        validate(_parse(*argv).config)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return refusal(lambda: validate(_parse(*argv).config))
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,7 @@ def teacher(tmp_path_factory):
     """A model folder that ImageNet's students may learn from."""
     network, like = split_model(registry.abstract_model("regnety_testing"))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-    folder = tmp_path_factory.mktemp("teacher")
-    folder.rmdir()
+    folder = tmp_path_factory.mktemp("teacher") / "model"
     model_folder.write_model(folder, zeros, network.info)
     return str(folder)
 

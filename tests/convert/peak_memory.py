@@ -1,8 +1,8 @@
 """Converts a large model both ways and loads it, each in a process of its own; prints peak memory.
 
-python tests/convert/peak_memory.py [--model=deit3_huge_patch14_224] [--limit_gib=12]
+python tests/convert/peak_memory.py [--model=deit3_huge_patch14_224]
 
-Exits with 1 if a step takes more than the limit. Needs about 8 GB of disk for the huge model.
+Needs about 8 GB of disk for the huge model.
 """
 
 import argparse
@@ -65,9 +65,5 @@ def measure(model: str) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="deit3_huge_patch14_224")
-    parser.add_argument("--limit_gib", type=float, default=12.0)
-    arguments = parser.parse_args()
-    measured = measure(arguments.model)
-    for step, peak in measured.items():
-        print(f"{step}: {peak:.1f} GiB at most", flush=True)
-    sys.exit(int(max(measured.values()) > arguments.limit_gib))
+    for step, peak in measure(parser.parse_args().model).items():
+        print(f"{step}: {peak:.1f} GiB at most")

@@ -12,6 +12,7 @@ import pytest
 from deit_jax.convert.download import fetch
 from deit_jax.errors import InputError, TransientError
 from tests import several
+from tests.refusal import refusal
 
 _BODY = bytes(range(256)) * 1500
 _HASHED = f"tiny-{hashlib.sha256(_BODY).hexdigest()[:8]}.pth"
@@ -84,21 +85,11 @@ def dead_address():
     return f"http://127.0.0.1:{several.free_port()}"
 
 
-def refusal(src, kind=InputError):
-    with pytest.raises(InputError) as caught:
-        fetch(src)
-    assert caught.type is kind
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 600
-    return message
-
-
 def test_paths(tmp_path):
     assert fetch(str(tmp_path)) == fetch(tmp_path) == tmp_path
     for src in ("no/such/file.pth", "", "a\nb", "a\0b"):
-        assert "no such file" in refusal(src)
-    assert "hf:facebook/deit-tiny" in refusal("facebook/deit-tiny")
+        assert "no such file" in refusal(fetch, src)
+    assert "hf:facebook/deit-tiny" in refusal(fetch, "facebook/deit-tiny")
 
 
 def test_a_file_is_downloaded_once(server, tmp_path, capfd):
@@ -128,7 +119,7 @@ def test_a_file_is_downloaded_once(server, tmp_path, capfd):
 def test_a_failed_download_leaves_nothing(server, tmp_path, name, answer, kind, words):
     url = f"{server.address}/{name}"
     server.script[f"/{name}"] = answer
-    message = refusal(url, kind)
+    message = refusal(fetch, url, kind=kind)
     assert url in message
     assert words in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -141,14 +132,14 @@ def test_redirects_stay_on_safe_ground(server):
     assert fetch(f"{server.address}/a.pth").read_bytes() == _BODY
     # By a name that no URL may have, which leads here nevertheless.
     server.script["/c.pth"] = server.address.replace("127.0.0.1", "0.0.0.0") + "/b.pth"
-    assert "0.0.0.0" in refusal(f"{server.address}/c.pth")
+    assert "0.0.0.0" in refusal(fetch, f"{server.address}/c.pth")
 
 
 def test_no_network_and_no_disk(server, dead_address, tmp_path, monkeypatch):
-    assert "refused" in refusal(f"{dead_address}/a.pth", TransientError)
+    assert "refused" in refusal(fetch, f"{dead_address}/a.pth", kind=TransientError)
     (tmp_path / "file").touch()
     monkeypatch.setenv("DEIT_JAX_CACHE", str(tmp_path / "file"))
-    assert "DEIT_JAX_CACHE" in refusal(f"{server.address}/a.pth")
+    assert "DEIT_JAX_CACHE" in refusal(fetch, f"{server.address}/a.pth")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +155,7 @@ def test_no_network_and_no_disk(server, dead_address, tmp_path, monkeypatch):
 )
 def test_refused_without_a_request(monkeypatch, url):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a request was made"))
-    assert "expected" in refusal(url) or "URL" in refusal(url)
+    assert "expected" in refusal(fetch, url) or "URL" in refusal(fetch, url)
 
 
 @pytest.mark.parametrize(
@@ -212,4 +203,4 @@ def test_the_hub(server, dead_address, tmp_path, run_python):
 
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install" in refusal("hf:owner/name")
+    assert "pip install" in refusal(fetch, "hf:owner/name")

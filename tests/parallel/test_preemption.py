@@ -3,7 +3,7 @@
 import itertools
 import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -24,30 +24,23 @@ def test_the_signal_is_answered_once_a_step_and_given_back(capsys):
 
 
 def test_other_threads_leave_signals_alone():
-    before, found = signal.getsignal(signal.SIGTERM), []
-
     def listen():
         with preemption.StopSignal():
-            found.append(signal.getsignal(signal.SIGTERM))
+            return signal.getsignal(signal.SIGTERM)
 
-    thread = threading.Thread(target=listen)
-    thread.start()
-    thread.join()
-    assert found == [before]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(listen).result() == signal.getsignal(signal.SIGTERM)
 
 
-class Store:
+class Store(dict):
     """The coordinator's keys and values."""
 
-    def __init__(self):
-        self._entries = {}
-
     def key_value_set(self, key, value):
-        assert key not in self._entries
-        self._entries[key] = value
+        assert key not in self
+        self[key] = value
 
     def key_value_dir_get(self, folder):
-        return [entry for entry in self._entries.items() if entry[0].startswith(folder)]
+        return [entry for entry in self.items() if entry[0].startswith(folder)]
 
 
 @pytest.mark.parametrize("told", [(0,), (1,), (0, 1)])
