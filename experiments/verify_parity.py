@@ -28,12 +28,11 @@ from deit_jax.convert import from_torch
 from deit_jax.errors import InputError
 from deit_jax.inference.preprocess import preprocess
 from deit_jax.models import registry
-from deit_jax.planning.markdown import head, origin, processor, table, write_section
+from deit_jax.planning.markdown import head, origin, processor, publish, table
 from tests.oracles import reference_vit, timm_models
 
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "timm", "numpy", "pillow")
 _BESIDE = Path(__file__).resolve().parents[2] / "shared/data/imagenet_sample"
-_PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm", "numpy", "pillow")
-_NAMES = [name for name in registry.list_models() if "testing" not in name]
 
 
 class Row(NamedTuple):
@@ -44,6 +43,11 @@ class Row(NamedTuple):
     logits: float
     features: float
     limit: float
+
+    @property
+    def within_limits(self) -> bool:
+        """Whether the models agree; a NaN does not."""
+        return self.logits <= self.limit and self.features <= self.limit
 
     def cells(self) -> tuple[str, ...]:
         """Returns the text of the row."""
@@ -84,10 +88,8 @@ def compare(name: str, pictures: list[Path], *, num_random: int = 4) -> Row:
     with torch.no_grad():
         batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
         tokens = oracle.forward_features(batch)
-        if hasattr(oracle, "forward_head"):
-            logits = oracle.forward_head(tokens)
-        else:
-            logits = oracle(batch)
+        again = hasattr(oracle, "forward_head")
+        logits = oracle.forward_head(tokens) if again else oracle(batch)
         if tokens.ndim == 4:  # a convolutional map, NCHW
             tokens = tokens.permute(0, 2, 3, 1)
         want = logits.numpy(), tokens.numpy()
@@ -107,6 +109,15 @@ def _pictures(folder: Path) -> list[Path]:
     return files[:: len(files) // 4][:4]
 
 
+def finish(rows: list, columns: tuple, command: str, file: Path | None, *more: str) -> int:
+    """Prints the table below `more`, also into `file`; returns 1 where a row is beyond a limit."""
+    section = head("Differences", command, origin(*_PACKAGES), processor())
+    publish([*section, *more, *table(*columns, rows=(row.cells() for row in rows))], file)
+    bad = [row.name for row in rows if not row.within_limits]
+    print(f"beyond the limits: {', '.join(bad)}" if bad else f"all {len(rows)} within the limits")
+    return 1 if bad else 0
+
+
 def _run(argv: list[str]) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -115,9 +126,9 @@ def _run(argv: list[str]) -> int:
     add("--images", type=Path, default=images, help="folder of JPEGs")
     add("--write", type=new_file, metavar="FILE", help="also put the table into this file")
     arguments = parser.parse_args(argv)
-    names = arguments.names or _NAMES
+    names = arguments.names or [n for n in registry.list_models() if "testing" not in n]
     for name in names:
-        registry.model_options(name)
+        registry.model_options(name)  # raises for an unknown name
     pictures = _pictures(arguments.images)
     rows = []
     for number, name in enumerate(names, start=1):
@@ -127,17 +138,9 @@ def _run(argv: list[str]) -> int:
         jax.clear_caches()
         seconds = time.monotonic() - start
         print(*rows[-1].cells(), f"{number}/{len(names)}, {seconds:.0f} s", flush=True)
-    if arguments.write:
-        command = f"python -m experiments.verify_parity {shlex.join(argv)}"
-        columns = ("model", "parameters", "logits", "forward_features", "limit")
-        section = [
-            *head("Differences", command, origin(*_PACKAGES), processor()),
-            *table(*columns, rows=(row.cells() for row in rows)),
-        ]
-        write_section(arguments.write, section)
-    bad = [row.name for row in rows if not (row.logits <= row.limit and row.features <= row.limit)]
-    print(f"beyond the limit: {', '.join(bad)}" if bad else f"all {len(rows)} within their limits")
-    return 1 if bad else 0
+    command = f"python -m experiments.verify_parity {shlex.join(argv)}"
+    columns = ("model", "parameters", "logits", "forward_features", "limit")
+    return finish(rows, columns, command, arguments.write)
 
 
 def main(argv: list[str] | None = None) -> int:

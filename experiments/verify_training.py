@@ -31,13 +31,12 @@ from deit_jax.convert import mapping, to_torch
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Variables, split_model
-from deit_jax.planning.markdown import head, origin, processor, table, write_section
 from deit_jax.training import mixing, optim
 from deit_jax.training.state import new_state, step_keys
 from deit_jax.training.step import make_augment, make_train_step
+from experiments.verify_parity import finish
 from tests.oracles import timm_models, torch_training
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "timm", "numpy")
 _CLASSES, _EPOCHS = 10, 10
 # Limits of relative differences: of the first and the last loss, and of all weights as one vector,
 # as they are, without the biases of keys (on which no output depends), and of their EMA. And of the
@@ -71,7 +70,7 @@ CASES = {
 class Row(NamedTuple):
     """A comparison: the differences by the names of LIMITS, and what they are relative to."""
 
-    case: str
+    name: str
     model: str
     losses: np.ndarray  # PyTorch's, one a step
     worst: float  # relative difference of a loss
@@ -87,7 +86,7 @@ class Row(NamedTuple):
         """Returns the text of the row."""
         error = {name: f"{value:.1e}" for name, value in self.errors.items()}
         return [
-            self.case, self.model, f"{self.losses[0]:.4f} → {self.losses[-1]:.4f}", error["first"],
+            self.name, self.model, f"{self.losses[0]:.4f} → {self.losses[-1]:.4f}", error["first"],
             error["last"], f"{self.worst:.1e}", f"{self.moved:.2f}", error["weights"],
             error["effective"], error["ema"],
         ]  # fmt: skip
@@ -143,12 +142,9 @@ def compare(
     if config.distill.kind != "none":
         teachers = Twins(teacher, image_size, seed=1)
         _make_undecided(teachers.module, np.concatenate([batch["image"] for batch in batches]))
+    counts = {"num_classes": _CLASSES, "steps_per_epoch": plan.steps_per_epoch}
     reference = torch_training.Training(
-        student.module,
-        config,
-        num_classes=_CLASSES,
-        steps_per_epoch=plan.steps_per_epoch,
-        teacher=teachers and teachers.module,
+        student.module, config, teacher=teachers and teachers.module, **counts
     )
     start = student.variables()
     optimizer = optim.make_optimizer(start.params, config.optimizer)
@@ -291,19 +287,10 @@ def _run(argv: list[str]) -> int:
         row = compare(case, getattr(arguments, student), arguments.teacher, **sizes)
         print(*row.cells(), f"{time.monotonic() - start:.0f} s", flush=True)
         rows.append(row)
-    if arguments.write:
-        command = f"python -m experiments.verify_training {shlex.join(argv)}"
-        steps, size, batch = sizes.values()
-        what = f"{steps} steps of {batch} images of {size} pixels; teacher `{arguments.teacher}`."
-        section = [
-            *head("Differences", command, origin(*_PACKAGES), processor()),
-            *(what, ""),
-            *table(*_COLUMNS, rows=(row.cells() for row in rows)),
-        ]
-        write_section(arguments.write, section)
-    bad = [row.case for row in rows if not row.within_limits]
-    print(f"beyond the limits: {', '.join(bad)}" if bad else f"all {len(rows)} within the limits")
-    return 1 if bad else 0
+    command = f"python -m experiments.verify_training {shlex.join(argv)}"
+    steps, size, batch = sizes.values()
+    what = f"{steps} steps of {batch} images of {size} pixels; teacher `{arguments.teacher}`."
+    return finish(rows, _COLUMNS, command, arguments.write, what, "")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,4 +38,4 @@ def test_a_difference_is_seen(monkeypatch, capsys, sample_images):
     monkeypatch.setattr(verify_parity.from_torch, "from_tensors", spoilt)
     status = verify_parity.main(["deit_tiny_patch16_224", "--images", str(sample_images)])
     assert status == 1
-    assert "beyond the limit: deit_tiny_patch16_224" in capsys.readouterr().out
+    assert "beyond the limits: deit_tiny_patch16_224" in capsys.readouterr().out
