@@ -21,7 +21,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import digits_distill
-from deit_jax import trees
+from deit_jax import data, trees
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.models import layers, registry
@@ -67,7 +67,8 @@ class Run:
         self.checkpoints = TrainCheckpoints(str(workdir), keep=9)
         self.state, shardings, _, origin = initial_state(self.setup, self.checkpoints)
         self.summary = summary.describe_run(self.setup, origin)
-        self._batches = loop._batches(self.setup, int(self.state.step))
+        source, plan = self.setup.train_source, self.setup.input_plan()
+        self._batches = data.train_batches(source, plan, start_step=int(self.state.step))
         teacher, self._teacher = load_teacher(self.setup)
         self._step = loop.jit_train_step(self.setup, shardings, teacher)
 

@@ -1,6 +1,5 @@
 """Finds out whose tensors a file holds, and in whose names: from keys and shapes alone."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -11,23 +10,13 @@ import numpy as np
 from deit_jax.convert import layouts
 from deit_jax.errors import InputError
 from deit_jax.models import registry
+from deit_jax.models.info import ModelInfo
 from deit_jax.models.regnet import stage_plan
 
 # timm's keys that only one layout of a family can have as its own.
 _MARKS = {"vit": ("pos_embed", "blocks.0.attn.qkv.weight"), "regnet": ("stem.conv.weight",)}
 
 Tensors = Mapping[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What the tensors say: their layout, and the arguments of `registry.abstract_model`."""
-
-    layout: layouts.Layout
-    name: str
-    num_classes: int
-    image_size: int | None  # None where the model takes any size
-    overrides: dict[str, Any]
 
 
 def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
@@ -49,8 +38,8 @@ def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
     )
 
 
-def identify(tensors: Tensors, layout: layouts.Layout, *, what: str) -> Found:
-    """Returns the registered model of the tensors' structure; of several, the nearest in size.
+def identify(tensors: Tensors, layout: layouts.Layout, *, what: str) -> ModelInfo:
+    """Describes the registered model of the tensors' structure; of several, the nearest in size.
 
     Args:
       tensors: of a file in `layout`.
@@ -79,7 +68,7 @@ def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
     return shape
 
 
-def _identify_vit(tensors: Tensors, layout: layouts.Layout, what: str) -> Found:
+def _identify_vit(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:
     classes = _shape(tensors, layout.key("head.weight"), 2, what)[0]
     patch = _shape(tensors, layout.key("patch_embed.proj.weight"), 4, what)[2]
     _, positions, dim = _shape(tensors, layout.key("pos_embed"), 3, what)
@@ -110,14 +99,15 @@ def _identify_vit(tensors: Tensors, layout: layouts.Layout, what: str) -> Found:
         found = ", ".join(f"{key} {value}" for key, value in traits.items())
         raise InputError(f"{what}: no registered model has {found}")
     other_patch, _, name = min(candidates)
-    return Found(layout, name, classes, size, {"patch_size": patch} if other_patch else {})
+    overrides = (("patch_size", patch),) if other_patch else ()
+    return registry.model_info(name, num_classes=classes, image_size=size, overrides=overrides)
 
 
-def _identify_regnet(tensors: Tensors, layout: layouts.Layout, what: str) -> Found:
+def _identify_regnet(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:
     classes = _shape(tensors, layout.key("head.fc.weight"), 2, what)[0]
     for name in registry.list_models("regnety*"):
         if _is_regnet(tensors, layout, registry.model_options(name)):
-            return Found(layout, name, classes, None, {})
+            return registry.model_info(name, num_classes=classes)
     widths = [
         tensors[key].shape[0]
         for stage in range(1, 5)

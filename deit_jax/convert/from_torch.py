@@ -91,25 +91,16 @@ def from_tensors(
     known: ModelInfo | None = described.pop("info", None)
     num_heads = described.pop("num_heads", None)
     layout = detect.layout_of(tensors, what)
-    if known is not None:
-        try:
-            abstract = model_folder.build(known, registry.abstract_model)
-        except (ValueError, TypeError, ArithmeticError) as error:
-            raise InputError(f"{what}: its description fits no model ({brief(error)})") from error
-    else:
-        found = detect.identify(tensors, layout, what=what)
-        abstract = registry.abstract_model(
-            found.name,
-            num_classes=found.num_classes,
-            image_size=found.image_size,
-            **found.overrides,
+    info = known or detect.identify(tensors, layout, what=what)
+    try:
+        _, like = split_model(model_folder.build(info, registry.abstract_model))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise InputError(f"{what}: its description fits no model ({brief(error)})") from error
+    ours = registry.model_options(info.name).get("num_heads")
+    if num_heads not in (None, ours):
+        raise InputError(
+            f"{what}: config.json says {num_heads} attention heads, but {info.name} has {ours}"
         )
-        ours = registry.model_options(found.name).get("num_heads")
-        if num_heads not in (None, ours):
-            raise InputError(
-                f"{what}: config.json says {num_heads} attention heads, but {found.name} has {ours}"
-            )
-    _, like = split_model(abstract)
     variables, counts = mapping.to_variables(tensors, like, layout, what=what)
     for key, array in tensors.items():
         if bad := array.size - np.count_nonzero(np.isfinite(array)):
@@ -117,7 +108,6 @@ def from_tensors(
                 f"{what}: {key} has {bad} values that are not finite, of {array.size}; the "
                 "training run diverged, or the file is damaged"
             )
-    info = abstract.info
     if known is None:
         names, more = _class_names(described.pop("class_names", ()), info.num_classes)
         notes += more
@@ -186,9 +176,7 @@ def adapt(
 def _class_names(names: tuple[str, ...], num_classes: int) -> tuple[tuple[str, ...], list[str]]:
     """Returns the names to keep, and notes about them."""
     if names and len(names) != num_classes:
-        return (), [
-            f"the source names {len(names)} classes, but its head has {num_classes}: no names"
-        ]
+        return (), [f"the source names {len(names)} classes, its head has {num_classes}: no names"]
     if not names and num_classes == 1000:
         return imagenet.wnids(), ["1000 classes without names: taken to be ImageNet-1k's"]
     if all(name == f"LABEL_{i}" for i, name in enumerate(names)):

@@ -31,10 +31,7 @@ _HUGGING_FACE = (
 # files; some people save the former.
 _HUGGING_FACE_5 = (
     (r"encoder\.layer\.", r"layers."),
-    (r"attention\.attention\.(query|key|value)", r"attention.\1"),
-    (r"attention\.query", r"attention.q_proj"),
-    (r"attention\.key", r"attention.k_proj"),
-    (r"attention\.value", r"attention.v_proj"),
+    (r"attention\.attention\.(q|k|v)[a-z]+", r"attention.\1_proj"),
     (r"attention\.output\.dense", r"attention.o_proj"),
     (r"intermediate\.dense", r"mlp.fc1"),
     (r"(layers\.\d+)\.output\.dense", r"\1.mlp.fc2"),
@@ -75,10 +72,6 @@ def _substitute(key: str, table: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-def _reference(key: str) -> tuple[str, ...]:
-    return (re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key),)
-
-
 def _hugging_face(key: str, *, module: str, version_5: bool = False) -> tuple[str, ...]:
     head = "classifier" if module == "vit" else "cls_classifier"
     key = _substitute(key, _HUGGING_FACE).replace("{m}", module).replace("{head}", head)
@@ -98,7 +91,9 @@ def _transformers(name: str, **options: object) -> Layout:
 
 
 TIMM_VIT = Layout("timm", "vit")
-REFERENCE = Layout("reference", "vit", _reference)
+REFERENCE = Layout(
+    "reference", "vit", lambda key: (re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key),)
+)
 HF_VIT = _transformers("ViT", module="vit")
 HF_DEIT = _transformers("DeiT", module="deit")
 TIMM_REGNET = Layout("timm", "regnet")

@@ -26,10 +26,7 @@ class Network:
     info: ModelInfo
 
     def __call__(
-        self,
-        variables: Variables,
-        images: jax.Array,
-        key: jax.Array | None = None,
+        self, variables: Variables, images: jax.Array, key: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, ...], Tree]:
         """Applies the model.
 
@@ -42,7 +39,7 @@ class Network:
           The logits of each head, float32 [B,K], and the BatchNorm statistics after the pass.
         """
         # merge matches leaves by position, hence the name and shape check at every loader.
-        model = nnx.merge(self.graphdef, variables.params, variables.batch_stats)
+        model = join_model(self, variables)
         rngs = None if key is None else nnx.Rngs(dropout=key)
         heads = model.heads(images, rngs=rngs)
         return heads, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

@@ -31,7 +31,7 @@ def plan(config: object, workdir: str) -> Report:
     Raises:
       InputError: what would stop the run at its start.
     """
-    run = check(config, workdir, mode="plan")
+    run, first = check(config, workdir, mode="plan"), hosts.is_first()
     origin = "not started"
     if loop.holds_checkpoint(workdir):
         with contextlib.closing(loop.open_checkpoints(run, training=False)) as checkpoints:
@@ -40,15 +40,12 @@ def plan(config: object, workdir: str) -> Report:
         checks.check_place(workdir)
         if config.init_from:
             check_start(run, training=True)
-    log(f"Plan of {workdir}\n{summary.describe_run(run, origin)}\n", on=hosts.is_first())
+    log(f"Plan of {workdir}\n{summary.describe_run(run, origin)}\n", on=first)
     if run.teacher_folder is not None and not model_folder.find_model(run.teacher_folder):
         recipe = config.distill.teacher_config
-        log(
-            f"Its teacher is trained first; plan that with --config={recipe}.\n",
-            on=hosts.is_first(),
-        )
+        log(f"Its teacher is trained first; plan that with --config={recipe}.\n", on=first)
     found = forecast(run, limit=device_memory())
-    log("\n".join(report.lines(found)), on=hosts.is_first())
+    log("\n".join(report.lines(found)), on=first)
     return found
 
 

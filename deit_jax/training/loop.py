@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,15 +20,8 @@ from deit_jax.errors import InputError, NonFiniteLoss, Preempted
 from deit_jax.models.network import Network, Variables
 from deit_jax.parallel import hosts, preemption
 from deit_jax.parallel.mesh import batch_sharding, replicated, to_global
-from deit_jax.training import checks, pmap, summary
+from deit_jax.training import checks, metrics, pmap, summary
 from deit_jax.training.evaluate import evaluator, make_attention_probe, skipped
-from deit_jax.training.metrics import (
-    MetricWriter,
-    Progress,
-    accuracy_warning,
-    eval_line,
-    train_line,
-)
 from deit_jax.training.run import Run
 from deit_jax.training.setup import check, check_start, initial_state
 from deit_jax.training.state import TrainState
@@ -79,19 +72,19 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     with contextlib.closing(open_checkpoints(run, training=False)) as checkpoints:
         state, _, _, origin = initial_state(run, checkpoints)
         log(summary.describe_run(run, origin), on=hosts.is_first())
-        teacher = None
+        teacher = None, None
         if run.teacher_folder is not None and model_folder.find_model(run.teacher_folder):
             teacher = load_teacher(run)
-        step = int(state.step)
-        writer = MetricWriter(workdir, on=hosts.is_first())
-        with contextlib.closing(writer):
-            final = evaluator(run)(state) | teacher_accuracy(run, *(teacher or (None, None)))
-            return _report(writer, step, final)
+        with contextlib.closing(metrics.MetricWriter(workdir, on=hosts.is_first())) as writer:
+            final = evaluator(run)(state) | teacher_accuracy(run, *teacher)
+            return _report(writer, int(state.step), final)
 
 
 def _train(
     run: Run, checkpoints: TrainCheckpoints, stopped: preemption.StopSignal
 ) -> dict[str, float]:
+    from deit_jax import data
+
     config, plan, workdir, first = run.config, run.plan, run.workdir, hosts.is_first()
     state, shardings, best, origin = initial_state(run, checkpoints)
     step = int(state.step)
@@ -103,21 +96,17 @@ def _train(
     teacher, teacher_variables = load_teacher(run)
     teacher_report = teacher_accuracy(run, teacher, teacher_variables)
     if teacher_report:
-        log(
-            f"Teacher top-1 on the eval split: {teacher_report['teacher_top1']:.2f} %",
-            on=first,
-        )
+        log(f"Teacher top-1 on the eval split: {teacher_report['teacher_top1']:.2f} %", on=first)
 
     train_step = jit_train_step(run, shardings, teacher)
     evaluate_state = evaluator(run)
     probe = None
     if config.train.log_attention:
-        probe = jax.jit(
-            make_attention_probe(run.network),
-            out_shardings=replicated(run.mesh),
-        )
-    writer = MetricWriter(workdir, resume_step=step, tensorboard=config.train.tensorboard, on=first)
-    progress = Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
+        probe = jax.jit(make_attention_probe(run.network), out_shardings=replicated(run.mesh))
+    writer = metrics.MetricWriter(
+        workdir, resume_step=step, tensorboard=config.train.tensorboard, on=first
+    )
+    progress = metrics.Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
     window = _Window(run)
     results = None  # of the last evaluation, if it was of the present step
     if step >= plan.total_steps:
@@ -126,15 +115,15 @@ def _train(
             raise NonFiniteLoss(_nonfinite_report(run, step))
 
     with contextlib.closing(writer):
-        batches = _batches(run, step)
+        batches = data.train_batches(run.train_source, run.input_plan(), start_step=step)
         while step < plan.total_steps:
             begin = time.perf_counter()
             batch = next(batches)
             progress.waited(time.perf_counter() - begin)
             batch = to_global(batch, batch_sharding(run.mesh))
-            state, metrics = train_step(state, teacher_variables, batch)
+            state, measured = train_step(state, teacher_variables, batch)
             step += 1
-            window.add(step, metrics)
+            window.add(step, measured)
             progress.step_done()
             checkpoints.check_saves()
             # Asked once a step: a signal between two answers must not skip the save.
@@ -146,7 +135,8 @@ def _train(
                     values["attention_max"] = float(probe(state.model, batch["image"]))
                     progress.pause(time.perf_counter() - begin)
                 writer.write(step, "train", values)
-                log(train_line(step, plan.total_steps, plan.steps_per_epoch, values), on=first)
+                line = metrics.train_line(step, plan.total_steps, plan.steps_per_epoch, values)
+                log(line, on=first)
 
             begin = time.perf_counter()
             if last or _due(step, plan.eval_every):
@@ -155,8 +145,8 @@ def _train(
                 expected = dict(config.train.expected_top1).get(step / plan.steps_per_epoch)
                 shown = results | ({} if expected is None else {"expected_top1": expected})
                 writer.write(step, "eval", shown)
-                log(f"step {step}: eval {eval_line(shown)}", on=first)
-                if warning := accuracy_warning(shown):
+                log(f"step {step}: eval {metrics.eval_line(shown)}", on=first)
+                if warning := metrics.accuracy_warning(shown):
                     log(warning, on=first)
                 if results["top1"] > best["top1"]:
                     best = {"top1": results["top1"], "step": step}
@@ -175,8 +165,7 @@ def _train(
                 raise NonFiniteLoss(window.failed)
 
         _write_final_models(run, state)
-        final = (results or evaluate_state(state)) | teacher_report
-        return _report(writer, step, final)
+        return _report(writer, step, (results or evaluate_state(state)) | teacher_report)
 
 
 def jit_train_step(
@@ -193,12 +182,7 @@ def jit_train_step(
         return pmap.pmap_train_step(run, teacher)
     everywhere = replicated(run.mesh)
     step = make_train_step(
-        run.config,
-        run.plan,
-        run.network,
-        run.optimizer,
-        teacher=teacher,
-        replicated=everywhere,
+        run.config, run.plan, run.network, run.optimizer, teacher=teacher, replicated=everywhere
     )
     return jax.jit(
         step,
@@ -224,8 +208,8 @@ class _Window:
         self._count = 0
         self.failed: str | None = None  # why the run must stop
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self._pending.append((step, metrics))
+    def add(self, step: int, measured: dict[str, jax.Array]) -> None:
+        self._pending.append((step, measured))
         while len(self._pending) >= _STEPS_IN_FLIGHT:  # one more is dispatched before the next call
             self._collect()
 
@@ -235,8 +219,8 @@ class _Window:
             self._collect()
 
     def _collect(self) -> None:
-        step, metrics = self._pending.popleft()
-        self._last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        step, measured = self._pending.popleft()
+        self._last = {name: float(value) for name, value in jax.device_get(measured).items()}
         limit = self._run.config.train.max_nonfinite_steps
         if self._last["nonfinite_steps"] >= limit and self.failed is None:
             self.failed = _nonfinite_report(self._run, step)
@@ -268,12 +252,6 @@ def _nonfinite_report(run: Run, step: int) -> str:
         "last good weights are saved; lower config.optimizer.lr or set config.optimizer.clip_norm. "
         f"Examples of step {first}: {shown}"
     )
-
-
-def _batches(run: Run, start_step: int) -> Iterator[dict]:
-    from deit_jax import data
-
-    return data.train_batches(run.train_source, run.input_plan(), start_step=start_step)
 
 
 def _write_final_models(run: Run, state: TrainState) -> None:
@@ -311,7 +289,7 @@ def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
     return checkpoints
 
 
-def _report(writer: MetricWriter, step: int, final: dict[str, float]) -> dict[str, float]:
+def _report(writer: metrics.MetricWriter, step: int, final: dict[str, float]) -> dict[str, float]:
     writer.write(step, "final", final)
     log(f"Final report at step {step}:", on=hosts.is_first())
     log(json.dumps(final, indent=2), on=hosts.is_first())

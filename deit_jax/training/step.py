@@ -93,6 +93,8 @@ def make_augment(
       the loss wants, [B,K], and how the groups were mixed. `batch` as in `make_train_step`.
     """
 
+    names = ("smoothing", "mixup_alpha", "cutmix_alpha", "prob", "switch_prob")
+
     @jax.named_scope("augment")
     def augment(key: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, mixing.MixDraw]:
         erase_key, mix_key = jax.random.split(key)
@@ -104,12 +106,8 @@ def make_augment(
             batch["label"],
             num_classes=plan.num_classes,
             group_size=plan.group_size,
-            smoothing=config.mixing.smoothing,
-            mixup_alpha=config.mixing.mixup_alpha,
-            cutmix_alpha=config.mixing.cutmix_alpha,
-            prob=config.mixing.prob,
-            switch_prob=config.mixing.switch_prob,
             replicated=replicated,
+            **{name: config.mixing[name] for name in names},
         )
 
     return augment

@@ -28,6 +28,9 @@ def describe_run(run: Run, origin: str) -> str:
       origin: a few words on where its weights come from.
     """
     config, plan = run.config, run.plan
+    cosub = ", co-training of two submodels" if config.train.cosub else ""
+    pace = "constant within an epoch" if config.schedule.per_epoch else "changing every step"
+    pmap = "; step under pmap" if config.parallel.backend == "pmap" else ""
     lines = {
         "model": _model(run, origin),
         "data": f"{run.train_source.description}: {plan.num_train:,} train, "
@@ -35,13 +38,13 @@ def describe_run(run: Run, origin: str) -> str:
         f"{plan.distinct_images_per_epoch:,} distinct",
         "images": _images(config.input),
         "mixing": _mixing(config.mixing, plan.group_size),
-        "loss": _loss(config.train),
+        "loss": config.train.loss.replace("_", "-") + cosub,
         "optimiser": _optimiser(config),
         "schedule": f"{config.schedule.epochs} epochs × {plan.steps_per_epoch} steps = "
         f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up; "
-        f"peak rate {_peak(config)}, {_pace(config.schedule)}",
+        f"peak rate {_peak(config)}, {pace}",
         "batch": _batch(config.train),
-        "devices": _devices(run),
+        "devices": describe_mesh(run.mesh) + pmap,
         "state": _state(run),
     }
     if run.teacher_folder is not None:
@@ -89,11 +92,6 @@ def _mixing(config: ConfigDict, group_size: int) -> str:
     return "; ".join(filter(None, (mixed, rest))) or "none"
 
 
-def _loss(config: ConfigDict) -> str:
-    cosub = ", co-training of two submodels" if config.cosub else ""
-    return f"{config.loss.replace('_', '-')}{cosub}"
-
-
 def _optimiser(config: ConfigDict) -> str:
     optimizer = config.optimizer
     parts = {"weight decay": optimizer.weight_decay, "gradient clipped at": optimizer.clip_norm}
@@ -108,19 +106,10 @@ def _peak(config: ConfigDict) -> str:
     return f"{lr:g}{rule}"
 
 
-def _pace(config: ConfigDict) -> str:
-    return "constant within an epoch" if config.per_epoch else "changing every step"
-
-
 def _batch(config: ConfigDict) -> str:
     parts = config.accumulate_steps
     micro = f" in {parts} micro-batches" if parts > 1 else ""
     return f"{config.batch_size} images over all devices{micro}; {config.dtype} matmuls"
-
-
-def _devices(run: Run) -> str:
-    pmap = "; step under pmap" if run.config.parallel.backend == "pmap" else ""
-    return f"{describe_mesh(run.mesh)}{pmap}"
 
 
 def _state(run: Run) -> str:

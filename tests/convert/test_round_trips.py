@@ -227,7 +227,7 @@ def test_every_registered_model_is_recognised_by_its_shapes(name):
         if name.startswith(("deit3", "regnet")):  # the reference names plain DeiT as timm does
             assert found_layout is layout
         found = detect.identify(tensors, found_layout, what="it")
-        assert (found.name, found.num_classes, found.overrides) == (name, 3, {})
+        assert (found.name, found.num_classes, found.overrides) == (name, 3, ())
 
 
 def test_weights_of_a_training_checkpoint(tmp_path):
