@@ -6,7 +6,7 @@ Says which kinds of files are images at all, for training, evaluation and predic
 import re
 from typing import IO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from deit_jax.errors import InputError, brief
 
@@ -62,6 +62,8 @@ def read(file: IO[bytes]) -> Image.Image:
             return to_rgb(image)
     except (InputError, MemoryError):
         raise
+    except UnidentifiedImageError:  # whose text names an object in memory
+        raise InputError(f"cannot be read as {found}: its header is damaged") from None
     except Exception as error:  # Pillow's decoders raise all sorts for damaged files
         raise InputError(f"cannot be read as {found}: {brief(error)}") from error
 

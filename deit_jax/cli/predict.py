@@ -21,11 +21,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from deit_jax import pictures
 from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.errors import InputError
 
 RECIPE = ""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FEW = 4  # so many pictures need no progress bar
 
 
@@ -84,9 +84,11 @@ def find_images(paths: list[str]) -> list[Path]:
         if path.is_dir():
             # Not rglob: class folders are often links, and it follows none.
             below = [Path(at, name) for at, _, n in os.walk(path, followlinks=True) for name in n]
-            images = sorted(file for file in below if file.suffix.lower() in SUFFIXES)
+            images = sorted(file for file in below if file.suffix.lower() in pictures.SUFFIXES)
             if not images:
-                raise InputError(f"{path} holds no image: expected files {' '.join(SUFFIXES)}")
+                raise InputError(
+                    f"{path} holds no image: expected files {' '.join(pictures.SUFFIXES)}"
+                )
             files += images
         elif path.exists():
             files.append(path)

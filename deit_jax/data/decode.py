@@ -1,19 +1,30 @@
-"""Decodes image files to uint8 pixels, as PIL does."""
+"""Decodes image files to uint8 pixels, as PIL does.
 
+TensorFlow's kernels decode what they decode to the reference's pixels, and Pillow all the rest, by
+the function that prediction uses too.
+"""
+
+import io
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
+from PIL import Image
 
+from deit_jax import pictures
 from deit_jax.data.pillow.resize import cut
+
+_MOST_PIXELS = 2**29 // 3  # Pillow takes images of more for an attack
+_PNG_BITS = 24  # offset of the number of bits per channel
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # whose length and checksum Pillow does not look at
 
 
 def decode(data: tf.Tensor) -> tf.Tensor:
-    """Decodes a whole JPEG, PNG, BMP or GIF (its first frame).
+    """Decodes a whole image file of any kind in `pictures.KINDS`; of an animation the first frame.
 
-    Pixels are those of the reference, `PIL.Image.open(file).convert("RGB")`, for palettes, grey,
-    CMYK, 16 bits and transparency too, except that
-      - of a grey PNG of 16 bits the upper eight count; Pillow turns nearly all of it white,
-      - transparent pixels of a GIF are black; the reference's folders hold no GIFs.
+    Pixels are those of the reference, `PIL.Image.open(file).convert("RGB")`, and so are refusals,
+    except for grey pictures of more than eight bits (`pictures.to_rgb` refuses them) and for a few
+    damaged JPEGs, which Pillow alone mends or finds broken.
 
     Args:
       data: the bytes of a file (scalar string), or pixels, which are returned as they are.
@@ -22,8 +33,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
       uint8 [h, w, 3].
 
     Raises:
-      tf.errors.OpError: damaged data, also a PNG that lacks nothing but its end, which Pillow
-        forgives; a BMP of 1, 4 or 16 bits.
+      tf.errors.OpError: damaged data, or what `pictures.read` refuses.
     """
     if data.dtype != tf.string:
         return data
@@ -32,7 +42,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
         # TensorFlow's default DCT is faster and up to 24 levels off; this one is Pillow's.
         return tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
 
-    return tf.cond(tf.io.is_jpeg(data), decode_jpeg, lambda: _decode_other(data))
+    return tf.cond(_is_plain_jpeg(data), decode_jpeg, lambda: _decode_other(data))
 
 
 def open_image(
@@ -51,7 +61,7 @@ def open_image(
     if data.dtype != tf.string or whole is True:
         image = decode(data)
         return tf.shape(image), lambda box: cut(image, box)
-    lazily = tf.io.is_jpeg(data) & tf.logical_not(whole)
+    lazily = _is_plain_jpeg(data) & tf.logical_not(whole)
     image = tf.cond(lazily, lambda: tf.zeros((0, 0, 3), tf.uint8), lambda: decode(data))
     shape = tf.cond(lazily, lambda: tf.io.extract_jpeg_shape(data), lambda: tf.shape(image))
 
@@ -78,21 +88,42 @@ def decode_jpeg_box(data: tf.Tensor, box: tf.Tensor, image_width: tf.Tensor) -> 
     return image[:, left - begin : left - begin + width]
 
 
+def _is_plain_jpeg(data: tf.Tensor) -> tf.Tensor:
+    """Returns whether TensorFlow decodes this JPEG as Pillow: it is neither CMYK nor too large."""
+
+    def is_plain() -> tf.Tensor:
+        height, width, channels = tf.unstack(tf.cast(tf.io.extract_jpeg_shape(data), tf.int64))
+        return (channels < 4) & (height * width <= _MOST_PIXELS)
+
+    return tf.cond(tf.io.is_jpeg(data), is_plain, lambda: False)
+
+
+# A graph, since eagerly Python's function would get an array of objects, and raise past TensorFlow.
+@tf.function(autograph=False, input_signature=[tf.TensorSpec((), tf.string)])
 def _decode_other(data: tf.Tensor) -> tf.Tensor:
-    """Decodes the bytes of a PNG, BMP or GIF to uint8 [h, w, 3]."""
-    image = tf.io.decode_image(data, channels=3, expand_animations=False)
-    image = tf.ensure_shape(image, (None, None, 3))
-    # After decoding, whose error says better than substr's what is wrong with too few bytes.
-    with tf.control_dependencies([image]):
-        kind_and_bits = tf.strings.substr(data, 0, 2) + tf.strings.substr(data, 28, 2)
-    return tf.cond(kind_and_bits == b"BM\x08\x00", lambda: _bmp_colours(image, data), lambda: image)
+    """Decodes a plain PNG by TensorFlow's kernel, and other kinds by Pillow."""
+    image = tf.ensure_shape(tf.numpy_function(_read, [data], tf.uint8), (None, None, 3))
+    return tf.cond(tf.size(image) > 0, lambda: image, lambda: tf.io.decode_png(data, channels=3))
 
 
-def _bmp_colours(image: tf.Tensor, data: tf.Tensor) -> tf.Tensor:
-    """Looks the pixels of a BMP of 8 bits up in its palette; TensorFlow takes them for grey."""
-    pixels, header = (
-        tf.io.decode_raw(tf.strings.substr(data, offset, 4), tf.int32)[0] for offset in (10, 14)
-    )
-    palette = tf.strings.substr(data, 14 + header, pixels - 14 - header)
-    blue_green_red_0 = tf.reshape(tf.io.decode_raw(palette, tf.uint8), (-1, 4))
-    return tf.gather(blue_green_red_0[:, 2::-1], tf.cast(image[:, :, 0], tf.int32))
+def _read(data: bytes) -> np.ndarray:
+    """Returns the pixels of an image file, or none where TensorFlow decodes it to the same."""
+    if _is_plain_png(data):
+        return np.zeros((0, 0, 3), np.uint8)
+    return np.asarray(pictures.read(io.BytesIO(data)))
+
+
+def _is_plain_png(data: bytes) -> bool:
+    """Returns whether this is an intact PNG of one picture and eight bits."""
+    if pictures.kind(data[: pictures.FIRST_BYTES]) != "PNG":
+        return False
+    try:
+        file = io.BytesIO(data)
+        with Image.open(file, formats=["PNG"]) as image:
+            if image.is_animated or data[_PNG_BITS] != 8:
+                return False
+            image.verify()
+        file.seek(-8, io.SEEK_CUR)  # before the last chunk's length and name
+        return file.read(len(_PNG_END)) == _PNG_END
+    except Exception:  # Pillow's reading says what is wrong
+        return False

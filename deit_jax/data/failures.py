@@ -27,6 +27,7 @@ def is_transient(error: tf.errors.OpError) -> bool:
 
 def reason_of(error: tf.errors.OpError) -> str:
     """Returns TensorFlow's message in one line, without names of nodes and iterators."""
-    text = re.sub(r"Error in user-defined function .*? Iterator::[\w:]+: ", "", error.message)
-    text = re.sub(r"\[\[.*?\]\]|\{\{.*?\}\}|\[Op:.*?\]|name:", " ", text)
+    text = error.message.partition("\nTraceback (most recent call last)")[0]  # of Python's code
+    text = re.sub(r"Error in user-defined function .*? Iterator::[\w:]+: ", "", text)
+    text = re.sub(r"\[\[.*?\]\]|\{\{.*?\}\}|\[Op:.*?\]|name:|InputError:", " ", text)
     return " ".join(text.split())

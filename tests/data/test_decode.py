@@ -1,98 +1,60 @@
-"""Image files of common and rare kinds, which are read as Pillow reads them."""
+"""Image files of all kinds: every part of the product sees the pixels that the reference sees."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from flax import nnx
 from PIL import Image
 
+import deit_jax
+from deit_jax import data, pictures
 from deit_jax.data import transforms
 from deit_jax.data.crop import draw_box
-from deit_jax.data.decode import decode, decode_jpeg_box
+from deit_jax.data.decode import decode, decode_jpeg_box, open_image
 from deit_jax.data.draws import fold
-from tests.data.conftest import SIDE, encode, graph, picture
+from deit_jax.errors import InputError
+from deit_jax.inference.predict import predict
+from deit_jax.inference.preprocess import preprocess
+from deit_jax.models.info import ModelInfo
+from tests.data.conftest import SIDE, graph, plan_of
+from tests.data.kinds import READABLE, UNREADABLE
+
+# Pillow's, of one file, and where the reference reads it.
+pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+_INFO = ModelInfo("any", num_classes=3, image_size=SIDE, mean=(0, 0, 0), std=(1, 1, 1))
 
 
-def _png_of_16_bits(pixels, colour_type):
-    """Pillow writes 16 bits for grey images only."""
-
-    def chunk(name, content):
-        checksum = zlib.crc32(name + content)
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
-
-    height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, chunks, chunks.values()))
+def _model():
+    shape = {"image_size": SIDE, "patch_size": 8, "depth": 1}
+    model = deit_jax.create_model("deit_testing", num_classes=3, **shape, rngs=nnx.Rngs(0))
+    model.info = _INFO
+    return model
 
 
-def _rare_files():
-    colour = Image.fromarray(picture(0, 30, 40))
-    grey, palette, translucent = colour.convert("L"), colour.quantize(16), colour.copy()
-    translucent.putalpha(grey)
-    words = np.random.default_rng(0).integers(0, 2**16, (30, 40, 4))
-    rotated = Image.Exif()
-    rotated[0x0112] = 6  # "rotate me": the reference does not
-    return {
-        "CMYK JPEG": encode(colour.convert("CMYK"), "JPEG"),
-        "grey JPEG": encode(grey, "JPEG"),
-        "JPEG turned by EXIF": encode(colour, "JPEG", exif=rotated),
-        "JPEG and more": encode(colour, "JPEG") + b"another file",
-        "PNG named JPEG, as one of ImageNet": encode(colour, "PNG"),
-        "grey PNG": encode(grey, "PNG"),
-        "PNG with alpha": encode(translucent, "PNG"),
-        "grey PNG with alpha": encode(translucent.convert("LA"), "PNG"),
-        "PNG with a palette": encode(palette, "PNG"),
-        "PNG of 16 bits": _png_of_16_bits(words[..., :3], 2),
-        "PNG of 16 bits with alpha": _png_of_16_bits(words, 6),
-        "grey PNG of 16 bits with alpha": _png_of_16_bits(words[..., :2], 4),
-        "PNG of 1 bit": encode(colour.convert("1"), "PNG"),
-        "palette with a transparent colour": encode(palette, "PNG", transparency=3),
-        "palette with alpha": encode(translucent.quantize(16), "PNG"),
-        "grey with a transparent value": encode(grey, "PNG", transparency=100),
-        "BMP": encode(colour, "BMP"),
-        "BMP with a palette": encode(palette, "BMP"),
-        "BMP with alpha": encode(translucent, "BMP"),
-        "grey BMP": encode(grey, "BMP"),
-        "GIF": encode(palette, "GIF", save_all=True, append_images=[colour.quantize(8)]),
-        "one pixel": encode(Image.fromarray(picture(1, 1, 1)), "JPEG"),
-        "very wide": encode(Image.fromarray(picture(2, 3, 20_000)), "JPEG"),
-    }
+def _reference(content):
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-_RARE = _rare_files()
-
-
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's, of one file
 def test_files_are_what_the_reference_loads(jpegs):
+    assert len(READABLE) > 100
     decode_file = graph(decode, (tf.string, ()))
-    for kind, content in ({path.name: path.read_bytes() for path in jpegs} | _RARE).items():
-        want = Image.open(io.BytesIO(content)).convert("RGB")
+
+    def cut_out(content, box):
+        shape, cut = open_image(content)
+        return shape, cut(box)
+
+    cut_file = graph(cut_out, (tf.string, ()), (tf.int32, (4,)))
+    for kind, content in ({path.name: path.read_bytes() for path in jpegs} | READABLE).items():
+        want = np.asarray(_reference(content))
         np.testing.assert_array_equal(decode_file(content), want, err_msg=kind)
-
-
-def test_where_we_leave_the_reference():
-    """See `decode`: its white images help nobody, and GIFs it does not read at all."""
-    words = np.random.default_rng(0).integers(0, 2**16, (30, 40))
-    grey = _png_of_16_bits(words, 0)
-    want = np.repeat((words >> 8)[..., None], 3, axis=-1)
-    np.testing.assert_array_equal(decode(tf.constant(grey)), want)
-    assert np.median(Image.open(io.BytesIO(grey)).convert("RGB")) == 255
-
-    palette = Image.fromarray(picture(0, 30, 40)).quantize(16)
-    gif = encode(palette, "GIF", transparency=3)
-    want = np.asarray(palette.convert("RGB")) * (np.asarray(palette) != 3)[..., None]
-    np.testing.assert_array_equal(decode(tf.constant(gif)), want)
-
-    no_end = encode(palette, "PNG")[:-12]
-    Image.open(io.BytesIO(no_end)).load()
-    for rejected in (no_end, encode(palette.convert("1"), "BMP")):
-        with pytest.raises(tf.errors.InvalidArgumentError):
-            decode(tf.constant(rejected))
+        height, width = want.shape[:2]
+        box = (height // 3, width // 4, (height + 1) // 2, (width + 1) // 2)
+        shape, got = cut_file(content, box)
+        assert (shape[0], shape[1]) == (height, width)
+        want = want[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+        np.testing.assert_array_equal(got, want, err_msg=kind)
 
 
 def test_jpeg_box_equals_the_cut_of_the_decoded_image(jpegs):
@@ -111,23 +73,89 @@ def test_jpeg_box_equals_the_cut_of_the_decoded_image(jpegs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["one pixel", "very wide"])
-def test_extreme_sizes_pass_through_training_and_evaluation(kind, input_config):
-    image = Image.open(io.BytesIO(_RARE[kind]))
-    input_config.update({"hflip": 0.0, "crop_ratio": 1.0})
-    seeds = tf.constant([[0, 1], [0, 2]], tf.int64)
-    views = transforms.train_transform(input_config, image_size=SIDE)(
-        tf.constant(_RARE[kind]), seeds
-    )
-    for seed, view in zip(seeds, views, strict=True):
-        how = {name: input_config[name] for name in ("scale", "ratio")}
-        box = draw_box(*image.size[::-1], fold(seed, transforms._CROP), **how).numpy()
-        cut = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
-        want = cut.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        np.testing.assert_array_equal(view, want)
+def test_training_evaluation_and_prediction_see_the_same_picture(input_config, tmp_path):
+    input_config.update({"hflip": 0.0, "crop_ratio": _INFO.crop_ratio})
+    signature = (tf.string, ()), (tf.int64, (None, 2))
+    train = graph(transforms.train_transform(input_config, image_size=SIDE), *signature)
+    evaluate = graph(transforms.eval_transform(input_config, image_size=SIDE), (tf.string, ()))
+    model = _model()
+    how = {name: input_config[name] for name in ("scale", "ratio")}
+    files = []
+    for kind, content in READABLE.items():
+        image = _reference(content)
+        files += [tmp_path / f"{kind}.jpg", tmp_path / f"{kind} as the reference sees it.png"]
+        files[-2].write_bytes(content)
+        image.save(files[-1])
+        for seeds in (tf.constant([[0, 1]], tf.int64), tf.constant([[0, 1], [0, 2]], tf.int64)):
+            for seed, view in zip(seeds, train(content, seeds), strict=True):
+                box = draw_box(*image.size[::-1], fold(seed, transforms._CROP), **how).numpy()
+                cut = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
+                want = cut.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+                np.testing.assert_array_equal(view, want, err_msg=kind)
+        want = preprocess(_INFO, image)
+        np.testing.assert_array_equal(evaluate(content)[None] / np.float32(255), want, kind)
+        np.testing.assert_array_equal(preprocess(_INFO, files[-2]), want, kind)
+    found = [result["predictions"] for result in predict(model, files, topk=3, batch_size=64)]
+    for got, want in zip(found[::2], found[1::2], strict=True):
+        assert [one["index"] for one in got] == [one["index"] for one in want]
+        probabilities = [[one["probability"] for one in both] for both in (got, want)]
+        np.testing.assert_allclose(*probabilities, rtol=1e-4)
 
-    width, height = image.size
-    whole = image.resize((width * SIDE // height, SIDE), Image.Resampling.BICUBIC)
-    left = round((whole.width - SIDE) / 2)
-    got = transforms.eval_transform(input_config, image_size=SIDE)(tf.constant(_RARE[kind]))
-    np.testing.assert_array_equal(got, whole.crop((left, 0, left + SIDE, SIDE)))
+
+def test_what_one_part_refuses_all_refuse(folder, input_config):
+    """And each names the file and says why, in one line."""
+    input_config.update({"on_bad_image": "skip", "crop_ratio": _INFO.crop_ratio})
+    files = {}
+    for kind, content in UNREADABLE.items():
+        path = f"{folder.root}/train/a/{kind.replace(';', '')}.jpg"
+        files[path] = content
+        with open(path, "wb") as file:
+            file.write(content)
+    source = data.open_source(folder, "train")
+    plan = plan_of(input_config, image_size=SIDE, batch_size=source.num_examples)
+    assert len(files) > 25
+    model = _model()
+    refusals = dict(zip(files, predict(model, list(files)), strict=True))
+    for batches in (data.train_batches(source, plan), data.eval_batches(source, plan)):
+        next(batches)
+        assert batches.skipped.keys() == files.keys()
+        for path, reason in batches.skipped.items():
+            assert isinstance(refusals[path], InputError), path
+            for line in (reason, str(refusals[path])):
+                assert "\n" not in line
+                assert "Traceback" not in line
+                assert "object at" not in line
+            if not files[path].startswith(b"\xff\xd8") or "many pixels" in path:
+                assert str(refusals[path]) == f"{path}: {reason}"
+
+
+@pytest.mark.parametrize("kind", pictures.KINDS)
+def test_the_first_bytes_tell_the_kind(kind):
+    written = [name for name in READABLE if name.startswith(f"{kind} ")]
+    assert len(written) > 3
+    for name in written:
+        assert pictures.kind(READABLE[name][: pictures.FIRST_BYTES]) == kind
+
+
+@pytest.mark.parametrize("kind", ["JPEG RGB", "progressive grey JPEG", "PNG RGBA", "PNG P"])
+def test_damaged_files_never_show_other_pixels(kind):
+    """Of a few damaged JPEGs Pillow makes something and TensorFlow nothing, or the reverse."""
+    decode_file, rng = graph(decode, (tf.string, ())), np.random.default_rng(0)
+    refused = alone = 0
+    for _ in range(300):
+        content = bytearray(READABLE[kind])
+        content[rng.integers(8, len(content))] = rng.integers(256)
+        try:
+            want = np.asarray(pictures.read(io.BytesIO(content)))
+        except InputError:
+            want = None
+        try:
+            got = decode_file(bytes(content)).numpy()
+        except tf.errors.OpError:
+            got = None
+        if want is not None and got is not None:
+            np.testing.assert_array_equal(got, want)
+        refused += want is got is None
+        alone += (want is None) != (got is None)
+    assert refused > 10
+    assert alone <= (6 if "JPEG" in kind else 0)
