@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -85,6 +85,17 @@ def sample_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(per_class):
                 _photograph(rng).save(root / split / name / f"{number}.JPEG", quality=90)
     return root
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """On busy machines torch's threads wait for one another far longer than small work takes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _photograph(rng: np.random.Generator) -> Image.Image:

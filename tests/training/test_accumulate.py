@@ -84,6 +84,6 @@ np.testing.assert_array_equal(cut(x), want)
 
 
 @pytest.mark.slow
-def test_micro_batches_take_a_share_of_every_devices_rows(check_on_devices):
+def test_micro_batches_take_a_share_of_every_devices_rows(run_on_devices):
     """On a 4 × 2 mesh: no row leaves its device. Whole steps are in test_pmap.py."""
-    check_on_devices(ON_EIGHT_DEVICES)
+    run_on_devices("-c", ON_EIGHT_DEVICES)

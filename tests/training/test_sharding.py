@@ -55,7 +55,7 @@ def test_a_checkpoint_goes_on_over_another_mesh(trained):
 
 @pytest.mark.slow
 def test_a_checkpoint_moves_between_processes(trained, root, run_device_check):
-    """8 devices of one process → one of one, and → 4 of two → one: the same bits and next batch."""
+    """8 devices of one process → one of one, and → 4 of two → one: the same bits, and losses."""
     coordinator = f"127.0.0.1:{several.free_port()}"
 
     def process(number):
@@ -71,7 +71,19 @@ def test_a_checkpoint_moves_between_processes(trained, root, run_device_check):
         assert "resumed at step 3" in found["summary"]
         assert ", in groups of 8; " in found["summary"]
         assert found["state"] == trained["state"]
-        assert found["batch"] == trained["batch"]
+        assert found["losses"] == pytest.approx(trained["losses"]["1"][3:], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_one_all_reduce_and_nothing_else(root, run_device_check, fsdp):
+    """Distillation with every augmentation on: gradients and metrics share one all-reduce.
+
+    The check can fail: sharded parameters are gathered in the step.
+    """
+    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # fusing all-reduces is an optimisation
+    found = run_device_check("collectives", root, fsdp, **env)
+    assert found == {"all-reduce": 1} if fsdp == 1 else found["all-gather"] > 0
 
 
 BATCH_NORM_OVER_FSDP = """
@@ -110,9 +122,9 @@ for name, want in trees.flat(state.model).items():
 
 
 @pytest.mark.slow
-def test_batch_norm_trains_over_fsdp_as_on_one_device(check_on_devices):
+def test_batch_norm_trains_over_fsdp_as_on_one_device(run_on_devices):
     """Weights and running statistics of a RegNetY after two steps, over 2 × 2 devices."""
-    check_on_devices(BATCH_NORM_OVER_FSDP, devices=4)
+    run_on_devices("-c", BATCH_NORM_OVER_FSDP, devices=4)
 
 
 @dataclasses.dataclass(frozen=True)
