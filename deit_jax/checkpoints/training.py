@@ -3,13 +3,12 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from deit_jax import couplings, trees
+from deit_jax import couplings, storage, trees
 from deit_jax.checkpoints import recovery
 from deit_jax.errors import InputError, TransientError, system_reason
 from deit_jax.models import registry
@@ -34,7 +33,7 @@ class TrainCheckpoints:
           keep: how many of the latest checkpoints.
           set_aside: renames what cannot be read to STEP.unreadable; for a run that will save.
         """
-        self._directory = Path(workdir).absolute() / "checkpoints"
+        self._directory = storage.path_of(workdir, "checkpoints")
         self._keep, self._set_aside = keep, set_aside
         self._steps = recovery.list_steps(self._directory)
         self._saved = None  # the last step for which a save was begun
@@ -102,7 +101,7 @@ class TrainCheckpoints:
           TransientError: the disk does not answer, or a permission is missing.
         """
 
-        def read(folder: Path) -> tuple[Any, dict]:
+        def read(folder: storage.Path) -> tuple[Any, dict]:
             meta, handler = _read_json(folder / "meta"), ocp.StandardCheckpointHandler()
             if (folder / "metrics").exists():
                 _read_json(folder / "metrics")
@@ -179,7 +178,7 @@ class TrainCheckpoints:
             reason = system_reason(error)
             if reason is None:
                 raise
-            kept = [int(path.name) for path in self._directory.glob("*") if path.name.isdigit()]
+            kept = recovery.steps_in(self._directory)
             last = f"the last good state is that of step {max(kept)}" if kept else "none was saved"
             raise TransientError(
                 f"{self._directory / str(self._saved)} cannot be saved ({reason}); {last}; mend "
@@ -187,12 +186,12 @@ class TrainCheckpoints:
             ) from error
 
 
-def _read_json(folder: Path) -> dict:
+def _read_json(folder: storage.Path) -> dict:
     name = "metrics" if folder.name == "metrics" else None
     return ocp.JsonCheckpointHandler(name).restore(folder, args=ocp.args.JsonRestore())
 
 
-def _check_model(folder: Path, saved: dict, info: registry.ModelInfo, ema: bool) -> None:
+def _check_model(folder: storage.Path, saved: dict, info: registry.ModelInfo, ema: bool) -> None:
     wanted = info.to_json()
     for field in _SAME_RUN:
         if saved["model"].get(field) != wanted[field]:
@@ -208,7 +207,7 @@ def _check_model(folder: Path, saved: dict, info: registry.ModelInfo, ema: bool)
         )
 
 
-def _check_names(folder: Path, saved: Any, abstract: Any) -> None:
+def _check_names(folder: storage.Path, saved: Any, abstract: Any) -> None:
     """Raises InputError unless a checkpoint holds arrays of the names and shapes of `abstract`."""
     found, wanted = (
         {(name, tuple(leaf.shape)) for name, leaf in trees.flat(tree).items()}

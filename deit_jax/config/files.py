@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from deit_jax import storage
 from deit_jax.config.fields import default_config
 from deit_jax.config.structure import FIELDS, flatten
 from deit_jax.console import log_error
@@ -42,7 +43,7 @@ def load_config(recipe: str | os.PathLike) -> ConfigDict:
         return _run_recipe(packaged_recipes()[name], text, run if colon else None)
     if match is not None and os.path.isfile(match[1]):
         return _run_recipe(Path(match[1]), text, match[2])
-    path = Path(text)
+    path = storage.path_of(text)
     if path.suffix == ".json":
         return _read_config(path)
     if path.is_dir():
@@ -134,7 +135,7 @@ def _run_recipe(file: Path, recipe: str, run: str | None) -> ConfigDict:
             del sys.modules[name]
 
 
-def _read_config(file: Path) -> ConfigDict:
+def _read_config(file: storage.Path) -> ConfigDict:
     """Reads a run's config.json; prints which fields it lacks, as another version wrote it."""
     try:
         tree = upgrade(json.loads(file.read_text(encoding="utf-8")))
@@ -170,13 +171,8 @@ def upgrade(config: ConfigDict | dict) -> ConfigDict | dict:
 
 def write_config(config: ConfigDict, workdir: str) -> None:
     """Writes WORKDIR/config.json in one atomic step."""
-    file = Path(workdir) / CONFIG_FILE
-    partial = file.with_suffix(".json.tmp")
-    with partial.open("w", encoding="utf-8") as opened:
-        opened.write(config.to_json(indent=2, sort_keys=True) + "\n")
-        opened.flush()
-        os.fsync(opened.fileno())  # else a crash of the machine may leave the name without content
-    os.replace(partial, file)
+    text = config.to_json(indent=2, sort_keys=True) + "\n"
+    storage.replace_text(storage.path_of(workdir, CONFIG_FILE), text)
 
 
 def changed_fields(config: ConfigDict, workdir: str) -> list[str]:
@@ -192,7 +188,7 @@ def recorded_fields(workdir: str) -> dict[str, object]:
     A damaged one is nothing, too: it is a record, which no run needs.
     """
     try:
-        return _recipe((Path(workdir) / CONFIG_FILE).read_text(encoding="utf-8"))
+        return _recipe(storage.path_of(workdir, CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

@@ -4,10 +4,10 @@ import argparse
 import ast
 import os
 import re
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from deit_jax import storage
 from deit_jax.config.files import CONFIG_FILE, find_recipe, load_config, tuples, upgrade
 from deit_jax.config.structure import FIELDS, GROUPS, check_structure, refuse_name
 from deit_jax.config.validate import CHOICES
@@ -37,7 +37,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     arguments.config, arguments.config_file = None, recipe
     if recipe is not None:
         arguments.config = load_config(recipe)
-    elif workdir and (Path(workdir) / CONFIG_FILE).is_file():
+    elif workdir and storage.path_of(workdir, CONFIG_FILE).is_file():
         arguments.config_file = os.path.join(workdir, CONFIG_FILE)
         arguments.config = load_config(arguments.config_file)
     elif workdir or overrides:

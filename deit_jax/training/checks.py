@@ -2,9 +2,7 @@
 
 import os
 import secrets
-import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,7 +10,7 @@ import jaxlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from deit_jax import trees
+from deit_jax import storage, trees
 from deit_jax.config.files import recipe_fields
 from deit_jax.errors import InputError, TransientError, brief
 from deit_jax.parallel import hosts
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from deit_jax.data import Source
 
 _TOKEN = ".deit_jax.token."
-_RENAMING = ".deit_jax.renaming."
+_TRIAL = ".deit_jax.trial."
 _LAG_SECONDS = 5  # that a network file system may take to show one host another's file
 
 
@@ -86,8 +84,13 @@ def check_weights(folder: str, weights: object) -> None:
 
 
 def check_place(workdir: str) -> None:
-    """Raises InputError where `workdir` cannot be made, or be written; writes nothing itself."""
-    folder = Path(workdir).absolute()
+    """Raises InputError where `workdir` cannot be made, or be written; writes nothing itself.
+
+    Of a bucket nothing is said: only writing would tell.
+    """
+    folder = storage.path_of(workdir)
+    if storage.is_remote(folder):
+        return
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -95,22 +98,28 @@ def check_place(workdir: str) -> None:
         raise InputError(f"--workdir={workdir} cannot be written ({folder} is {problem})")
 
 
-def check_renaming(workdir: str) -> None:
-    """Makes a folder in `workdir` and renames it, as every checkpoint is when it is complete.
+def check_writing(workdir: str) -> None:
+    """Makes the workdir and tries on it what completes a checkpoint.
+
+    On a disk that is the renaming of a folder, in a bucket the writing of a file.
 
     Raises:
-      OSError: the file system does not; Cloud Storage FUSE may not, see docs/launch.md.
+      InputError: it cannot be written; Cloud Storage FUSE may not rename, see docs/launch.md.
     """
-    before, after = Path(workdir, _RENAMING + "before"), Path(workdir, _RENAMING + "after")
-    for left_behind in (before, after):
-        shutil.rmtree(left_behind, ignore_errors=True)
+    folder = storage.path_of(workdir)
+    before, after = folder / f"{_TRIAL}before", folder / f"{_TRIAL}after"
     try:
-        before.mkdir()
-        (before / "file").touch()
-        before.rename(after)
+        for left_behind in (before, after):
+            storage.remove_folder(left_behind)
+        before.mkdir(parents=True)
+        (before / "file").write_text("")
+        if not storage.is_remote(folder):
+            before.rename(after)
+    except Exception as error:  # gcsfs raises those of several libraries
+        raise InputError(f"--workdir={workdir} cannot be written ({brief(error)})") from error
     finally:
-        shutil.rmtree(before, ignore_errors=True)
-        shutil.rmtree(after, ignore_errors=True)
+        for left_behind in (before, after):
+            storage.remove_folder(left_behind)
 
 
 def _connect_devices() -> None:
@@ -139,13 +148,13 @@ def _check_shared(workdir: str) -> None:
     """Raises InputError unless every process finds in `workdir` what process 0 writes there."""
     # A new name each time: no host remembers that it was not there.
     token, *_ = hosts.gather("the check of the workdir", secrets.token_hex(8))
-    file = Path(workdir, _TOKEN + token)
+    file = storage.path_of(workdir, _TOKEN + token)
     try:
         if hosts.is_first():
             file.parent.mkdir(parents=True, exist_ok=True)
             for left_behind in file.parent.glob(_TOKEN + "*"):
                 left_behind.unlink(missing_ok=True)
-            file.touch()
+            file.write_text("")
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written ({error})") from error
     hosts.gather("the check of the workdir", "written")

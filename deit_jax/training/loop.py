@@ -4,14 +4,13 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
+from deit_jax import storage
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.config.files import changed_fields, write_config
@@ -150,7 +149,7 @@ def _train(
                     log(warning, on=first)
                 if results["top1"] > best["top1"]:
                     best = {"top1": results["top1"], "step": step}
-                    model_folder.write_model(Path(workdir, "best"), state.model, run.network.info)
+                    model_folder.write_model(f"{workdir}/best", state.model, run.network.info)
             due = any(_due(step, every) for every in plan.save_every)
             if last or stop or due or best["step"] == step:
                 window.finish()
@@ -257,15 +256,15 @@ def _nonfinite_report(run: Run, step: int) -> str:
 def _write_final_models(run: Run, state: TrainState) -> None:
     """WORKDIR/model (the raw weights, as the reference releases them) and model_ema."""
     info = run.network.info
-    model_folder.write_model(Path(run.workdir, "model"), state.model, info)
+    model_folder.write_model(f"{run.workdir}/model", state.model, info)
     if state.ema is not None:
-        folder = Path(run.workdir, "model_ema")
-        model_folder.write_model(folder, state.ema, dataclasses.replace(info, weights="ema"))
+        info = dataclasses.replace(info, weights="ema")
+        model_folder.write_model(f"{run.workdir}/model_ema", state.ema, info)
 
 
 def holds_checkpoint(workdir: str) -> bool:
     """Returns whether `workdir` holds a training checkpoint."""
-    return any(path.name.isdigit() for path in Path(workdir, "checkpoints").glob("*"))
+    return any(path.name.isdigit() for path in storage.path_of(workdir, "checkpoints").glob("*"))
 
 
 def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
@@ -276,14 +275,8 @@ def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
     """
     if run.config.init_from and not holds_checkpoint(run.workdir):
         check_start(run, training=training)
-    try:
-        Path(run.workdir).mkdir(parents=True, exist_ok=True)
-        if training and not os.access(run.workdir, os.W_OK):
-            raise OSError("it is read-only")
-        if training and hosts.is_first():
-            checks.check_renaming(run.workdir)
-    except OSError as error:
-        raise InputError(f"--workdir={run.workdir} cannot be written ({error})") from error
+    if training and hosts.is_first():
+        checks.check_writing(run.workdir)
     checkpoints = TrainCheckpoints(run.workdir, keep=run.config.checkpoint.keep, set_aside=training)
     checkpoints.check(run.network.info, ema=run.config.train.ema_decay > 0)
     return checkpoints

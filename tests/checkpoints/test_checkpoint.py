@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from deit_jax import trees
+from deit_jax import storage, trees
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.model_folder import (
     find_model,
@@ -102,38 +101,44 @@ class _Crash(BaseException):
     """Stands for a kill: nothing in the code under test may catch it."""
 
 
-def _crash_at_rename_of(monkeypatch, name):
-    rename = Path.rename
-
-    def crash(self, target):
-        if self.name == name:
-            raise _Crash
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", crash)
-
-
-@pytest.mark.parametrize(
-    ("stage", "read"),
-    [("model", True), (".model.deit_jax.new", True), (".model.deit_jax.new", False)],
-)
-def test_a_crash_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch, stage, read):
-    """Before the first rename, and between the two: the old model is there, and replaced later."""
+@pytest.mark.parametrize("stage", ["replace_text", "remove_folder"])
+def test_a_crash_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch, stage):
+    """Before model.json names the new weights, and before the old ones are gone."""
     path = tmp_path / "model"
-    old, new = _tiny(seed=1), _tiny(seed=2)
+    old, new, newer = (_tiny(seed=seed) for seed in range(3))
     save_model(path, old)
     with monkeypatch.context() as patch:
-        _crash_at_rename_of(patch, stage)
+        calls = []
+        plain = getattr(storage, stage)
+
+        def crash(*arguments):
+            calls.append(arguments)
+            if stage == "replace_text" or len(calls) == 2:  # the first makes room for the new ones
+                raise _Crash
+            plain(*arguments)
+
+        patch.setattr(storage, stage, crash)
+        # A killed process clears up nothing.
+        patch.setattr(model_folder, "_clear", lambda *_, **__: None)
         with pytest.raises(_Crash):
             save_model(path, new)
-    assert path.exists() == (stage == "model")
-    before = sorted(entry.name for entry in tmp_path.iterdir())
-    for reader in (path, tmp_path) if read else ():
-        _assert_equal(load_model(reader), old)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == before  # readers change nothing
-    save_model(path, new)
-    _assert_equal(load_model(path), new)
+    for reader in (path, tmp_path):
+        _assert_equal(load_model(reader), old if stage == "replace_text" else new)
+    save_model(path, newer)
+    _assert_equal(load_model(path), newer)
+    assert len(list(path.iterdir())) == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_crash_while_the_first_model_is_written_stops_nobody(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(model_folder, "_clear", lambda *_, **__: None)
+        patch.setattr(storage, "replace_text", lambda *_: (_ for _ in ()).throw(_Crash))
+        with pytest.raises(_Crash):
+            save_model(tmp_path / "model", _tiny())
+    assert find_model(tmp_path) is None
+    save_model(tmp_path / "model", _tiny())
+    _assert_equal(load_model(tmp_path), _tiny())
 
 
 def test_a_folder_of_other_things_is_never_replaced(tmp_path):

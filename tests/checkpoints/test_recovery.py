@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from configs import digits
 from deit_jax import couplings
 from deit_jax.checkpoints import model_folder, recovery, training
 from deit_jax.errors import InputError, TransientError
-from deit_jax.training import checks, loop
+from deit_jax.training import loop
 from tests import kill_and_resume, several, small_main
 from tests.checkpoints.test_checkpoint import _abstract, _assert_equal, _open, _save, _state, _tiny
 
@@ -140,7 +141,7 @@ def test_no_checkpoint_that_can_be_read_is_an_error(three, workdir):
 @pytest.mark.parametrize(
     ("function", "where"),
     [
-        (f"{recovery.__name__}.os.listdir", "checkpoints cannot be read now"),
+        ("pathlib.Path.iterdir", "checkpoints cannot be read now"),
         (f"{training.__name__}._read_json", "3 cannot be read now"),
     ],
 )
@@ -281,7 +282,7 @@ def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device", str(tmp_path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_folder.json, "dumps", full)
+        patch.setattr(model_folder.storage, "replace_text", full)
         with pytest.raises(InputError) as caught:
             model_folder.save_model(tmp_path / "model", _tiny(seed=2))
     assert str(caught.value) == f"{tmp_path / 'model'} cannot be written (No space left on device)"
@@ -295,7 +296,7 @@ def test_a_disk_that_renames_no_folders(tmp_path, monkeypatch):
     def refuse(path, _):
         raise OSError(errno.EMFILE, "as the system says", str(path))
 
-    monkeypatch.setattr(checks.Path, "rename", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(InputError, match=r"^--workdir=.* cannot be written \(\[Errno 24\]"):
         loop.train(digits.get_config(), str(tmp_path))
 

@@ -1,0 +1,116 @@
+"""Paths of files and folders: on disks, and gs:// in buckets of Google Cloud Storage.
+
+A path on a disk is a pathlib.Path. That in a bucket is an etils.epath.Path, with the same methods:
+Orbax takes it, and writes arrays there through TensorStore.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from deit_jax.errors import InputError
+
+# Through gcsfs. Else etils takes TensorFlow's driver for it wherever TensorFlow is installed: two
+# ways, of which that one cannot be tested without a real bucket.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+from etils import epath
+
+Path = pathlib.Path | epath.Path
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def path_of(text: str | os.PathLike, *parts: str) -> Path:
+    """Returns the absolute path of a file or folder; a leading ~ is the user's home.
+
+    Args:
+      text: a path on a disk or gs://BUCKET/NAME.
+      parts: names below it.
+
+    Raises:
+      InputError: another scheme, such as s3://, or gcsfs is missing.
+    """
+    text = os.fspath(text)
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        return pathlib.Path(os.path.abspath(os.path.expanduser(text)), *parts)
+    if scheme[1] != "gs":
+        raise InputError(
+            f"{text}: {scheme[0]} is not supported, expected a path on a disk or gs://BUCKET/NAME; "
+            "mount that storage, or copy the files"
+        )
+    _connect()
+    return epath.Path(text, *parts)
+
+
+@functools.cache
+def _connect() -> None:
+    """Prepares gcsfs, once."""
+    if importlib.util.find_spec("gcsfs") is None:
+        raise InputError("gs:// needs the package gcsfs; pip install 'deit-jax[gcs]'")
+    import fsspec
+
+    # What it remembers of a folder hides what other processes have written since.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Returns whether a path is in a bucket."""
+    return os.fspath(path).startswith("gs://")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one atomic step, which a bucket does by itself."""
+    if is_remote(path):
+        path.write_text(text)
+        return
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a crash of the machine may leave the name without content
+    partial.replace(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder with all that is in it, if it is there."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.rmtree()
+
+
+@contextlib.contextmanager
+def downloaded(path: Path) -> Iterator[pathlib.Path]:
+    """Gives a file as one on the disk: itself, or a copy for the time being."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder, path.name)
+        _copy(path, copy)
+        yield copy
+
+
+@contextlib.contextmanager
+def uploaded(path: Path) -> Iterator[pathlib.Path]:
+    """Gives the place of a file to write: itself, or one that is copied to it at the end."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder, path.name)
+        yield copy
+        _copy(copy, path)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 2**23)
