@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 import time
-from pathlib import Path
 from types import ModuleType
 
+from deit_jax import storage
 from deit_jax.errors import InputError
+from deit_jax.training.log_file import LogFile
 
 
 class MetricWriter:
@@ -15,7 +15,8 @@ class MetricWriter:
 
     `metrics.jsonl` holds one object a line: `step`, `split` ("train", "eval", "final") and the
     values. A run that resumes at `resume_step` first drops the later lines, since it writes them
-    again. Without `resume_step` lines are only appended, which is safe beside a running training.
+    again. Without `resume_step` lines are only appended, which is safe beside a running training;
+    in a bucket, which cannot append, they go to a file of their own, metrics.TIME.jsonl.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class MetricWriter:
             import_tensorboard()
         if not on:
             return
-        path = Path(workdir) / "metrics.jsonl"
+        path = storage.path_of(workdir, "metrics.jsonl")
         if resume_step is not None and path.exists():
             _drop_lines_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        if resume_step is None and storage.is_remote(path):
+            path = path.with_name(f"metrics.{time.time_ns()}.jsonl")
+        self._file = LogFile(path)
         if tensorboard:
             self._events = _EventFile(workdir, resume_step or 0)
 
@@ -45,15 +48,16 @@ class MetricWriter:
             return
         numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
         line = {"step": step, "split": split} | numbers
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         if self._events is not None:
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def sync(self) -> None:
-        """Waits until the lines are on the disk: a resumed run does not write them again."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        """Waits until all is stored: a resumed run does not write it again."""
+        for file in (self._file, self._events):
+            if file is not None:
+                file.sync()
 
     def close(self) -> None:
         """Closes the files."""
@@ -165,7 +169,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _drop_lines_after(path: storage.Path, step: int) -> None:
     """Keeps the complete lines up to `step`; drops a line that a crash cut short, too."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -174,9 +178,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")  # a crash may have cut off only the newline
         except (json.JSONDecodeError, KeyError):
             continue
-    partial = path.with_suffix(".jsonl.tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    storage.replace_text(path, "".join(kept))
 
 
 class _EventFile:
@@ -186,8 +188,9 @@ class _EventFile:
         event_pb2, summary_pb2, record_writer = import_tensorboard()
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # Nanoseconds: a run that resumes within a second must not overwrite the earlier file.
-        path = Path(workdir) / f"events.out.tfevents.{time.time_ns()}"
-        self._writer = record_writer.RecordWriter(path.open("wb"))
+        path = storage.path_of(workdir, f"events.out.tfevents.{time.time_ns()}")
+        self._file = LogFile(path)
+        self._writer = record_writer.RecordWriter(self._file)
         self._put(file_version="brain.Event:2")
         # Makes TensorBoard drop what a killed run wrote for the steps from the next one on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -201,6 +204,9 @@ class _EventFile:
     def _put(self, **fields: object) -> None:
         event = self._event(wall_time=time.time(), **fields)
         self._writer.write(event.SerializeToString())
+
+    def sync(self) -> None:
+        self._file.sync()
 
     def close(self) -> None:
         self._writer.close()
