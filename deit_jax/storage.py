@@ -79,24 +79,17 @@ def replace_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def exists(path: Path) -> bool:
+    """Returns whether something is there, also a link that leads nowhere."""
+    return path.exists() if is_remote(path) else os.path.lexists(path)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder with all that is in it, if it is there."""
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         path.rmtree()
-
-
-@contextlib.contextmanager
-def downloaded(path: Path) -> Iterator[pathlib.Path]:
-    """Gives a file as one on the disk: itself, or a copy for the time being."""
-    if not is_remote(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder, path.name)
-        _copy(path, copy)
-        yield copy
 
 
 @contextlib.contextmanager
@@ -109,6 +102,17 @@ def uploaded(path: Path) -> Iterator[pathlib.Path]:
         copy = pathlib.Path(folder, path.name)
         yield copy
         _copy(copy, path)
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies a file, or all files of a folder, into a folder; each appears there complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = source.iterdir() if source.is_dir() else [source]
+    for file in sorted(file for file in files if file.is_file()):
+        part = folder / file.name if is_remote(folder) else folder / f"{file.name}.part"
+        _copy(file, part)
+        if part.name != file.name:
+            part.replace(folder / file.name)
 
 
 def _copy(source: Path, target: Path) -> None:

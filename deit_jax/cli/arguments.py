@@ -4,9 +4,9 @@ import argparse
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
+from deit_jax import storage
 from deit_jax.errors import InputError, did_you_mean
 
 
@@ -67,14 +67,24 @@ def one_or_more(text: str, most: float = math.inf) -> int:
     return int(text)
 
 
-def new_file(text: str) -> Path:
+def a_path(text: str) -> storage.Path:
+    """Reads the path of a file or folder, which may be in a bucket; the `type` of a flag."""
+    try:
+        return storage.path_of(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def new_file(text: str) -> storage.Path:
     """Reads the path of a file to write; the `type` of a flag.
 
-    A place that cannot be written shows now, not after minutes of work.
+    A place on a disk that cannot be written shows now, not after minutes of work.
     """
-    file = Path(text)
+    file = a_path(text)
+    if storage.is_remote(file):
+        return file
     if file.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file to write")
-    if not os.access(file.absolute().parent, os.W_OK):
+    if not os.access(file.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text}: its folder is missing or cannot be written to")
     return file

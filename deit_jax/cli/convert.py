@@ -9,13 +9,13 @@ with a config.json), and finds out which model it is. With another --model, --im
 --num_classes than the file's, the weights are made to fit; what is new or dropped is printed.
 """
 
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from deit_jax.cli.arguments import one_or_more
+from deit_jax import storage
+from deit_jax.cli.arguments import a_path, one_or_more
 from deit_jax.console import log
 from deit_jax.errors import InputError, brief
 
@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the flags."""
     add = parser.add_argument
     add("--src", required=True, help="file, folder, https:// URL or hf:OWNER/NAME")
-    add("--dst", required=True, type=Path, metavar="DIR", help="model folder to write")
+    add("--dst", required=True, type=a_path, metavar="DIR", help="model folder to write")
     add("--model", metavar="NAME", help="registered name, if not the file's")
     size, classes = partial(one_or_more, most=2**14), partial(one_or_more, most=2**24)
     add("--image_size", type=size, metavar="N", help="side in pixels, if not the model's")
@@ -53,13 +53,17 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     if arguments.model is not None:
         registry.model_options(arguments.model)
     target = arguments.dst
-    if os.path.lexists(target) and not (target / "model.json").is_file():
+    exists = storage.exists(target)
+    if exists and not (target / "model.json").is_file():
         raise InputError(f"--dst {target} exists and is no model folder; choose another path")
-    if os.path.lexists(target) and not arguments.overwrite:
+    if exists and not arguments.overwrite:
         raise InputError(f"--dst {target} exists; choose another path, or add --overwrite")
     names = _class_names(arguments.class_names) if arguments.class_names else None
     source = download.fetch(arguments.src)
-    if target.resolve() in [source.resolve(), *source.resolve().parents]:
+    if not storage.is_remote(target) and target.resolve() in [
+        source.resolve(),
+        *source.resolve().parents,
+    ]:
         raise InputError(f"--dst {target} is or holds the source; choose another path")
 
     converted = from_torch.read(source, weights=arguments.weights)

@@ -8,11 +8,11 @@ timm: the state dict that timm loads. fb: the reference's names, in a .pth under
 folder that transformers loads with from_pretrained. torchvision: RegNetY in torchvision's names.
 """
 
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 
+from deit_jax import storage
+from deit_jax.cli.arguments import a_path
 from deit_jax.console import log
 from deit_jax.errors import InputError
 
@@ -22,8 +22,8 @@ RECIPE = ""
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the flags."""
     add = parser.add_argument
-    add("--src", required=True, type=Path, metavar="DIR", help="model folder, or run folder")
-    add("--dst", required=True, type=Path, help=".safetensors or .pth to write; hf: a folder")
+    add("--src", required=True, type=a_path, metavar="DIR", help="model folder, or run folder")
+    add("--dst", required=True, type=a_path, help=".safetensors or .pth to write; hf: a folder")
     add("--format", choices=("timm", "fb", "hf", "torchvision"), required=True)
     add("--overwrite", action="store_true", help="replace what is at --dst")
 
@@ -33,7 +33,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     from deit_jax.convert import huggingface, to_torch
 
     target, form = arguments.dst, arguments.format
-    if os.path.lexists(target):
+    if storage.exists(target):
         if not arguments.overwrite:
             raise InputError(f"--dst {target} exists; choose another path, or add --overwrite")
         if target.is_dir() and not (form == "hf" and huggingface.is_ours(target)):

@@ -10,18 +10,19 @@ beside it. Text shows percent, CSV and JSON hold probabilities from 0 to 1. A pi
 read is named on stderr and left out, and the exit status is then 1.
 """
 
+import contextlib
 import csv
 import io
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from deit_jax import pictures
+from deit_jax import pictures, storage
 from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.errors import InputError
 
@@ -48,10 +49,9 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     model = load_model(arguments.model)
     topk = min(arguments.topk, model.info.num_classes)
     folder = any(map(os.path.isdir, arguments.images))
-    # The CSV has its name only once it is complete.
-    part = Path(f"{arguments.csv}.part") if arguments.csv else Path(os.devnull)
     heading, status = True, 0
     with (
+        _whole(arguments.csv) as part,
         part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         tqdm(total=len(files), unit="image", disable=not folder and len(files) <= FEW) as bar,
     ):
@@ -67,10 +67,22 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
             elif not arguments.json:
                 _say(_csv(result, heading=heading) if folder else _text(result))
             heading = False
-    if arguments.csv:
-        part.replace(arguments.csv)
     sys.stdout.flush()  # a closed pipe shows here, where it is caught, not at exit
     return status
+
+
+@contextlib.contextmanager
+def _whole(csv_file: storage.Path | None) -> Iterator[Path]:
+    """Gives a file to write that gets the name of the CSV once it is complete."""
+    if csv_file is None:
+        yield Path(os.devnull)
+    elif storage.is_remote(csv_file):
+        with storage.uploaded(csv_file) as part:
+            yield part
+    else:
+        part = csv_file.with_name(f"{csv_file.name}.part")
+        yield part
+        part.replace(csv_file)
 
 
 def find_images(paths: list[str]) -> list[Path]:

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 from ml_collections import ConfigDict
 
+from deit_jax import storage
 from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.cli.drawing import draw
 from deit_jax.config.fields import default_config
@@ -64,7 +65,8 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         title = f"RandAugment {policy} · {arguments.image or 'first image'} · operation and level"
         columns = 2 * len(LEVELS) - 1
     sheet = draw(tiles, captions, title=title, columns=columns)
-    sheet.save(arguments.out)
+    with storage.uploaded(arguments.out) as file:
+        sheet.save(file)
     log(f"{arguments.out}: {sheet.width}×{sheet.height} pixels")
     emit({"out": str(arguments.out), "width": sheet.width, "height": sheet.height})
 

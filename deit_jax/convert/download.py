@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from deit_jax import storage, trees
 from deit_jax.convert.huggingface import CONFIGS, WEIGHTS
 from deit_jax.errors import InputError, TransientError, brief
 
@@ -22,8 +23,8 @@ def fetch(src: str | os.PathLike, *, cache: str | os.PathLike | None = None) -> 
     """Returns the path of the weights that `src` names; downloads them where needed.
 
     Args:
-      src: a path; an `https://` URL (`http://` for this machine only); or `hf:OWNER/NAME`, with
-        `@REVISION` where wanted, for a repository of the Hugging Face hub.
+      src: a path, also in a bucket (`gs://`); an `https://` URL (`http://` for this machine only);
+        or `hf:OWNER/NAME`, with `@REVISION` where wanted, for a repository of the Hugging Face hub.
       cache: the folder for downloads. Default: $DEIT_JAX_CACHE, else `deit_jax` in the user's
         cache folder; for `hf:`, the cache of huggingface_hub.
 
@@ -39,6 +40,8 @@ def fetch(src: str | os.PathLike, *, cache: str | os.PathLike | None = None) -> 
     text = os.fspath(src)
     if isinstance(src, str) and src.startswith("hf:"):
         return _from_hub(src, cache)
+    if isinstance(src, str) and storage.is_remote(src):
+        return _from_bucket(src, cache)
     if isinstance(src, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", src):
         return _from_url(src, cache)
     if text and os.path.exists(text):
@@ -50,6 +53,27 @@ def fetch(src: str | os.PathLike, *, cache: str | os.PathLike | None = None) -> 
     )
 
 
+def _cache(cache: str | os.PathLike | None) -> Path:
+    import pooch
+
+    folder = cache or os.environ.get("DEIT_JAX_CACHE") or pooch.os_cache("deit_jax")
+    return Path(folder).expanduser()
+
+
+def _from_bucket(src: str, cache: str | os.PathLike | None) -> Path:
+    path = storage.path_of(src)
+    if not path.exists():
+        raise InputError(f"{src!r}: no such file or folder; check the path")
+    files = list(path.iterdir()) if path.is_dir() else [path]
+    stats = [(str(file), stat.length, stat.mtime) for file in files for stat in (file.stat(),)]
+    folder = _cache(cache) / trees.digest(str(stats))
+    if path.is_dir():
+        storage.copy_files(path, folder / path.name)
+    elif not (folder / path.name).exists():
+        storage.copy_files(path, folder)
+    return folder / path.name
+
+
 def _from_url(url: str, cache: str | os.PathLike | None) -> Path:
     import pooch
     import requests
@@ -57,9 +81,8 @@ def _from_url(url: str, cache: str | os.PathLike | None) -> Path:
 
     _check_url(url)
     name = _file_name(url)
-    cache = Path(cache or os.environ.get("DEIT_JAX_CACHE") or pooch.os_cache("deit_jax"))
     # A folder for each URL: two of the same file name are not the same file.
-    folder = cache.expanduser() / hashlib.sha256(url.encode()).hexdigest()[:12]
+    folder = _cache(cache) / hashlib.sha256(url.encode()).hexdigest()[:12]
 
     def download(url: str, file: str, owner: object) -> None:
         """Refuses a wrong file while it has a temporary name, under which pooch deletes it."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deit_jax import storage
 from deit_jax.convert import layouts, torch_files
 from deit_jax.errors import InputError, brief
 from deit_jax.models import imagenet, registry
@@ -176,13 +177,13 @@ def layout(info: ModelInfo) -> layouts.Layout:
     return layouts.HF_DEIT if options["distilled"] else layouts.HF_VIT
 
 
-def is_ours(folder: Path) -> bool:
+def is_ours(folder: storage.Path) -> bool:
     """Tells whether a folder holds what `write_folder` wrote, and nothing else."""
     config = _read_json(folder / "config.json")
     return _INFO in config and {file.name for file in folder.iterdir()} <= _FILES
 
 
-def write_folder(folder: Path, tensors: dict[str, np.ndarray], info: ModelInfo) -> None:
+def write_folder(folder: storage.Path, tensors: dict[str, np.ndarray], info: ModelInfo) -> None:
     """Writes `config.json`, `preprocessor_config.json` and `model.safetensors` into a folder.
 
     The tensors have the names of `layout(info)`. Plain DeiT becomes a ViTForImageClassification, a
@@ -192,6 +193,11 @@ def write_folder(folder: Path, tensors: dict[str, np.ndarray], info: ModelInfo) 
     Raises:
       InputError: the disk refuses.
     """
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory() as local:
+            write_folder(Path(local, "new"), tensors, info)
+            storage.copy_files(Path(local, "new"), folder)
+        return
     folder = folder.absolute()
     contents = {"config.json": _config(info), "preprocessor_config.json": _processor(info)}
     try:

@@ -1,10 +1,10 @@
 """Writes a model folder as a PyTorch file: for timm, the reference, torchvision or transformers."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 
+from deit_jax import storage
 from deit_jax.checkpoints import model_folder
 from deit_jax.convert import huggingface, layouts, mapping, torch_files
 from deit_jax.errors import InputError
@@ -61,7 +61,7 @@ def write(source: str | os.PathLike, path: str | os.PathLike, form: str) -> Mode
     Raises:
       InputError: no model folder, a format that does not know the model, or a full disk.
     """
-    path = Path(path)
+    path = storage.path_of(path)
     network, like = model_folder.read_network(source)
     info = network.info
     layout(info, form)  # before the weights are read

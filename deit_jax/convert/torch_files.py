@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from deit_jax import storage
 from deit_jax.convert.mapping import COUNTER
 from deit_jax.errors import InputError, brief
 from deit_jax.models.info import ModelInfo
@@ -204,7 +205,7 @@ def write(
     Raises:
       InputError: another suffix, torch is missing, or the disk refuses.
     """
-    path = Path(path)
+    path = storage.path_of(path)
     check_suffix(path)
     described = {} if info is None else {_INFO: json.dumps(info.to_json(), ensure_ascii=False)}
     with _replacing(path) as part:
@@ -217,7 +218,7 @@ def write(
             torch.save(content if container is None else {container: content} | described, part)
 
 
-def check_suffix(path: Path) -> None:
+def check_suffix(path: storage.Path) -> None:
     """Raises InputError for a file name that `write` knows no format for, or has no torch for."""
     known = (".safetensors", *_TORCH_SUFFIXES)
     if path.suffix not in known:
@@ -227,8 +228,12 @@ def check_suffix(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file beside `path` that takes its place when the block succeeds."""
+def _replacing(path: storage.Path) -> Iterator[Path]:
+    """Yields a temporary file that takes the place of `path` when the block succeeds."""
+    if storage.is_remote(path):
+        with storage.uploaded(path) as part:
+            yield part
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

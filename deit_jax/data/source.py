@@ -6,6 +6,9 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
+from deit_jax import storage
+from deit_jax.parallel import cpus
+
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Source(abc.ABC):
@@ -15,7 +18,7 @@ class Source(abc.ABC):
     num_examples: int  # examples are 0 … num_examples-1
     num_classes: int  # labels are 0 … num_classes-1
     class_names: tuple[str, ...]  # one a class, or () where unknown
-    read_threads: int = 16  # reads at a time where `input.read_threads` is 0
+    read_threads: int = 16  # reads at a time where `input.read_threads` is 0; see `read_threads`
 
     @abc.abstractmethod
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -33,6 +36,11 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def example_id(self, index: int) -> str:
         """Returns the name by which a person finds the example: its file, or split and record."""
+
+
+def read_threads(place: str) -> int:
+    """Returns how many reads at a time keep the processors fed: from a disk 16, a bucket more."""
+    return max(64, 8 * cpus.available()) if storage.is_remote(place) else 16
 
 
 def fixed_fraction(labels: np.ndarray, fraction: float, *, seed: int = 0) -> np.ndarray:

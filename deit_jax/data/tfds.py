@@ -9,7 +9,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from deit_jax.data.source import Source, fixed_fraction
+from deit_jax import storage
+from deit_jax.data.source import Source, fixed_fraction, read_threads
 from deit_jax.data.tfrecord import Part, TfRecords
 from deit_jax.errors import InputError
 from deit_jax.trees import digest
@@ -74,6 +75,11 @@ def open_tfds(dataset: ConfigDict, split: str) -> TfdsSource:
     label = features["label"]
     num_classes = _num_classes(dataset, label, where)
     if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        if storage.is_remote(instructions[0].filename):
+            raise InputError(
+                f"{where}: array_record files are read from disks only; copy them to one, or "
+                "prepare the data set as tfrecord"
+            )
         records = _ArrayRecords(instructions)
     elif info.file_format == tfds.core.FileFormat.TFRECORD:
         records = TfRecords(
@@ -90,6 +96,7 @@ def open_tfds(dataset: ConfigDict, split: str) -> TfdsSource:
         chosen = tf.constant(fixed_fraction(np.zeros(len(records)), fraction), tf.int64)
     return TfdsSource(
         description=f"TFDS {where}, {name}",
+        read_threads=read_threads(str(builder.data_path)),
         num_examples=len(records) if chosen is None else len(chosen),
         num_classes=num_classes,
         class_names=tuple(label.names) if num_classes == label.num_classes else (),
@@ -101,7 +108,8 @@ def open_tfds(dataset: ConfigDict, split: str) -> TfdsSource:
 
 
 def _open_builder(dataset: ConfigDict) -> tfds.core.DatasetBuilder:
-    name, root = dataset.name, dataset.root or None
+    name = dataset.name
+    root = os.fspath(storage.path_of(dataset.root)) if dataset.root else None
     if not name:
         raise InputError("config.dataset.name is empty, expected a TFDS name or name:version")
     try:
@@ -162,7 +170,7 @@ class _ArrayRecords:
         """Returns a digest of the names, the sizes and the used parts of the files."""
         return digest(
             *(
-                f"{os.path.basename(part.filename)} {tf.io.gfile.stat(part.filename).length} "
+                f"{os.path.basename(part.filename)} {os.path.getsize(part.filename)} "
                 f"{part.skip} {part.take}"
                 for part in self._instructions
             )

@@ -1,5 +1,6 @@
 """Random access to the records of TFRecord files, by the offsets that one scan of them finds."""
 
+import contextlib
 import os
 import time
 import zipfile
@@ -12,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from deit_jax import storage
 from deit_jax.console import log_error
-from deit_jax.errors import InputError
+from deit_jax.data import buckets
+from deit_jax.errors import InputError, brief
 from deit_jax.trees import digest
 
 _LENGTH = Struct("<Q4x")  # a record starts with its length and the length's checksum
@@ -48,6 +51,7 @@ class TfRecords:
         ]
         self._names = [os.path.basename(part.file) for part in parts]
         self._files = tf.constant([part.file for part in parts])
+        self._remote = any(storage.is_remote(part.file) for part in parts)
         self._bounds = tf.constant(np.concatenate(bounds), tf.int64)  # one more than records a part
         self._firsts = tf.constant(np.cumsum([0, *(part.take for part in parts)])[:-1], tf.int64)
         self._count = sum(part.take for part in parts)
@@ -71,9 +75,12 @@ class TfRecords:
         part = tf.searchsorted(self._firsts, index[None], side="right")[0] - 1
         place = index + tf.cast(part, tf.int64)
         begin, end = tf.gather(self._bounds, place), tf.gather(self._bounds, place + 1)
+        file = tf.gather(self._files, part)
+        if self._remote:
+            return buckets.read_record(file, begin, end)
         # Of TensorFlow's readers the only one that seeks: tf.data's read all that comes before.
         records = tf.raw_ops.TFRecordDatasetV2(
-            filenames=tf.gather(self._files, part)[None],
+            filenames=file[None],
             compression_type="",
             buffer_size=end - begin,
             byte_offsets=begin[None],
@@ -110,10 +117,12 @@ def _offsets(files: Sequence[tuple[str, int]]) -> list[np.ndarray]:
 def _stat(file: str) -> tuple[int, int]:
     """Returns the size and the time of change."""
     try:
-        stat = tf.io.gfile.stat(file)
-    except tf.errors.OpError as error:
-        raise InputError(f"{file}: cannot be read ({error.message})") from None
-    return stat.length, stat.mtime_nsec
+        stat = storage.path_of(file).stat()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({brief(error)})") from None
+    if storage.is_remote(file):
+        return stat.length, stat.mtime
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _read_cache(
@@ -164,18 +173,19 @@ def _scanned(files: Sequence[tuple[str, int]]) -> list[np.ndarray]:
 
 def _scan(file: str, count: int) -> np.ndarray:
     """Returns the offsets of the records of a TFRecord file and its size, int64 [count + 1]."""
+    offsets, (size, _) = [0], _stat(file)
     try:
-        size = tf.io.gfile.stat(file).length
-        offsets = [0]
-        # GFile reads half a megabyte at every seek: right for a bucket, wasteful on a disk.
-        local = os.path.isfile(file)
-        with open(file, "rb", 0) if local else tf.io.gfile.GFile(file, "rb") as records:
+        with contextlib.nullcontext() if storage.is_remote(file) else open(file, "rb") as opened:
             while offsets[-1] + _OVERHEAD <= size:
-                records.seek(offsets[-1])
-                (length,) = _LENGTH.unpack(records.read(_LENGTH.size))
-                offsets.append(offsets[-1] + _OVERHEAD + length)
-    except (OSError, tf.errors.OpError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from None
+                begin, end = offsets[-1], offsets[-1] + _LENGTH.size
+                if opened is None:
+                    header = buckets.read(file, begin, end)
+                else:
+                    header = os.pread(opened.fileno(), _LENGTH.size, begin)
+                (length,) = _LENGTH.unpack(header)
+                offsets.append(begin + _OVERHEAD + length)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({brief(error)})") from None
     if offsets[-1] != size or len(offsets) != count + 1:
         raise InputError(
             f"{file}: {len(offsets) - 1} records in {size} bytes, expected {count} complete ones; "
