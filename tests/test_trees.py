@@ -1,5 +1,3 @@
-import copy
-
 import jax
 import numpy as np
 import pytest
@@ -42,42 +40,32 @@ def test_check_like_accepts_equal_trees_of_other_dtype():
     trees.check_like(make_tree(), want)
 
 
-def broken(kind):
-    tree = copy.deepcopy(make_tree())
-    if kind == "renamed":
-        tree["head"]["kern"] = tree["head"].pop("kernel")
-    elif kind == "missing":
-        del tree["blocks"][11]["bias"]
-    elif kind == "unexpected":
-        tree["head"]["extra"] = np.zeros(1)
-    elif kind == "misshaped":
-        tree["head"]["kernel"] = np.zeros((5, 3))
-    elif kind == "string keys":
-        tree["blocks"] = {str(i): block for i, block in tree["blocks"].items()}
-    return tree
-
-
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("spoil", "message"),
     [
-        ("renamed", "missing head/kernel; unexpected head/kern."),
-        ("missing", "missing blocks/11/bias"),
-        ("unexpected", "unexpected head/extra"),
-        ("misshaped", "head/kernel has shape (5, 3), expected (3, 5)"),
-        ("string keys", "restore_int_paths"),
+        (
+            lambda tree: tree["head"].update(kern=tree["head"].pop("kernel")),
+            "missing head/kernel; unexpected head/kern.",
+        ),
+        (lambda tree: tree["blocks"][11].pop("bias"), "missing blocks/11/bias"),
+        (lambda tree: tree["head"].update(extra=np.zeros(1)), "unexpected head/extra"),
+        (
+            lambda tree: tree["head"].update(kernel=np.zeros((5, 3))),
+            "head/kernel has shape (5, 3), expected (3, 5)",
+        ),
+        (
+            lambda tree: tree.update(blocks={str(i): x for i, x in tree["blocks"].items()}),
+            "restore_int_paths",
+        ),
+        (dict.clear, "and 16 more"),
     ],
 )
-def test_check_like_names_the_difference(kind, message):
+def test_check_like_names_the_difference_in_a_bounded_line(spoil, message):
+    tree = make_tree()
+    spoil(tree)
     with pytest.raises(InputError) as error:
-        trees.check_like(broken(kind), make_tree(), "weights in x.pth")
+        trees.check_like(tree, make_tree(), "weights in x.pth")
     assert message in str(error.value)
     assert str(error.value).startswith("weights in x.pth")
-
-
-def test_check_like_message_is_one_bounded_line():
-    with pytest.raises(InputError) as error:
-        trees.check_like({}, make_tree())
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.count("missing") == 10
-    assert "and 16 more" in message
+    assert str(error.value).count("missing") <= 10
+    assert "\n" not in str(error.value)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 
 from deit_jax import trees
 from deit_jax.config.fields import default_config
 from deit_jax.errors import InputError
+from deit_jax.models.network import split_model
 from deit_jax.models.registry import abstract_model
 from deit_jax.training import optim
 from tests.oracles.torchvision_ops import import_torchvision
@@ -40,31 +40,16 @@ def test_learning_rate_per_step_has_no_lag():
     assert rate(0, warmup=0) == pytest.approx(1.0)
 
 
-def abstract_params(name: str) -> dict:
-    return nnx.to_pure_dict(nnx.state(abstract_model(name), nnx.Param))
+def abstract_params(name: str, **options) -> dict:
+    return split_model(abstract_model(name, **options))[1].params
 
 
 def small_params() -> dict:
-    shapes = {
-        "cls_token": (1, 1, 6),
-        "dist_token": (1, 1, 6),
-        "pos_embed": (1, 5, 6),
-        "patch_embed": {"proj": {"kernel": (2, 2, 3, 6), "bias": (6,)}},
-        "blocks": {
-            0: {
-                "norm1": {"scale": (6,), "bias": (6,)},
-                "attn": {"qkv": {"kernel": (6, 18), "bias": (18,)}},
-                "ls1": {"gamma": (6,)},
-            }
-        },
-        "head": {"kernel": (6, 4), "bias": (4,)},
-    }
+    """Random numbers in parameters of every kind."""
+    options = {"depth": 1, "embed_dim": 8, "num_heads": 2, "patch_size": 16, "num_classes": 4}
+    shapes = abstract_params("deit_testing_distilled", layer_scale_init=1.0, **options)
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
 
 
 ATTENTION_ONLY = ".*/attn/.* head/.* pos_embed"
