@@ -1,7 +1,8 @@
 """Your own images: DeiT-Ti distilled, DeiT-Ti plain, or any converted model fine-tuned.
 
-Layout: ROOT/{train,val}/<class>/*.jpg (or .png), any number of classes; a flat
-ROOT/{train,val}/*.jpg works with --config.dataset.label_file=labels.csv (rows "split/file,label").
+Layout: ROOT/{train,val}/<class>/*.jpg (or .png), any number of classes; ROOT/<class>/*.jpg is split
+by --config.dataset.eval_fraction; a flat ROOT/{train,val}/*.jpg works with
+--config.dataset.label_file=labels.csv (rows "split/file,label").
 Commands:
   deit-jax train --config=folder --workdir=DIR --config.dataset.root=ROOT
   deit-jax train --config=folder:finetune --workdir=DIR --config.dataset.root=ROOT \\

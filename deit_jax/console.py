@@ -23,6 +23,8 @@ def _print(text: str, stream: TextIO | None) -> None:
         return
     try:
         print(text, file=stream, flush=True)
+    except UnicodeEncodeError:  # not to be lost where the terminal knows ASCII alone
+        _print(text.encode("ascii", "backslashreplace").decode(), stream)
     except (ValueError, RuntimeError):  # closed since; or a signal's handler within another line
         pass
     except OSError:  # nobody reads it, or there is no room: later there may be

@@ -5,7 +5,8 @@ deit-jax check-data --config=folder --config.dataset.root=ROOT --workers 16 --js
 
 Prints what the training and the evaluation split hold: classes in their order, images a class,
 sizes, colours. An image that training's decoder refuses, and a label outside the classes, are named
-on a line each, and the exit status is then 1. Files that are in both splits are a warning.
+on a line each, and the exit status is then 1. Files that are in both splits are a warning. Files
+that do not count as images are named by their kind; --json names all.
 """
 
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deit_jax.cli.arguments import one_or_more
+from deit_jax.folders import printable
 from deit_jax.parallel import cpus
 
 RECIPE = "required"
@@ -49,6 +51,10 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
         names = [" ".join(dict.fromkeys((n, imagenet.readable(n)))) for n in source.class_names]
         _say(f"{split}: {source.description}, {source.num_examples:,} images")
         _say(f"  {source.num_classes} classes: {_some(names) or 'without names'}")
+        for note in source.notes:
+            _say(f"  note: {note}")
+        for reason, passed in source.passed_over.items():
+            _say(f"  not data, {len(passed):,} {reason}: {_some(list(map(printable, passed)))}")
     begin = time.perf_counter()
     splits, tables = {}, {}
     for split, source in sources.items():

@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from deit_jax import pictures, storage
 from deit_jax.cli.arguments import new_file, one_or_more
+from deit_jax.console import log_error
 from deit_jax.errors import InputError
+from deit_jax.folders import describe, printable, walk
 
 RECIPE = ""
 FEW = 4  # so many pictures need no progress bar
@@ -86,7 +88,9 @@ def _whole(csv_file: storage.Path | None) -> Iterator[Path]:
 
 
 def find_images(paths: list[str]) -> list[Path]:
-    """Returns files as given, and folders' images by suffix, each folder's sorted by path.
+    """Returns files as given, and the images in folders, each folder's sorted by path.
+
+    What else folders hold is named on stderr.
 
     Raises:
       InputError: a path does not exist, or a folder holds no image.
@@ -94,13 +98,12 @@ def find_images(paths: list[str]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            # Not rglob: class folders are often links, and it follows none.
-            below = [Path(at, name) for at, _, n in os.walk(path, followlinks=True) for name in n]
-            images = sorted(file for file in below if file.suffix.lower() in pictures.SUFFIXES)
-            if not images:
-                raise InputError(
-                    f"{path} holds no image: expected files {' '.join(pictures.SUFFIXES)}"
-                )
+            found = walk(str(path))
+            if found.passed_over:
+                log_error(f"note: {printable(str(path))}: no images: {describe(found.passed_over)}")
+            if not (images := sorted(path / image for image in found.paths() + found.unreadable)):
+                expected = " ".join(pictures.SUFFIXES)
+                raise InputError(f"{path} holds no image: expected files {expected}")
             files += images
         elif path.exists():
             files.append(path)

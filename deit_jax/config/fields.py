@@ -30,7 +30,11 @@ def default_config() -> ConfigDict:
     config.dataset.name = "imagenet2012"  # tfds: name or name:version
     config.dataset.root = ""  # tfds: data_dir ("": TFDS's default); folder: where the splits are
     config.dataset.train_split = "train"
+    # folder: where it is missing, val, valid, validation and test are tried.
     config.dataset.eval_split = "validation"
+    # folder: where the root holds classes and no splits, the part of each class that is held out
+    # for evaluation, fixed by a seed of its own; 0: refuse to split.
+    config.dataset.eval_fraction = 0.1
     config.dataset.label_file = ""  # folder: file of "name,label" rows, without class folders
     config.dataset.num_classes = 0  # 0: as found in the data
     config.dataset.train_fraction = 1.0  # train on a fixed, stratified part of the train split

@@ -47,7 +47,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of wh
     "in (0, 1]": (lambda value: 0 < value <= 1, "input.crop_ratio dataset.train_fraction"),
     "in [0, 1)": (
         lambda value: 0 <= value < 1,
-        "optimizer.b1 optimizer.b2 optimizer.momentum train.ema_decay",
+        "dataset.eval_fraction optimizer.b1 optimizer.b2 optimizer.momentum train.ema_decay",
     ),
     "numbers greater than 0": (lambda value: min(value) > 0, "input.std"),
     "two numbers, 0 < low <= high": (

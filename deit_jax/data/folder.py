@@ -1,25 +1,52 @@
-"""Image folders: one folder a class, or one folder of images with a label file."""
+"""Image folders: one folder a class, or images with a label file."""
 
+import collections
 import dataclasses
 import os
-import re
-from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from deit_jax.data.source import Source, fixed_fraction
-from deit_jax.errors import InputError
+from deit_jax import pictures, storage
+from deit_jax.data import label_file
+from deit_jax.data.source import Source, fixed_fraction, read_threads
+from deit_jax.errors import InputError, did_you_mean
+from deit_jax.folders import (
+    Found,
+    describe,
+    is_folder,
+    is_hidden,
+    join,
+    list_folder,
+    normalise,
+    printable,
+    walk,
+)
 from deit_jax.trees import digest
 
-_READABLE = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
-# torchvision's ImageFolder reads these too: skipping them in silence would change the data set.
-_UNREADABLE = (".ppm", ".pgm", ".tif", ".tiff", ".webp")
-_HEADER = ("filename", "file", "image", "path", "name")
+EVAL_NAMES = ("val", "valid", "validation", "test")  # tried in this order
+# A folder of such a name is no class where ROOT holds the class folders itself.
+_SPLIT_NAMES = {
+    *EVAL_NAMES,
+    *("train", "training", "trainset", "valset", "testing", "testset", "eval"),
+}
+_SUFFIXES = ", ".join(pictures.SUFFIXES)
+_HELD_OUT_SEED = 1  # train_fraction has 0
 
-Row = tuple[int, str, str]  # of a label file: line number, name and label
-Listing = tuple[list[str], list[int], int, tuple[str, ...]]  # files, labels, classes, their names
+Splits = dict[str, str | None]  # "train" and "eval": the folder in ROOT, "" for ROOT itself
+
+
+class Listing(NamedTuple):
+    """The images of a split."""
+
+    files: list[str]  # paths in its folder
+    labels: list[int]
+    num_classes: int
+    class_names: tuple[str, ...]
+    notes: list[str]
+    passed_over: dict[str, list[str]]
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -32,23 +59,26 @@ class FolderSource(Source):
 
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See Source."""
-        path = tf.strings.join([self.folder, tf.gather(self.files, index)], separator="/")
+        folder = os.fsencode(self.folder)
+        path = tf.strings.join([folder, tf.gather(self.files, index)], separator="/")
         return tf.io.read_file(path), tf.gather(self.labels, index)
 
     def fingerprint(self) -> str:
         """See Source."""
-        return digest("\n".join(file.decode() for file in self.files.numpy()), self.labels)
+        names = b"\n".join(self.files.numpy().tolist())
+        return digest(np.frombuffer(names, np.uint8), self.labels)
 
     def example_id(self, index: int) -> str:
-        """Returns the path of the file."""
-        return f"{self.folder}/{self.files[index].numpy().decode()}"
+        """Returns the path of the file; what cannot be printed in it is escaped."""
+        return printable(f"{self.folder}/{os.fsdecode(self.files[index].numpy())}")
 
 
 def open_folder(dataset: ConfigDict, split: str) -> FolderSource:
-    """Opens ROOT/SPLIT/CLASS/IMAGE, or with `label_file` ROOT/SPLIT/IMAGE.
+    """Opens ROOT/SPLIT/CLASS/…/IMAGE, or with `label_file` ROOT/SPLIT/…/IMAGE.
 
     Classes are numbered in the order of their sorted names and files are sorted, as torchvision's
-    ImageFolder does. The train split says which classes there are, where it exists.
+    ImageFolder does. The train split says which classes there are, where it exists. Without folders
+    for the splits, ROOT/CLASS/…/IMAGE (or ROOT/…/IMAGE) is split by `eval_fraction`.
 
     Args:
       dataset: the `dataset` group of the config.
@@ -57,167 +87,239 @@ def open_folder(dataset: ConfigDict, split: str) -> FolderSource:
     Raises:
       InputError: folders, files or labels that are missing, empty or do not agree.
     """
-    root, name = dataset.root.rstrip("/") or dataset.root, dataset[f"{split}_split"]
-    if not root:
+    if not dataset.root:
         raise InputError("config.dataset.root is empty, expected the folder that holds the splits")
-    if not tf.io.gfile.isdir(root):
-        raise InputError(f"config.dataset.root is {root!r}, which is not a folder; check the path")
-    folder = f"{root}/{name}"
-    if not name or not tf.io.gfile.isdir(folder):
-        present = ", ".join(_list(root)[0]) or "no folders"
+    root = os.fspath(storage.path_of(dataset.root))
+    if not is_folder(root):
         raise InputError(
-            f"config.dataset.{split}_split is {name!r}, but {folder} is not a folder; {root} holds "
-            f"{present}"
+            f"config.dataset.root is {dataset.root!r}, which is not a folder; check the path"
         )
+    splits, notes = _find_splits(dataset, root)
+    if splits[split] is None:
+        raise InputError(_no_such_split(dataset, root, splits, split))
+    folder = join(root, splits[split])
     read = _read_label_file if dataset.label_file else _read_class_folders
-    files, labels, num_classes, class_names = read(dataset, root, name)
-    labels = np.asarray(labels)
+    listing = read(dataset, root, splits, split)
+    notes = [*notes, *listing.notes] if split == "eval" else listing.notes
+    labels = np.asarray(listing.labels)
+    chosen = np.arange(len(labels))
+    if not splits[split]:
+        held_out = _held_out(root, labels, dataset.eval_fraction)
+        rest = np.delete(chosen, held_out)
+        chosen = rest if split == "train" else held_out
+        notes = [
+            f"{root} has no folders {dataset.train_split} and {dataset.eval_split}: its "
+            f"{len(labels):,} images in {listing.num_classes} classes are split by eval_fraction "
+            f"{dataset.eval_fraction:g}, {len(rest):,} to train and {len(held_out):,} to evaluate",
+            *notes,
+        ]
     if split == "train":
-        chosen = fixed_fraction(labels, dataset.train_fraction)
-        files, labels = [files[i] for i in chosen], labels[chosen]
+        chosen = chosen[fixed_fraction(labels[chosen], dataset.train_fraction)]
+    if passed := describe(listing.passed_over):
+        notes = [*notes, f"{folder}: not data: {passed}"]
     return FolderSource(
-        description=f"folder {folder}",
-        num_examples=len(files),
-        num_classes=num_classes,
-        class_names=class_names,
+        read_threads=read_threads(root),
+        description=f"folder {printable(folder)}",
+        num_examples=len(chosen),
+        num_classes=listing.num_classes,
+        class_names=tuple(map(printable, listing.class_names)),
+        notes=tuple(map(printable, notes)),
+        passed_over=listing.passed_over,
         folder=folder,
-        files=tf.constant(files, tf.string),
-        labels=tf.constant(labels, tf.int32),
+        files=tf.constant([os.fsencode(listing.files[i]) for i in chosen], tf.string),
+        labels=tf.constant(labels[chosen], tf.int32),
     )
 
 
-def _read_class_folders(dataset: ConfigDict, root: str, split: str) -> Listing:
-    folder, train = f"{root}/{split}", f"{root}/{dataset.train_split}"
-    present, images = _list(folder)
+def _find_splits(dataset: ConfigDict, root: str) -> tuple[Splits, list[str]]:
+    """Returns where the splits are, None for one that is not there, and notes."""
+    wanted = {split: dataset[f"{split}_split"] for split in ("train", "eval")}
+    splits: Splits = {
+        split: name if name and is_folder(join(root, name)) else None
+        for split, name in wanted.items()
+    }
+    if splits["eval"] is None:
+        others = (name for name in EVAL_NAMES if name != wanted["train"])
+        splits["eval"] = next((name for name in others if is_folder(join(root, name))), None)
+        if splits["eval"]:
+            found = f"the folder {splits['eval']} is the evaluation split"
+            return splits, [f"{root} has no folder {wanted['eval'] or 'for evaluation'}: {found}"]
+    if splits == {"train": None, "eval": None} and dataset.eval_fraction:
+        folders = _folders(root)
+        if (folders or dataset.label_file) and not _SPLIT_NAMES & {
+            name.casefold() for name in folders
+        }:
+            splits = {"train": "", "eval": ""}
+    return splits, []
+
+
+def _no_such_split(dataset: ConfigDict, root: str, splits: Splits, split: str) -> str:
+    name, present = dataset[f"{split}_split"], _folders(root)
+    listed = ", ".join(present[:8]) + (", …" if len(present) > 8 else "") or "no folders"
+    tried = f" and none of {', '.join(EVAL_NAMES)}" if split == "eval" else ""
+    hint = ""
+    if splits["train"]:
+        hint = f"; to hold out a part of the training images, set root to {root}/{splits['train']}"
+    elif splits["eval"] is None and not dataset.eval_fraction:
+        hint = "; config.dataset.eval_fraction is 0, or ROOT could be split"
+    return (
+        f"config.dataset.{split}_split is {name!r}, but {join(root, name)} is not a folder; {root} "
+        f"holds {listed}{tried}{did_you_mean(name, present)}{hint}"
+    )
+
+
+def _folders(folder: str) -> list[str]:
+    entries = list_folder(folder)
+    return [e.name for e in entries if e.kind == "folder" and not is_hidden(e.name)]
+
+
+def _walk(folder: str) -> Found:
+    found = walk(folder)
+    for paths, what, remedy in (
+        (found.broken, "a link to nothing", "restore its target or remove it"),
+        (found.unreadable, "an image that cannot be read", "convert it to JPEG or PNG"),
+    ):
+        if paths:
+            more = f" ({len(paths):,} such files)" if len(paths) > 1 else ""
+            raise InputError(f"{printable(join(folder, paths[0]))} is {what}{more}; {remedy}")
+    return found
+
+
+def _held_out(root: str, labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Returns the indices of the fraction of each class, but of no class all images."""
+    held_out = fixed_fraction(labels, fraction, seed=_HELD_OUT_SEED)
+    classes, first, counts = np.unique(labels[held_out], return_index=True, return_counts=True)
+    whole = counts == np.bincount(labels)[classes]
+    held_out = np.delete(held_out, first[whole])
+    if not len(held_out):
+        raise InputError(f"{root} has one image a class, too few to split; add images")
+    return held_out
+
+
+def _read_class_folders(dataset: ConfigDict, root: str, splits: Splits, split: str) -> Listing:
+    folder = join(root, splits[split])
+    found = _walk(folder)
+    of_class = collections.defaultdict(list)  # its own folder and those below it
+    for at in sorted(found.images):
+        of_class[at.partition("/")[0]].append(at)
+    loose = found.images[of_class.pop("")[0]]
+    present = sorted(of_class)
     if not present:
-        hint = "set config.dataset.label_file" if images else "expected one folder a class"
-        raise InputError(f"{folder} holds {len(images)} images and no class folders; {hint}")
-    if not tf.io.gfile.isdir(train):
-        train = folder  # whoever only evaluates may have no train split
-    names = _list(train)[0]
-    unknown = sorted(set(present) - set(names))
+        hint = "set config.dataset.label_file" if loose else "expected one folder a class"
+        raise InputError(f"{folder} holds {len(loose)} images and no class folders; {hint}")
+    if loose:
+        found.passed_over["images beside the class folders"] = loose
+    if not splits[split]:
+        _check_unsplit(root, present, found)
+    # Whoever only evaluates may have no train split.
+    train = join(root, splits["train"] if splits["train"] is not None else splits["eval"])
+    names = present if train == folder else _folders(train)
+    number = {normalise(name): i for i, name in enumerate(names)}
+    if len(number) < len(names):
+        twin = next(n for i, n in enumerate(names) if number[normalise(n)] != i)
+        raise InputError(
+            f"{train} holds {twin!a} twice, in two Unicode normalisations; make it one folder"
+        )
+    unknown = [name for name in present if normalise(name) not in number]
     if unknown:
         raise InputError(
-            f"{folder}/{unknown[0]}: this class is not in {train} ({len(unknown)} such classes); "
-            "both splits need the same class folders"
+            f"{printable(f'{folder}/{unknown[0]}')}: this class is not in {train} ({len(unknown)} "
+            "such classes); both splits need the same class folders"
         )
     if dataset.num_classes not in (0, len(names)):
         raise InputError(
             f"config.dataset.num_classes is {dataset.num_classes}, but {train} has {len(names)} "
             f"class folders; set {len(names)}, or 0 to infer it"
         )
-    with ThreadPoolExecutor(16) as pool:  # listing a bucket is waiting, not work
-        listed = list(pool.map(lambda name: _list(f"{folder}/{name}"), present))
+    notes = []
+    if renamed := [name for name in present if name not in set(names)]:
+        twin = names[number[normalise(renamed[0])]]
+        notes.append(
+            f"{folder}: {len(renamed)} class folders have another Unicode normalisation than in "
+            f"{train}, matched: {renamed[0]!a} = {twin!a}"
+        )
     files: list[str] = []
     labels: list[int] = []
-    number = {name: i for i, name in enumerate(names)}
-    for name, (folders, images) in zip(present, listed, strict=True):
-        if folders or not images:  # torchvision's ImageFolder would read the folders too
-            found = f"the folder {folders[0]}" if folders else "no images"
+    for name in present:
+        images = [join(at, image) for at in of_class[name] for image in found.images[at]]
+        if not images:
             raise InputError(
-                f"{folder}/{name} holds {found}, expected images ({', '.join(_READABLE)}) and no "
-                "folders; move, fill or remove it"
+                f"{printable(f'{folder}/{name}')} holds no images ({_SUFFIXES}); fill or remove it"
             )
-        files += [f"{name}/{image}" for image in images]
-        labels += [number[name]] * len(images)
-    return files, labels, len(names), tuple(names)
+        files += images
+        labels += [number[normalise(name)]] * len(images)
+    return Listing(files, labels, len(names), tuple(names), notes, found.passed_over)
 
 
-def _read_label_file(dataset: ConfigDict, root: str, split: str) -> Listing:
-    """Reads rows of SPLIT/NAME and label, or of NAME where one split alone has such a file."""
-    images = _list(f"{root}/{split}")[1]
-    if not images:
-        raise InputError(f"{root}/{split} holds no images ({', '.join(_READABLE)})")
-    path = f"{root}/{dataset.label_file}"
-    rows = _parse_rows(path)
-    numbers, num_classes, class_names = _number_classes(dataset, path, rows)
-    splits = {dataset.train_split, dataset.eval_split}
-    folders = [name for name in splits if tf.io.gfile.isdir(f"{root}/{name}")]
-    known = {f"{name}/{file}" for name in folders for file in _list(f"{root}/{name}")[1]}
-    label_of: dict[str, int] = {}
-    for (line, name, _), number in zip(rows, numbers, strict=True):
-        places = sorted(known & {name, *(f"{split}/{name}" for split in splits)})
-        if not places:
+def _check_unsplit(root: str, present: list[str], found: Found) -> None:
+    """Raises InputError where the folders in ROOT are hardly classes."""
+    if len(present) == 1:
+        raise InputError(
+            f"{root} holds no splits and one folder, {printable(present[0])}, expected one folder "
+            f"a class; should config.dataset.root be {printable(f'{root}/{present[0]}')}?"
+        )
+    for at in found.images:
+        if _SPLIT_NAMES & set(at.casefold().split("/")):
             raise InputError(
-                f"{path}, line {line}: {name} is not in {' or '.join(sorted(splits))} under "
-                f"{root}; remove the row or restore the file"
+                f"{printable(f'{root}/{at}')} looks like a split in what should be a class folder; "
+                "set config.dataset.root to the folder that holds the splits, or rename it"
+            )
+
+
+def _read_label_file(dataset: ConfigDict, root: str, splits: Splits, split: str) -> Listing:
+    own, folder, path = splits[split], join(root, splits[split]), f"{root}/{dataset.label_file}"
+    found = {name: _walk(join(root, name)) for name in set(splits.values()) if name is not None}
+    images = label_file.Images({name: one.paths() for name, one in found.items()})
+    files = images.paths[own]
+    if not files:
+        raise InputError(f"{folder} holds no images ({_SUFFIXES})")
+    rows, notes = label_file.read_rows(path, images)
+    place_of: dict[int, label_file.Place] = {}  # of a row by its line
+    elsewhere, renamed = [], []
+    for line, name, _ in rows:
+        places = images.find(name)
+        if not places and None in splits.values():  # it may be in the split that is not here
+            elsewhere.append(name)
+            continue
+        row = f"{path}, line {line}: {printable(name)}"
+        if not places:
+            is_first = "; a header must name the columns filename and label" * (
+                line == rows[0].line
+            )
+            raise InputError(
+                f"{row} is not in {' or '.join(sorted(found)) or 'any folder'} under {root}; "
+                f"remove the row or restore the file{is_first}"
             )
         if len(places) > 1:
+            meant = " or ".join(printable(join(*place)) for place in places)
+            both = "in both splits" if len({at for at, _ in places}) > 1 else "not one image alone"
+            raise InputError(f"{row} is {both}; write {meant}")
+        place_of[line] = places[0]
+        if os.path.splitext(places[0][1])[0] not in name.replace("\\", "/"):
+            renamed.append((name, places[0][1]))
+    numbers, num_classes, class_names, more = label_file.number_classes(dataset, path, rows)
+    notes += more
+    label_of: dict[label_file.Place, int] = {}
+    for (line, name, _), number in zip(rows, numbers, strict=True):
+        if line in place_of and label_of.setdefault(place_of[line], number) != number:
             raise InputError(
-                f"{path}, line {line}: {name} is in both splits; write {' or '.join(places)}"
+                f"{path}, line {line}: {printable(name)} already has another label; remove one"
             )
-        if label_of.setdefault(places[0], number) != number:
-            raise InputError(f"{path}, line {line}: {name} already has another label; remove one")
-    missing = [image for image in images if f"{split}/{image}" not in label_of]
+    missing = [image for image in files if (own, image) not in label_of]
     if missing:
+        hint = "add a row or remove the file"
+        if len(missing) == len(files) and splits["train"] and split == "eval":
+            hint = f"to hold out a part of {splits['train']}, set config.dataset.root to it"
         raise InputError(
-            f"{root}/{split}/{missing[0]}: no label in {path} ({len(missing)} such files of "
-            f"{len(images)}); add a row or remove the file"
+            f"{printable(join(folder, missing[0]))}: no label in {path} ({len(missing)} such files "
+            f"of {len(files)}); {hint}"
         )
-    labels = [label_of[f"{split}/{image}"] for image in images]
-    return images, labels, num_classes, class_names
-
-
-def _parse_rows(path: str) -> list[Row]:
-    """Reads lines of "name,label" or "name label", after a header or none."""
-    if not tf.io.gfile.exists(path):
-        raise InputError(
-            f"config.dataset.label_file: {path} does not exist; the path is relative to "
-            "config.dataset.root"
+    if elsewhere:
+        notes.append(f"{path}: {len(elsewhere):,} rows name no image here, first {elsewhere[0]!r}")
+    if renamed:
+        notes.append(
+            f"{path}: {len(renamed):,} names have another Unicode normalisation than on the disk, "
+            "matched: {!a} = {!a}".format(*renamed[0])
         )
-    with tf.io.gfile.GFile(path) as file:
-        lines = file.read().splitlines()
-    rows = []
-    for line, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        parts = text.rsplit(",", 1) if "," in text else text.rsplit(None, 1)
-        if len(parts) != 2 or not all(part.strip() for part in parts):
-            raise InputError(f"{path}, line {line}: {text!r}, expected 'name,label'")
-        name, label = (part.strip() for part in parts)
-        if rows or name.lower() not in _HEADER:
-            rows.append((line, name, label))
-    if not rows:
-        raise InputError(f"{path} has no rows, expected lines of 'name,label'")
-    return rows
-
-
-def _number_classes(
-    dataset: ConfigDict, path: str, rows: list[Row]
-) -> tuple[list[int], int, tuple[str, ...]]:
-    """Returns each row's class number, the number of classes, and their names where they have any.
-
-    Labels are numbers, or names that are numbered in sorted order.
-    """
-    numeric = all(re.fullmatch(r"[+-]?\d+", label) for _, _, label in rows)
-    names = () if numeric else tuple(sorted({label for _, _, label in rows}))
-    number_of = {name: i for i, name in enumerate(names)}
-    numbers = [int(label) if numeric else number_of[label] for _, _, label in rows]
-    num_classes = dataset.num_classes or max(numbers) + 1
-    for number, (line, name, label) in zip(numbers, rows, strict=True):
-        if not 0 <= number < num_classes:
-            found = f"label {number}" if numeric else f"class {label!r}"
-            count = "" if numeric else f" (there are {len(names)} classes)"
-            raise InputError(
-                f"{path}, line {line}: {found} of {name} is outside the class range "
-                f"0..{num_classes - 1}{count}; correct it or config.dataset.num_classes"
-            )
-    return numbers, num_classes, names
-
-
-def _list(folder: str) -> tuple[list[str], list[str]]:
-    """Returns the sorted names of a folder's folders and of its images, without hidden ones."""
-    folders, images = [], []
-    for entry in sorted(name.rstrip("/") for name in tf.io.gfile.listdir(folder)):
-        extension = os.path.splitext(entry)[1].lower()
-        if entry.startswith("."):
-            continue
-        if extension in _READABLE:
-            images.append(entry)
-        elif tf.io.gfile.isdir(f"{folder}/{entry}"):
-            folders.append(entry)
-        elif extension in _UNREADABLE:
-            raise InputError(
-                f"{folder}/{entry}: {extension} images cannot be read; convert them to JPEG or PNG"
-            )
-    return folders, images
+    labels = [label_of[own, image] for image in files]
+    return Listing(files, labels, num_classes, class_names, notes, found[own].passed_over)

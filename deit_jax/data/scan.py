@@ -158,6 +158,8 @@ def survey(
         "aspect": _spread(table["width"] / table["height"]),
         "smaller": int((np.minimum(table["height"], table["width"]) < image_size).sum()),
         "colours": {colour: count for colour, count in colours.most_common() if colour},
+        "notes": list(source.notes),
+        "passed_over": {reason: list(names) for reason, names in source.passed_over.items()},
         "repeated": usable - len(np.unique(table["hash"])),
     }
     return report, table

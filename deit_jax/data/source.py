@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -18,6 +19,9 @@ class Source(abc.ABC):
     num_examples: int  # examples are 0 … num_examples-1
     num_classes: int  # labels are 0 … num_classes-1
     class_names: tuple[str, ...]  # one a class, or () where unknown
+    notes: tuple[str, ...] = ()  # lines for whoever starts a run: what was assumed or left out
+    # What is no data, by reason: names.
+    passed_over: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     read_threads: int = 16  # reads at a time where `input.read_threads` is 0; see `read_threads`
 
     @abc.abstractmethod

@@ -9,6 +9,7 @@ from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.fit import fit
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.config.plan import RunPlan, check_batch, plan_data
+from deit_jax.console import log
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Variables, split_model
@@ -46,6 +47,8 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
 
     train_source = data.open_source(config.dataset, "train")
     eval_source = data.open_source(config.dataset, "eval")
+    for note in dict.fromkeys(train_source.notes + eval_source.notes):
+        log(f"note: {note}", on=hosts.is_first())
     teacher = teacher_folder(config, workdir)
     teacher_is_there = None if teacher is None else model_folder.find_model(teacher) is not None
     checks.check_data(train_source, eval_source, teacher_is_there)

@@ -123,6 +123,7 @@ def no_data(monkeypatch):
             num_examples={"train": 1_281_167, "eval": 50_000}[split],
             num_classes=10 if dataset.source == "digits" else 1000,
             class_names=(),
+            notes=(),
         )
 
     monkeypatch.setattr("deit_jax.data.open_source", open_source)

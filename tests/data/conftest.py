@@ -1,6 +1,8 @@
 """Configs, pictures, draws and in-memory sources for the tests of the input pipeline."""
 
 import io
+import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,11 +10,13 @@ import tensorflow as tf
 from ml_collections import FrozenConfigDict
 from PIL import Image
 
+from deit_jax import pictures
 from deit_jax.config.fields import default_config
 from deit_jax.data import InputPlan, Source, open_source
 from deit_jax.errors import InputError
 
 _no_autograph = tf.autograph.experimental.do_not_convert
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 SIDE = 24  # of the images in `folder`, and of what is made of them: few shapes to compile for
 
 
@@ -107,6 +111,39 @@ def folder(tmp_path, dataset_config):
     (tmp_path / "val").symlink_to(tmp_path / "train")
     dataset_config.root = str(tmp_path)
     return dataset_config
+
+
+def make_files(root, names):
+    """Makes files: images, or text where the suffix is no image's; "a -> b" is a link to b."""
+    for name in names:
+        name, _, target = name.partition(" -> ")
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if target:
+            path.symlink_to(target)
+        elif name.endswith("/"):
+            path.mkdir()
+        elif name.endswith(".fifo.png"):
+            os.mkfifo(path)
+        elif path.suffix in (".txt", ".xml", ".csv", ".db", ".ini") or path.name == "README":
+            path.write_text("no picture")
+        else:
+            Image.new("RGB", (2, 2)).save(path, "PNG")
+
+
+def read_split(config, split):
+    """What a split holds: {class: its files}, the notes, and the files that do not count."""
+    source, read = open_source(config, split), {}
+    names = source.class_names or tuple(map(str, range(source.num_classes)))
+    for index in range(source.num_examples):
+        data, label = source.fetch(tf.constant(index, tf.int64))
+        assert pictures.kind(data.numpy()) == "PNG"
+        name = source.example_id(index).removeprefix(config.root + "/")
+        read.setdefault(names[int(label)], []).append(name)
+    assert all("\n" not in note for note in source.notes)
+    passed = sorted(name for names in source.passed_over.values() for name in names)
+    assert all(any(reason in note for note in source.notes) for reason in source.passed_over)
+    return {name: sorted(files) for name, files in read.items()}, " ".join(source.notes), passed
 
 
 def store_tfds(folder, file_format, files):

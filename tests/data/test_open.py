@@ -97,25 +97,16 @@ def test_eval_classes_are_numbered_by_the_train_split(animals, tmp_path):
     assert open_source(animals, "eval").class_names == ("bee", "cat")
 
 
-def test_hidden_and_foreign_files_are_left_out(animals, tmp_path):
-    (tmp_path / "train" / "ant" / ".0.jpg").touch()
-    (tmp_path / "train" / "ant" / "notes.txt").touch()
-    assert open_source(animals, "train").num_examples == 15
-
-
 @pytest.mark.parametrize(
     ("change", "file", "split", "message"),
     [
         ({"root": ""}, None, "train", "root is empty"),
         ({"root": "nowhere"}, None, "train", "root is 'nowhere'"),
-        ({"eval_split": "validation"}, None, "eval", "eval_split is 'validation'"),
-        ({"eval_split": "validation"}, None, "eval", "train, val"),
         ({"num_classes": 2}, None, "train", "num_classes is 2"),
         ({"num_classes": 4}, None, "train", "3 class folders"),
         ({}, "train/dog/notes.txt", "train", "train/dog holds no images"),
-        ({}, "train/ant/more/a.jpg", "train", "train/ant holds the folder more"),
         ({}, "val/elk/e.jpg", "eval", "val/elk"),
-        ({}, "train/ant/t.tiff", "train", "t.tiff"),
+        ({}, "train/ant/t.heic", "train", "t.heic"),
         ({"train_split": "loose"}, "loose/a.jpg", "train", "label_file"),
         ({"source": "webdataset"}, None, "train", "folder, tfds, digits"),
     ],
@@ -159,7 +150,7 @@ def test_flat_folder_takes_its_labels_from_the_file(flat, tmp_path, text):
         ("a.jpg,0\na.jpg,1\nb.jpg,1\nc d.jpg,1\n", 0, "line 2: a.jpg"),
         ("a.jpg\n", 0, "line 1: 'a.jpg'"),
         ("\n", 0, "has no rows"),
-        (None, 0, "labels.csv does not exist"),
+        (None, 0, "labels.csv cannot be read (No such file"),
     ],
 )
 def test_label_file_errors(flat, tmp_path, text, num_classes, message):
