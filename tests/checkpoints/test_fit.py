@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from deit_jax.models import registry
 from deit_jax.models.network import Variables, split_model
 from tests.oracles import reference_vit, timm_models
 from tests.oracles.reference_vit import ReferenceVit, interpolate
+from tests.refusal import refusal
 
 from timm.layers import resample_abs_pos_embed  # isort: skip  # after torchvision's preparation
 
@@ -84,9 +86,8 @@ def test_timm_kernel_equals_timm(num_prefix, old_grid, grid):
     ],
 )
 def test_resize_explains_bad_input(rows, options, message):
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match=message):
         resize_pos_embed(embeddings(rows), **({"grid": (6, 6)} | options))
-    assert "\n" not in str(error.value)
 
 
 @functools.cache
@@ -245,11 +246,10 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(("name", "options", "target", "target_options", "message"), DIFFERENT)
 def test_other_bodies_are_refused(name, options, target, target_options, message):
-    with pytest.raises(InputError, match=message) as error:
-        fit(shapes(name, **options), shapes(target, **target_options))
-    assert "\n" not in str(error.value)
-    assert f"weights of {name}" in str(error.value)
-    assert target in str(error.value).replace(f"weights of {name}", "", 1)
+    line = refusal(fit, shapes(name, **options), shapes(target, **target_options))
+    assert re.search(message, line)
+    assert f"weights of {name}" in line
+    assert target in line.replace(f"weights of {name}", "", 1)
 
 
 def test_heads_given_by_the_registry_or_by_hand_are_the_same():
@@ -258,12 +258,9 @@ def test_heads_given_by_the_registry_or_by_hand_are_the_same():
 
 def test_new_leaves_need_an_initialisation_of_the_target():
     target = shapes("deit_testing_distilled", num_classes=7)
-    with pytest.raises(InputError) as error:
-        fit(shapes("deit_testing"), target, fresh=False)
-    message = str(error.value)
-    assert "\n" not in message
+    line = refusal(lambda: fit(shapes("deit_testing"), target, fresh=False))
     for name in ("head (7 classes", "dist_token", "head_dist", "row 1 of pos_embed"):
-        assert name in message
+        assert name in line
     network, like = shapes("deit_testing")
     wanted, want = shapes("deit_testing", num_classes=7)
     old = filled(like, 0)

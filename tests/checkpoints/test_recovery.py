@@ -1,6 +1,7 @@
 """Full disks, read-only folders, damaged checkpoints, SIGTERM at a bad time: nothing is lost."""
 
 import errno
+import gc
 import itertools
 import json
 import logging
@@ -24,6 +25,7 @@ from deit_jax.errors import InputError, TransientError
 from deit_jax.training import loop
 from tests import kill_and_resume, several, small_main
 from tests.checkpoints.test_checkpoint import _abstract, _assert_equal, _open, _save, _state, _tiny
+from tests.refusal import refusal
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,8 @@ def silence(monkeypatch):
     monkeypatch.setattr(logging.getLogger("absl"), "filters", [])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     couplings.silence_orbax()
+    yield
+    gc.collect()  # what Orbax's failed reads leave behind is reported now, not in a later test
 
 
 SPOIL = {
@@ -60,10 +64,10 @@ SPOIL = {
 }
 
 
-def restored(workdir, like, **options):
+def restored(workdir, **options):
     """The step to resume at, and its state."""
     with _open(workdir, keep=3, **options) as checkpoints:
-        state, best, step = checkpoints.restore(_abstract(like))
+        state, best, step = checkpoints.restore(_abstract(_state()[1]))
         assert best["step"] == step
         return step, state
 
@@ -80,7 +84,7 @@ def test_any_file_damaged_costs_one_checkpoint_at_most(three, tmp_path, capsys):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(source, copy)
         spoil(copy / file)
-        step, state = restored(copy, states[1])
+        step, state = restored(copy)
         _assert_equal(state, states[step])
         captured = capsys.readouterr()
         assert captured.err == ""
@@ -92,15 +96,9 @@ def test_any_file_damaged_costs_one_checkpoint_at_most(three, tmp_path, capsys):
         assert line.startswith(f"warning: {copy / 'checkpoints' / '3'} cannot be read (")
         assert line.endswith("; using step 2 instead; it stays as 3.unreadable")
         assert (copy / "checkpoints" / "3.unreadable").is_dir()
-        what = "arrays" if file.parent.name == "d" else f"{file.parent.name}/{file.name}"
-        fell_back.add((what, how))
-    needed = (
-        "state/_METADATA",
-        "meta/metadata",
-        "metrics/metrics",
-        "state/manifest.ocdbt",
-        "arrays",
-    )
+        # The arrays are in folders d, under names of their own.
+        fell_back.add(("d" if file.parent.name == "d" else f"{file.parent.name}/{file.name}", how))
+    needed = ("state/_METADATA", "meta/metadata", "metrics/metrics", "state/manifest.ocdbt", "d")
     assert fell_back >= set(itertools.product(needed, SPOIL))
 
 
@@ -108,11 +106,11 @@ def test_what_was_set_aside_is_kept_and_its_step_saved_anew(three, workdir):
     _, info, states = three
     for again in ("", ".2"):
         SPOIL["cut"](workdir / "checkpoints" / "3" / "state" / "manifest.ocdbt")
+        assert restored(workdir)[0] == 2
         with _open(workdir, keep=3) as checkpoints:
-            assert checkpoints.restore(_abstract(states[1]))[2] == 2
             _save(checkpoints, info, states[2], 3)
         assert (workdir / "checkpoints" / f"3.unreadable{again}" / "state").is_dir()
-        step, state = restored(workdir, states[1])
+        step, state = restored(workdir)
         assert step == 3
         _assert_equal(state, states[2])
 
@@ -120,20 +118,19 @@ def test_what_was_set_aside_is_kept_and_its_step_saved_anew(three, workdir):
 def test_evaluation_changes_nothing(three, workdir, capsys):
     """A run may go on meanwhile: what cannot be read is passed over, and stays where it is."""
     SPOIL["delete"](workdir / "checkpoints" / "3" / "meta" / "metadata")
-    step, state = restored(workdir, three[2][1], set_aside=False)
+    step, state = restored(workdir, set_aside=False)
     assert step == 2
     _assert_equal(state, three[2][2])
     assert capsys.readouterr().out.endswith("using step 2 instead\n")
     assert (workdir / "checkpoints" / "3").is_dir()
 
 
-def test_no_checkpoint_that_can_be_read_is_an_error(three, workdir):
+def test_no_checkpoint_that_can_be_read_is_an_error(workdir):
     """Never from scratch in silence: nothing is renamed either."""
     for step in ("1", "2", "3"):
         SPOIL["cut"](workdir / "checkpoints" / step / "state" / "_METADATA")
-    with pytest.raises(InputError, match="and there is no older checkpoint that can") as caught:
-        restored(workdir, three[2][1])
-    assert str(workdir / "checkpoints" / "3") in str(caught.value)
+    newest = str(workdir / "checkpoints" / "3")
+    assert refusal(restored, workdir).startswith(f"{newest} cannot be read (")
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
@@ -145,9 +142,7 @@ def test_no_checkpoint_that_can_be_read_is_an_error(three, workdir):
         (f"{training.__name__}._read_json", "3 cannot be read now"),
     ],
 )
-def test_a_disk_that_does_not_answer_is_no_damage(
-    three, workdir, monkeypatch, capsys, number, function, where
-):
+def test_a_disk_that_fails_is_no_damage(workdir, monkeypatch, capsys, number, function, where):
     """Nothing is set aside: whoever started the run starts it again."""
 
     def refuse(*_):
@@ -156,33 +151,32 @@ def test_a_disk_that_does_not_answer_is_no_damage(
     with monkeypatch.context() as patch:
         patch.setattr(function, refuse)
         with pytest.raises(TransientError, match=f"{where} .{os.strerror(number)}"):
-            restored(workdir, three[2][1])
-    assert restored(workdir, three[2][1])[0] == 3
+            restored(workdir)
+    assert restored(workdir)[0] == 3
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("kind", ["Damage", "InputError", "TransientError"])
-def test_what_another_process_meets_counts_for_this_one(three, workdir, monkeypatch, kind):
+@pytest.mark.parametrize("kind", [None, InputError, TransientError])
+def test_what_another_process_meets_counts_for_this_one(workdir, monkeypatch, kind):
     """It must not go on from what the other cannot read, nor wait for it."""
 
     def gather(what, mine, **_):
-        return [mine, f"{kind} its words" if what == f"the reading of {newest}" else mine]
+        name = kind.__name__ if kind else "Damage"
+        return [mine, f"{name} its words" if what == f"the reading of {newest}" else mine]
 
     newest = workdir / "checkpoints" / "3"
     monkeypatch.setattr(recovery.hosts, "gather", gather)
-    if kind == "Damage":
-        assert restored(workdir, three[2][1])[0] == 2
-        return
-    with pytest.raises(InputError, match=r"^its words$") as caught:
-        restored(workdir, three[2][1])
-    assert type(caught.value).__name__ == kind
-    assert newest.exists()
+    if kind is None:
+        assert restored(workdir)[0] == 2
+    else:
+        assert refusal(restored, workdir, kind=kind) == "its words"
+        assert newest.exists()
 
 
-def test_a_mistake_of_ours_is_not_taken_for_damage(three, workdir, monkeypatch):
+def test_a_mistake_of_ours_is_not_taken_for_damage(workdir, monkeypatch):
     monkeypatch.setattr(training, "_check_names", lambda *_: jax.no_such_name)
     with pytest.raises(AttributeError):
-        restored(workdir, three[2][1])
+        restored(workdir)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
@@ -283,9 +277,8 @@ def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(model_folder.storage, "replace_text", full)
-        with pytest.raises(InputError) as caught:
-            model_folder.save_model(tmp_path / "model", _tiny(seed=2))
-    assert str(caught.value) == f"{tmp_path / 'model'} cannot be written (No space left on device)"
+        line = refusal(model_folder.save_model, tmp_path / "model", _tiny(seed=2))
+    assert line == f"{tmp_path / 'model'} cannot be written (No space left on device)"
     _assert_equal(model_folder.load_model(tmp_path / "model"), _tiny(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

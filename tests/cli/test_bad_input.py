@@ -19,17 +19,12 @@ from deit_jax.training.state import new_state
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-class _Compiled(Exception):
-    """Something was compiled that should not have been."""
-
-
 @contextlib.contextmanager
 def _no_compilation():
     """Makes every compilation fail, also of programs that the cache on disk has ready."""
 
     def listen(event, duration, **_):
-        if event == _COMPILED:
-            raise _Compiled
+        assert event != _COMPILED, "something was compiled"
 
     jax.clear_caches()  # what an earlier test compiled would not be compiled again
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -40,9 +35,8 @@ def _no_compilation():
 
 
 def test_the_guard_sees_compilations():
-    with _no_compilation(), pytest.raises(_Compiled):
+    with _no_compilation(), pytest.raises(AssertionError, match="was compiled"):
         jax.jit(lambda x: x * 2 + 1)(3.0)
-    jax.jit(lambda x: x * 2 + 1)(3.0)  # and is gone afterwards
 
 
 @pytest.fixture
@@ -96,16 +90,15 @@ def test_fields(refused, tmp_path, monkeypatch, sample_images, fields, words):
 @pytest.mark.parametrize("label", ["3", "-1"])
 def test_label_outside_the_class_range(refused, tmp_path, label):
     data = tmp_path / "data"
-    for split in ("train", "test"):
-        (data / split).mkdir(parents=True)
-        for number in range(3):
-            Image.new("RGB", (8, 8)).save(data / split / f"{split}{number}.png")
-    rows = [f"{split}{number}.png,{number}" for split in ("train", "test") for number in range(3)]
-    rows[4] = f"test1.png,{label}"
-    (data / "labels.csv").write_text("\n".join(rows) + "\n")
+    rows = [("train", "a", "0"), ("train", "b", "2"), ("test", "c", "1"), ("test", "d", label)]
+    for split, name, _ in rows:
+        (data / split).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(data / split / f"{name}.png")
+    lines = [f"{name}.png,{number}\n" for _, name, number in rows]
+    (data / "labels.csv").write_text("".join(lines))
     flags = ("source=folder", f"root={data}", "label_file=labels.csv", "num_classes=3")
     line = refused(*(f"--config.dataset.{flag}" for flag in flags))
-    assert f"{data / 'labels.csv'}, line 5" in line
+    assert f"{data / 'labels.csv'}, line 4" in line
     assert label in line
 
 

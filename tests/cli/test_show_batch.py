@@ -175,20 +175,18 @@ def test_the_sheet_is_pils(show, drawn, sample_images):
 
 
 def test_the_sheets_own_picture(show, monkeypatch, tmp_path):
-    """By default the first training image, and without a recipe 224 pixels and ImageNet's mean."""
+    """By default the first training image; without a recipe 224 pixels and ImageNet's mean."""
     seen, cell = [], np.zeros((32, 32, 3), np.uint8)
     monkeypatch.setattr(show_batch, "operations", lambda *a: seen.append(a) or ([cell], ["one"]))
+    Image.new("RGB", (300, 260), (9, 200, 30)).save(tmp_path / "plain.png")
     show("--config=digits", "--randaugment", "rand-m9")
+    show("--randaugment", "rand-m9", tmp_path / "plain.png")
+    (first, *_), (image, policy, how) = seen
     source = data.open_source(load_config("digits").dataset, "train")
     digit = Image.fromarray(source.fetch(0)[0].numpy())
-    np.testing.assert_array_equal(seen[0][0], digit.resize((32, 32), Image.Resampling.BICUBIC))
-
-    Image.new("RGB", (300, 260), (9, 200, 30)).save(tmp_path / "plain.png")
-    show("--randaugment", "rand-m9", tmp_path / "plain.png")
-    image, policy, how = seen[1]
+    np.testing.assert_array_equal(first, digit.resize((32, 32), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(image, np.full((224, 224, 3), (9, 200, 30)))
-    assert not policy.increasing
-    assert how.mean == (0.485, 0.456, 0.406)
+    assert (policy.increasing, how.mean) == (False, (0.485, 0.456, 0.406))
 
 
 def test_tiles_are_enlarged_and_nothing_is_written_over_them():

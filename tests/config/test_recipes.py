@@ -45,21 +45,19 @@ ALL_RUNS = [run for recipe in RECIPES for run in runs_of(recipe)]
 
 def test_the_batch_is_that_of_the_published_hardware():
     """The cards name the GPUs of the published runs: their images make the batch and groups."""
-    checked = []
-    for recipe in RECIPES:
-        card, runs = module(recipe).__doc__, getattr(module(recipe), "RUNS", {"": None})
-        hardware = re.compile(r"(\d+) GPUs, (\d+) images each")
+    hardware, checked = re.compile(r"(\d+) GPUs, (\d+) images each"), 0
+    for run in ALL_RUNS:
+        recipe, _, name = run.partition(":")
+        card = module(recipe).__doc__
+        row = re.search(rf"^\| (?:.*, )?{name}(?:,.*)? \|.*$", card, re.MULTILINE)
         common_to_all = hardware.search(card.partition("|")[0])
-        for run in runs:
-            row = re.search(rf"^\| (?:.*, )?{run}(?:,.*)? \|.*$", card, re.MULTILINE)
-            found = (row and hardware.search(row[0])) or common_to_all
-            if found:
-                config = load_config(f"{recipe}:{run}".rstrip(":"))
-                gpus, images = map(int, found.groups())
-                assert config.train.batch_size == gpus * images
-                assert config.mixing.group_size == images
-                checked.append(run)
-    assert len(checked) == 31
+        if found := (row and hardware.search(row[0])) or common_to_all:
+            config = load_config(run)
+            gpus, images = map(int, found.groups())
+            assert config.train.batch_size == gpus * images
+            assert config.mixing.group_size == images
+            checked += 1
+    assert checked == 31
 
 
 @pytest.mark.parametrize(
