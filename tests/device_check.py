@@ -36,7 +36,7 @@ from tests import small_main
 _NO_BEST = {"top1": -1.0, "step": -1}
 
 
-def recipe(root: Path, *, backend: str = "jit", fsdp: int = 1) -> ConfigDict:
+def recipe(root: Path, *, backend: str = "jit", fsdp: int = 1, parts: int = 1) -> ConfigDict:
     """Distillation with everything on that is drawn, or that sums over all parameters."""
     config = digits_distill.get_config()
     config.model.drop_path_rate = 0.1
@@ -47,6 +47,7 @@ def recipe(root: Path, *, backend: str = "jit", fsdp: int = 1) -> ConfigDict:
     config.schedule.warmup_lr = 1e-3
     config.distill.teacher = str(root / "teacher")
     config.parallel.backend, config.parallel.fsdp = backend, fsdp
+    config.train.accumulate_steps = parts
     return config
 
 
@@ -153,9 +154,7 @@ def pmap(root: Path) -> dict:
     """Twenty steps of each backend, saved after ten and gone on with by the other."""
     found = {"losses": {}, "continued": {}, "summary": {}}
     for backend in ("jit", "pmap"):
-        config = recipe(root, backend=backend)
-        config.train.accumulate_steps = 2
-        with opened(config, root / backend) as run:
+        with opened(recipe(root, backend=backend, parts=2), root / backend) as run:
             found["summary"][backend] = run.summary
             found["losses"][backend] = run.losses(10)
             run.save(root / backend)
@@ -164,9 +163,7 @@ def pmap(root: Path) -> dict:
             found["losses"][backend] += run.losses(9)
             found["donated"] = all(x.is_deleted() for x in before)
     for backend, other in (("jit", "pmap"), ("pmap", "jit")):
-        config = recipe(root, backend=backend)
-        config.train.accumulate_steps = 2
-        with opened(config, root / other) as run:
+        with opened(recipe(root, backend=backend, parts=2), root / other) as run:
             found["continued"][backend] = run.losses(10)
     return found | {"batch_norm": batch_norm()}
 
