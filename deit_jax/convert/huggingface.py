@@ -75,17 +75,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _timm_description(config: dict[str, Any]) -> dict[str, Any]:
-    settings = config.get("pretrained_cfg", config)
-    fields: dict[str, Any] = {
-        name: _three(settings[name]) for name in ("mean", "std") if name in settings
-    }
-    if "crop_pct" in settings:
-        fields["crop_ratio"] = float(settings["crop_pct"])
-    if "interpolation" in settings:
-        fields["interpolation"] = str(settings["interpolation"])
-    if "label_names" in config:
-        fields["class_names"] = tuple(map(str, config["label_names"]))
-    return fields
+    said = dict(config.get("pretrained_cfg", config))
+    said |= {"crop_ratio": said.get("crop_pct"), "class_names": config.get("label_names")}
+    kinds = {"mean": _three, "std": _three, "crop_ratio": float, "interpolation": str}
+    kinds["class_names"] = lambda names: tuple(map(str, names))
+    return {name: kind(said[name]) for name, kind in kinds.items() if said.get(name) is not None}
 
 
 def _transformers_description(
@@ -145,7 +139,7 @@ def _preprocessing(processor: dict[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 def _three(values: Any) -> tuple[float, float, float]:
-    first, second, third = (float(value) for value in values)
+    first, second, third = map(float, values)
     return first, second, third
 
 

@@ -30,6 +30,17 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
 _CONTAINERS = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
+# What training checkpoints hold besides tensors: their options, and NumPy numbers.
+_HARMLESS = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    np.float64(0).__reduce__()[0],  # numpy's function that makes a scalar
+]
+
 
 def read(
     path: str | os.PathLike, *, weights: str = "raw"
@@ -93,7 +104,7 @@ def _read_torch(path: Path, weights: str) -> tuple[dict[str, np.ndarray], Any]:
     try:
         # Only zip files, which torch has written since 1.6, can be mapped.
         mapped = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about a foreign file, our error says
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a parser of untrusted bytes: any type may come
@@ -119,19 +130,6 @@ def _import_torch(path: Path) -> ModuleType:
             f"{path}: reading or writing this needs PyTorch (pip install 'deit-jax[torch]'); "
             ".safetensors files do not"
         ) from error
-
-
-def _harmless() -> list:
-    """Lists what training checkpoints hold besides tensors: their options, and NumPy numbers."""
-    return [
-        argparse.Namespace,
-        pathlib.PosixPath,
-        np.dtype,
-        np.dtypes.Float64DType,
-        np.dtypes.Float32DType,
-        np.dtypes.Int64DType,
-        np.float64(0).__reduce__()[0],  # numpy's function that makes a scalar
-    ]
 
 
 def _why_not(error: Exception) -> str:

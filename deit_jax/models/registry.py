@@ -42,15 +42,8 @@ def _deit(
 def _deit3(
     dim: int, depth: int, heads: int, image_size: int = 224, *, patch_size: int = 16
 ) -> _Entry:
-    options = {
-        "embed_dim": dim,
-        "depth": depth,
-        "num_heads": heads,
-        "patch_size": patch_size,
-        "no_embed_class": True,
-        "layer_scale_init": 1e-4,
-        "drop_path_mode": "constant",
-    }
+    options = {"embed_dim": dim, "depth": depth, "num_heads": heads, "patch_size": patch_size}
+    options |= {"no_embed_class": True, "layer_scale_init": 1e-4, "drop_path_mode": "constant"}
     return _Entry(VisionTransformer, options, image_size, crop_ratio=1.0)
 
 
@@ -181,9 +174,7 @@ def create_model(
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise InputError(f"dtype is {jnp.dtype(dtype)}, expected float32 or bfloat16")
 
-    structural = tuple(
-        pair for pair in sorted(overrides.items()) if pair[0] not in _TRAINING_OPTIONS
-    )
+    structural = sorted(pair for pair in overrides.items() if pair[0] not in _TRAINING_OPTIONS)
     size = entry.image_size if image_size is None else image_size
     info = model_info(name, num_classes=num_classes, image_size=size, overrides=structural)
     arguments = entry.options | overrides | {"num_classes": num_classes, "dtype": dtype}

@@ -85,15 +85,8 @@ def to_host(tree: object) -> object:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def replicate(tree: object, mesh: Mesh) -> object:
-    """Puts a tree of NumPy arrays on every device of the mesh."""
-    return jax.device_put(tree, replicated(mesh))
-
-
 def sum_over_processes(mine: int) -> int:
     """Returns the sum of `mine` over all processes; every process must call it."""
-    if jax.process_count() == 1:
-        return mine
     return int(multihost_utils.process_allgather(np.int32(mine)).sum())
 
 

@@ -139,9 +139,7 @@ def _connect_devices() -> None:
             "each other on every port?"
         ) from error
     if total != mesh.size:
-        raise InputError(
-            f"a sum over {mesh.size} devices is {total}; they or the network are faulty"
-        )
+        raise InputError(f"a sum over {mesh.size} devices is {total}; they or the network fail")
 
 
 def _check_shared(workdir: str) -> None:

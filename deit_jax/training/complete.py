@@ -37,9 +37,8 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
             name = info.name
             if config.distill.kind == "none" and registry.is_distilled(name):
                 name = name.replace("_distilled", "")
-            patch_size = dict(info.overrides).get("patch_size", 0)
             known = {"input.image_size": info.image_size, "model.name": name}
-            known["model.patch_size"] = patch_size
+            known["model.patch_size"] = dict(info.overrides).get("patch_size", 0)
         if not config.model.name:
             config.model.name = known["model.name"]
             config.model.patch_size = config.model.patch_size or known["model.patch_size"]

@@ -10,7 +10,7 @@ from deit_jax.checkpoints import model_folder
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Network, Variables, split_model
-from deit_jax.parallel.mesh import replicate
+from deit_jax.parallel.mesh import replicated
 from deit_jax.training.evaluate import split_evaluator
 from deit_jax.training.run import Run, build_model
 
@@ -148,7 +148,7 @@ def load_teacher(run: Run) -> tuple[Network, Variables] | tuple[None, None]:
     network, like = model_folder.read_network(run.teacher_folder, dtype=run.config.train.dtype)
     variables = model_folder.read_variables(run.teacher_folder, like)
     checks.check_weights(run.teacher_folder, variables)
-    return network, replicate(variables, run.mesh)
+    return network, jax.device_put(variables, replicated(run.mesh))
 
 
 def teacher_accuracy(
