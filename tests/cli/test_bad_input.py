@@ -72,7 +72,7 @@ PHOTOS = "dataset.source=folder dataset.root={images}"
         ("dataset.num_classes=12", ["config.dataset.num_classes is 12"]),
         ("train.batch_size=60", ["config.train.batch_size is 60", "try 56 or 64"]),
         ("dataset.source=folder dataset.root=nowhere", ["config.dataset.root is 'nowhere'"]),
-        (f"{PHOTOS} dataset.eval_split=holdout", ["eval_split is 'holdout'", "train, val"]),
+        (f"{PHOTOS} dataset.train_split=nowhere", ["train_split is 'nowhere'", "val"]),
         (
             "dataset.source=tfds dataset.name=mnist dataset.root=nowhere",
             ["config.dataset.", "nowhere"],
