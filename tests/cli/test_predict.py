@@ -124,10 +124,8 @@ def test_text_of_one_picture(predict_command, distilled, photos):
     assert (status, err) == (0, ""), "one picture has no progress bar"
     names = list(map(imagenet.readable, model.info.class_names))
     mean, heads = _expected(model, file)
-    want = [
-        f"{rank:4} {100 * mean[i]:7.2f} %  {names[i]}"
-        for rank, i in enumerate(np.argsort(-mean), 1)
-    ]
+    order = enumerate(np.argsort(-mean), 1)
+    want = [f"{rank:4} {100 * mean[i]:7.2f} %  {names[i]}" for rank, i in order]
     for head, p in zip(("class", "distillation"), heads, strict=True):
         want.append(f"     {100 * p.max():6.2f} %  {names[p.argmax()]}  ({head} head)")
     assert out.splitlines() == [str(file), *want]
@@ -166,9 +164,7 @@ def test_one_compilation_of_the_smallest_batch(predict_command, plain, photos, m
     assert shapes == [(3, 32, 32, 3), (1, 32, 32, 3)]
 
 
-def test_an_unreadable_picture_is_named_and_the_others_predicted(
-    predict_command, plain, photos, tmp_path
-):
+def test_unreadable_pictures_are_named(predict_command, plain, photos, tmp_path):
     folder, model = plain
     for number, source in enumerate(_sorted_photos(photos)[:5]):
         Image.open(source).save(tmp_path / f"{number}.png")
@@ -204,10 +200,8 @@ def test_linked_folders_are_searched_and_files_stay_in_order(photos, tmp_path):
     files = [photos / "e.bmp", photos / "a.PNG"]
     assert find_images(files) == files
     (tmp_path / "link").symlink_to(photos)
-    found = find_images([str(tmp_path)])
-    assert [p.relative_to(tmp_path / "link") for p in found] == [
-        p.relative_to(photos) for p in _sorted_photos(photos)
-    ]
+    linked = [tmp_path / "link" / file.relative_to(photos) for file in _sorted_photos(photos)]
+    assert find_images([str(tmp_path)]) == linked
 
 
 def test_models_that_cannot_predict(predict_command, photos, tmp_path):
