@@ -56,10 +56,8 @@ def own_recipes(tmp_path):
 def test_a_packaged_recipe_is_found_from_any_folder(name, repo_root):
     assert deit_jax.load_config is load_config
     config = load_config(name)
-    assert config.model.name == "deit3_large_patch16_224"
-    assert config.schedule.epochs == 400
-    path = load_config(str(repo_root / "configs" / "deit3.py") + ":l_400")
-    assert path.to_json() == config.to_json()
+    assert (config.model.name, config.schedule.epochs) == ("deit3_large_patch16_224", 400)
+    assert load_config(f"{repo_root}/configs/deit3.py:l_400").to_json() == config.to_json()
 
 
 def test_a_run_folder_and_its_config_are_the_config_again(tmp_path):
