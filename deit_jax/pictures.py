@@ -1,12 +1,14 @@
 """Opens image files as the PyTorch reference does: `PIL.Image.open(file).convert("RGB")`.
 
-Says which kinds of files are images at all, for training, evaluation and prediction alike.
+Says which kinds of files are images at all, for training, evaluation and prediction alike. Refuses
+what training cannot read to the same pixels, and what the reference turns white.
 """
 
 import re
 from typing import IO
 
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from deit_jax.errors import InputError, brief
 
@@ -48,7 +50,7 @@ def read(file: IO[bytes]) -> Image.Image:
 
     Raises:
       InputError: the reason, without the file's name: another kind of file, damaged data, more than
-        179 million pixels, or a mode that `to_rgb` refuses.
+        179 million pixels, a lossless JPEG, or a mode that `to_rgb` refuses.
     """
     first = file.read(FIRST_BYTES)
     found = kind(first)
@@ -58,6 +60,8 @@ def read(file: IO[bytes]) -> Image.Image:
     file.seek(0)
     try:
         with Image.open(file, formats=[found]) as image:
+            if found == "JPEG":
+                _check_jpeg(image, file)
             image.info.pop("transparency", None)  # has no effect, but Pillow may warn of it
             return to_rgb(image)
     except (InputError, MemoryError):
@@ -66,6 +70,16 @@ def read(file: IO[bytes]) -> Image.Image:
         raise InputError(f"cannot be read as {found}: its header is damaged") from None
     except Exception as error:  # Pillow's decoders raise all sorts for damaged files
         raise InputError(f"cannot be read as {found}: {brief(error)}") from error
+
+
+def _check_jpeg(image: JpegImageFile, file: IO[bytes]) -> None:
+    """Refuses what training's decoder cannot read, although Pillow can."""
+    if not image.quantization:
+        raise InputError("a lossless JPEG, expected an ordinary one; save it as PNG")
+    file.seek(0)
+    _, _, scans = file.read().partition(b"\xff\xda")
+    if b"\xff\xd9" not in scans:
+        raise InputError("the end of the JPEG is missing")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

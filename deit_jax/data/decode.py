@@ -22,9 +22,9 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # whose length and checksum Pillow does no
 def decode(data: tf.Tensor) -> tf.Tensor:
     """Decodes a whole image file of any kind in `pictures.KINDS`; of an animation the first frame.
 
-    Pixels are those of the reference, `PIL.Image.open(file).convert("RGB")`, and so are refusals,
-    except for grey pictures of more than eight bits (`pictures.to_rgb` refuses them) and for a few
-    damaged JPEGs, which Pillow alone mends or finds broken.
+    Pixels and refusals are those of `pictures.read`, except in damaged JPEGs: a few kinds are read
+    by Pillow or TensorFlow alone, and of a progressive JPEG whose last scans are missing some
+    pixels differ by a few levels, since each version of libjpeg smooths it in its own way.
 
     Args:
       data: the bytes of a file (scalar string), or pixels, which are returned as they are.
@@ -120,7 +120,7 @@ def _is_plain_png(data: bytes) -> bool:
     try:
         file = io.BytesIO(data)
         with Image.open(file, formats=["PNG"]) as image:
-            if image.is_animated or data[_PNG_BITS] != 8:
+            if data[_PNG_BITS] != 8:
                 return False
             image.verify()
         file.seek(-8, io.SEEK_CUR)  # before the last chunk's length and name

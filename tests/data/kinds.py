@@ -12,6 +12,10 @@ from tests.data.conftest import encode, picture
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F")
 HEIGHT, WIDTH = 30, 40
+_LOSSLESS_JPEG = bytes.fromhex(  # grey, 4×4, written by libjpeg-turbo 3
+    "ffd8ffc4001700010101010000000000000000000000000002030108ffc3000b080004000401001100"
+    "ffda0008010000060000e7fddda24a892a2480ffd9"
+)
 
 
 def _png(pixels, colour_type, *, bits=8, interlaced=False, size=None):
@@ -97,6 +101,7 @@ def _special():
         "JPEG turned by EXIF": encode(colour, "JPEG", exif=rotated),
         "JPEG and more": encode(colour, "JPEG") + b"another file",
         "two JPEGs as a camera stores them": film("MPO"),
+        "JPEG whose data end early": encode(colour, "JPEG")[:-100] + b"\xff\xd9",
         "one pixel": encode(Image.fromarray(picture(1, 1, 1)), "JPEG"),
         "very wide": encode(Image.fromarray(picture(2, 3, 20_000)), "JPEG"),
         "PNG of 16 bits": _png(words[..., :3], 2, bits=16),
@@ -113,6 +118,7 @@ def _special():
         "PNG turned by EXIF": encode(colour, "PNG", exif=rotated),
         "animated PNG": film("PNG"),
         "animated PNG after a still": film("PNG", default_image=True),
+        "animated PNG with alpha": film("PNG", translucent, disposal=1, blend=1),
         "PNG without its end": png[:-12],
         "PNG and more": png + b"another file",
         "PNG with a wrong checksum": broken_checksum,
@@ -155,6 +161,8 @@ def _unreadable():
         "grey PPM of 16 bits": b"P5 2 1 65535 " + bytes(4),
         "JPEG cut short": jpeg[:-50],
         "JPEG cut in its header": jpeg[:200],
+        "lossless JPEG": _LOSSLESS_JPEG,
+        **{f"JPEG of zeros from byte {n}": jpeg[:n] + bytes(3000) for n in range(640, 660)},
         "progressive JPEG cut short": encode(colour, "JPEG", progressive=True)[:-200],
         "CMYK JPEG cut short": encode(colour.convert("CMYK"), "JPEG")[:-50],
         "PNG cut short": png[:-100],

@@ -57,6 +57,17 @@ def test_files_are_what_the_reference_loads(jpegs):
         np.testing.assert_array_equal(got, want, err_msg=kind)
 
 
+def test_common_kinds_are_decoded_by_tensorflow(monkeypatch):
+    """Pillow takes longer, and some of it while no other thread can run Python."""
+    monkeypatch.setattr(pictures, "read", None)
+    jpegs = ("JPEG RGB", "JPEG L", "progressive JPEG", "JPEG turned by EXIF")
+    for kind in (*jpegs, *(f"PNG {mode}" for mode in ("L", "LA", "P", "RGB", "RGBA"))):
+        decode(tf.constant(READABLE[kind]))
+    for kind in ("JPEG CMYK", "PNG 1", "PNG of 16 bits", "PNG without its end", "GIF P"):
+        with pytest.raises(tf.errors.OpError, match="NoneType"):
+            decode(tf.constant(READABLE[kind]))
+
+
 def test_jpeg_box_equals_the_cut_of_the_decoded_image(jpegs):
     function = graph(decode_jpeg_box, (tf.string, ()), (tf.int32, (4,)), (tf.int32, ()))
     rng = np.random.default_rng(0)
