@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from deit_jax import pictures
+from deit_jax import pictures, storage
 from deit_jax.errors import InputError, TransientError
 
 # What operating systems, NAS boxes and notebooks leave in folders, besides hidden files.
@@ -119,7 +119,7 @@ def is_hidden(name: str) -> bool:
 
 def is_folder(path: str) -> bool:
     """Returns whether there is a folder of this name."""
-    return os.path.isdir(path)
+    return storage.path_of(path).is_dir()
 
 
 def list_folder(folder: str) -> list[Entry]:
@@ -129,6 +129,11 @@ def list_folder(folder: str) -> list[Entry]:
       InputError: it cannot be listed.
     """
     try:
+        if storage.is_remote(folder):
+            return sorted(
+                Entry(name, "folder" if is_folder else "file", False)
+                for name, is_folder in storage.list_bucket(folder)
+            )
         with os.scandir(folder) as entries:
             return sorted(Entry(e.name, _kind(e), e.is_symlink()) for e in entries)
     except OSError as error:
@@ -142,7 +147,7 @@ def read_bytes(path: str, count: int = -1) -> bytes:
       InputError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with storage.path_of(path).open("rb") as file:
             return file.read(count)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -162,7 +167,9 @@ def _kind(entry: os.DirEntry) -> str:
 
 def _unreadable(path: str, error: OSError) -> InputError:
     kind = InputError if error.errno in _WRONG_PLACE else TransientError
-    return kind(f"{printable(path)} cannot be read ({error.strerror}); check path and permissions")
+    return kind(
+        f"{printable(path)} cannot be read ({error.strerror or error}); check path and permissions"
+    )
 
 
 def join(*parts: str) -> str:

@@ -66,6 +66,22 @@ def is_remote(path: str | os.PathLike) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
+def list_bucket(folder: str) -> list[tuple[str, bool]]:
+    """Returns the names below a folder of a bucket, and which of them are folders.
+
+    Raises:
+      OSError: it cannot be listed.
+    """
+    import fsspec
+
+    _connect()
+    entries = fsspec.filesystem("gcs").ls(folder, detail=True)
+    named = [(entry["name"].rstrip("/"), entry["type"] == "directory") for entry in entries]
+    own = folder.removeprefix("gs://").rstrip("/")
+    # What web consoles make for an empty folder is an object of the folder's own name.
+    return [(name.rpartition("/")[2], is_folder) for name, is_folder in named if name != own]
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in one atomic step, which a bucket does by itself."""
     if is_remote(path):

@@ -36,7 +36,7 @@ def served() -> Iterator[dict[str, str]]:
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",  # TensorStore
                 # gcsfs would ask Google which kind of bucket it is, and say that it cannot.
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-                "NO_GCE_CHECK": "true",
+                "FSSPEC_GCS_TOKEN": "anon",
                 "no_proxy": "127.0.0.1",
             }
         finally:

@@ -19,13 +19,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from deit_jax import storage
+from deit_jax.checkpoints import recovery
 from tests import several
 
 LOG_EVERY = 3
 
 
 def launch(
-    workdir: Path,
+    workdir: storage.Path,
     flags: list[str],
     *,
     script: Path | str = "main.py",
@@ -68,32 +70,35 @@ def _last_step(output: str) -> int:
     return max(map(int, re.findall(r"^step (\d+)/", output, re.MULTILINE)), default=0)
 
 
-def newest_step(workdir: Path) -> int:
+def newest_step(workdir: storage.Path) -> int:
     """The step of the run's last checkpoint; 0 without one."""
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max(recovery.steps_in(workdir / "checkpoints"), default=0)
 
 
-def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
+def final_arrays(workdir: storage.Path) -> dict[str, np.ndarray]:
     """Every array of the run's last checkpoint: weights, EMA, optimiser state and counters."""
-    folder = workdir / "checkpoints" / str(newest_step(workdir)) / "state"
+    folder = storage.path_of(workdir, "checkpoints", str(newest_step(workdir)), "state")
     with ocp.PyTreeCheckpointer() as checkpointer:
         # As NumPy arrays: those of a run with more devices or processes fit nowhere else.
-        names = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        names = checkpointer.metadata(folder).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
         arguments = ocp.args.PyTreeRestore(restore_args=arguments)
-        tree = checkpointer.restore(folder.absolute(), args=arguments)
+        tree = checkpointer.restore(folder, args=arguments)
     leaves = ocp.tree.to_flat_dict(tree, sep="/")
     return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
-def final_report(workdir: Path) -> dict:
+def metrics(workdir: storage.Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_report(workdir: storage.Path) -> dict:
     """The last `final` line of metrics.jsonl."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == "final"][-1]
+    return [line for line in metrics(workdir) if line["split"] == "final"][-1]
 
 
-def compare(left: Path, right: Path) -> list[str]:
+def compare(left: storage.Path, right: storage.Path) -> list[str]:
     """What differs between the ends of two runs, down to the last bit."""
     ours, theirs = final_arrays(left), final_arrays(right)
     problems = [f"only in one run: {name}" for name in ours.keys() ^ theirs.keys()]
@@ -106,7 +111,7 @@ def compare(left: Path, right: Path) -> list[str]:
 
 
 def run(
-    kills: int, seed: int, workdir: Path, flags: list[str], script: Path | str = "main.py"
+    kills: int, seed: int, workdir: storage.Path, flags: list[str], script: Path | str = "main.py"
 ) -> tuple[list[str], list[int]]:
     """One undisturbed run, and one with a kill in its teacher's training and `kills` in its own.
 

@@ -200,6 +200,15 @@ def _check_model(folder: storage.Path, saved: dict, info: registry.ModelInfo, em
                 f"config asks for {wanted[field]!r}; choose another --workdir, or the config "
                 "that the run was started with"
             )
+    names, ours = saved["model"].get("class_names"), wanted["class_names"]
+    if names and ours and names != ours:
+        number, (old, new) = next(
+            (k, pair) for k, pair in enumerate(zip(names, ours, strict=True)) if len(set(pair)) > 1
+        )
+        raise InputError(
+            f"{folder} holds a model whose class {number} is {old!r}, but in the data set it is "
+            f"{new!r}; its labels would mean something else: check config.dataset"
+        )
     if saved["ema"] != ema:
         raise InputError(
             f"{folder} was saved {'with' if saved['ema'] else 'without'} an EMA, but "

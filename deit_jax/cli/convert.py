@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
-    """Converts; --dst is one_or_more or absent."""
+    """Converts; --dst is whole or absent."""
     from deit_jax import trees
     from deit_jax.checkpoints import model_folder
     from deit_jax.convert import download, from_torch

@@ -31,7 +31,9 @@ class RunPlan:
     warnings: tuple[str, ...]  # a line each, for whoever starts the run
 
 
-def check_batch(config: ConfigDict, *, num_devices: int, num_processes: int) -> None:
+def check_batch(
+    config: ConfigDict, *, num_devices: int, num_processes: int, training: bool = True
+) -> None:
     """Raises InputError unless the batch and the mesh divide evenly over the devices."""
     if num_devices % config.parallel.fsdp:
         refuse(config, "parallel.fsdp", f"a divisor of the number of devices ({num_devices})")
@@ -42,7 +44,7 @@ def check_batch(config: ConfigDict, *, num_devices: int, num_processes: int) -> 
         devices = f"{num_devices} devices of the mesh ({num_processes} processes)"
         refuse(config, "train.batch_size", f"a multiple of the {devices}: try {nearest}")
     images = batch // num_devices
-    if images % config.train.accumulate_steps:
+    if training and images % config.train.accumulate_steps:
         share = f"{images} images of a device (train.batch_size {batch} over {num_devices} devices)"
         refuse(config, "train.accumulate_steps", f"a divisor of the {share}")
 
@@ -122,6 +124,27 @@ def plan_run(
         eval_every=steps_per_epoch * config.train.eval_every_epochs,
         save_every=(steps_per_epoch * checkpoint.every_epochs, checkpoint.every_steps),
         warnings=tuple(_warnings(config, warmup_epochs, steps_per_epoch * epochs)),
+    )
+
+
+def plan_evaluation(eval_source: Any) -> RunPlan:
+    """Returns the numbers of an evaluation alone, which needs no train split: it has no steps."""
+    return RunPlan(
+        num_classes=eval_source.num_classes,
+        class_names=eval_source.class_names,
+        num_train=0,
+        num_eval=eval_source.num_examples,
+        steps_per_epoch=0,
+        total_steps=0,
+        warmup_epochs=0,
+        warmup_steps=0,
+        group_size=1,
+        order_group_size=1,
+        images_per_epoch=0,
+        distinct_images_per_epoch=0,
+        eval_every=0,
+        save_every=(),
+        warnings=(),
     )
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit_jax import pictures, storage
-from deit_jax.data import label_file
+from deit_jax.data import buckets, label_file
 from deit_jax.data.source import Source, fixed_fraction, read_threads
 from deit_jax.errors import InputError, did_you_mean
 from deit_jax.folders import (
@@ -61,7 +61,8 @@ class FolderSource(Source):
         """See Source."""
         folder = os.fsencode(self.folder)
         path = tf.strings.join([folder, tf.gather(self.files, index)], separator="/")
-        return tf.io.read_file(path), tf.gather(self.labels, index)
+        read = buckets.read_file if storage.is_remote(self.folder) else tf.io.read_file
+        return read(path), tf.gather(self.labels, index)
 
     def fingerprint(self) -> str:
         """See Source."""

@@ -46,11 +46,11 @@ def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
         _check_shared(workdir)
 
 
-def check_data(train_source: "Source", eval_source: "Source", teacher: bool | None) -> None:
+def check_data(train_source: "Source | None", eval_source: "Source", teacher: bool | None) -> None:
     """Checks that all processes have the same data, of which each host may have a copy.
 
     Args:
-      train_source: the opened split.
+      train_source: the opened split; None for an evaluation.
       eval_source: likewise.
       teacher: whether the run's teacher is there already; None for a run without one.
 
@@ -60,14 +60,15 @@ def check_data(train_source: "Source", eval_source: "Source", teacher: bool | No
     if not hosts.several():
         return
     facts = {
-        "training examples": train_source.num_examples,
         "evaluation examples": eval_source.num_examples,
-        "classes": train_source.num_classes,
-        "class names with digest": trees.digest(*train_source.class_names),
-        "training data with digest": train_source.fingerprint(),
+        "classes": eval_source.num_classes,
+        "class names with digest": trees.digest(*eval_source.class_names),
         "evaluation data with digest": eval_source.fingerprint(),
         "a trained teacher:": teacher,
     }
+    if train_source is not None:
+        facts["training examples"] = train_source.num_examples
+        facts["training data with digest"] = train_source.fingerprint()
     # A host that sees its data for the first time reads them all for their index.
     hosts.compare("the comparison of data", facts, seconds=hosts.LONG_SECONDS)
 
@@ -116,7 +117,8 @@ def check_writing(workdir: str) -> None:
         if not storage.is_remote(folder):
             before.rename(after)
     except Exception as error:  # gcsfs raises those of several libraries
-        raise InputError(f"--workdir={workdir} cannot be written ({brief(error)})") from error
+        reason = getattr(error, "strerror", None) or brief(error)
+        raise InputError(f"--workdir={workdir} cannot be written ({reason})") from error
     finally:
         for left_behind in (before, after):
             storage.remove_folder(left_behind)

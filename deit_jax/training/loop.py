@@ -70,7 +70,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         )
     with contextlib.closing(open_checkpoints(run, training=False)) as checkpoints:
         state, _, _, origin = initial_state(run, checkpoints)
-        log(summary.describe_run(run, origin), on=hosts.is_first())
+        log(summary.describe_evaluation(run, origin), on=hosts.is_first())
         teacher = None, None
         if run.teacher_folder is not None and model_folder.find_model(run.teacher_folder):
             teacher = load_teacher(run)

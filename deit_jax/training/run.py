@@ -27,7 +27,7 @@ class Run:
     network: Network
     abstract: Variables  # shapes of the student's weights
     optimizer: optax.GradientTransformation
-    train_source: object  # deit_jax.data.Source
+    train_source: object  # deit_jax.data.Source; None for an evaluation
     eval_source: object
     teacher_folder: str | None  # where the recipe's teacher is or will be; None without one
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.fit import fit
 from deit_jax.checkpoints.training import TrainCheckpoints
-from deit_jax.config.plan import RunPlan, check_batch, plan_data
+from deit_jax.config.plan import RunPlan, check_batch, plan_data, plan_evaluation
 from deit_jax.console import log
 from deit_jax.errors import InputError
 from deit_jax.models import registry
@@ -40,20 +40,26 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     hosts.start(config.distributed)
     cpu_memory.keep_memory()
     checks.check_processes(config, workdir, mode=mode)
-    check_batch(config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    training = mode != "eval"
+    devices = {"num_devices": jax.device_count(), "num_processes": jax.process_count()}
+    check_batch(config, **devices, training=training)
     check_model(config)
 
     from deit_jax import data  # TensorFlow: imported by runs alone
 
-    train_source = data.open_source(config.dataset, "train")
+    train_source = data.open_source(config.dataset, "train") if training else None
     eval_source = data.open_source(config.dataset, "eval")
-    for note in dict.fromkeys(train_source.notes + eval_source.notes):
+    sources = [source for source in (train_source, eval_source) if source is not None]
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
         log(f"note: {note}", on=hosts.is_first())
     teacher = teacher_folder(config, workdir)
     teacher_is_there = None if teacher is None else model_folder.find_model(teacher) is not None
     checks.check_data(train_source, eval_source, teacher_is_there)
-    num_eval = eval_source.num_examples
-    plan = plan_data(config, train_source, num_devices=jax.device_count(), num_eval=num_eval)
+    if training:
+        num_eval = eval_source.num_examples
+        plan = plan_data(config, train_source, num_devices=jax.device_count(), num_eval=num_eval)
+    else:
+        plan = plan_evaluation(eval_source)
     mesh = make_mesh(config.parallel.fsdp)
     run = assemble(config, workdir, plan, mesh, sources=(train_source, eval_source))
     check_teacher(run)

@@ -53,6 +53,18 @@ def describe_run(run: Run, origin: str) -> str:
     return "\n".join(f"  {name:<9} {text}" for name, text in rows)
 
 
+def describe_evaluation(run: Run, origin: str) -> str:
+    """Returns the lines of the summary of an evaluation; arguments as `describe_run`."""
+    batch = f"{run.config.train.batch_size} images over all devices"
+    lines = {
+        "model": _model(run, origin),
+        "data": f"{run.eval_source.description}: {run.plan.num_eval:,} images",
+        "batch": f"{batch}; {run.config.train.dtype} matmuls",
+        "devices": describe_mesh(run.mesh),
+    }
+    return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())
+
+
 def _joined(parts: dict[str, object]) -> str:
     """ "name value, name value" of the parts that are on."""
     return ", ".join(f"{name} {value:g}" for name, value in parts.items() if value)

@@ -1,6 +1,7 @@
 """Whole runs in one process: folders of images, stopping, faults and what a run leaves behind."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import deit_jax
 from configs import digits, folder
 from deit_jax.config.files import load_config
-from deit_jax.errors import NonFiniteLoss
+from deit_jax.errors import InputError, NonFiniteLoss
 from deit_jax.training import loop
 from tests import kill_and_resume, several
 
@@ -94,12 +95,24 @@ def test_a_folder_of_images_trains_teacher_and_student(
     assert (workdir / "best" / "model.json").is_file()
     assert json.loads((workdir / "config.json").read_text())["train"]["batch_size"] == 16
     assert list(workdir.glob("events.out.tfevents.*"))
+    _evaluates_by_its_split_alone(folder_config, workdir, images, report)
     printed = capsys.readouterr().out
     for word in (
         "parameters", "steps", "peak rate", "distinct", "images/s", "ETA", "input wait",
         "1 unreadable images skipped", "1 unreadable ones left out",
     ):  # fmt: skip
         assert word in printed, word
+
+
+def _evaluates_by_its_split_alone(config, workdir, images, trained):
+    """Without a train split, and with fields that no training on it could have."""
+    shutil.rmtree(images / "train")
+    config.train.accumulate_steps, config.mixing.group_size = 7, 5
+    assert loop.evaluate(config, str(workdir)) == trained
+    first = min((images / "val").iterdir())
+    first.rename(first.with_name("another"))
+    with pytest.raises(InputError, match=r"class 0 .*'another'"):
+        loop.evaluate(config, str(workdir))
 
 
 QUICK = {
