@@ -4,9 +4,9 @@ python tools/benchmark.py input --config=deit_b --data ROOT --compare timm --cor
 python tools/benchmark.py train --model deit_tiny_distilled_patch16_224 --batch 32 --compare torch
 python tools/benchmark.py input --help
 
-Parts: `input`, the pipeline that reads, decodes and augments images; `train`, `infer` and
-`teacher`, the compiled steps. Each has its own flags, and all have --json, to print the report for
-programs, and --write FILE, to put it into a Markdown file.
+Parts: `input`, the pipeline that reads, decodes and augments images; `index`, how a large data set
+opens; `train`, `infer` and `teacher`, the compiled steps. Each has its own flags, and all have
+--json, to print the report for programs, and --write FILE, to put it into a Markdown file.
 """
 
 import importlib
@@ -17,7 +17,13 @@ from deit_jax.cli.status import exit_status
 from deit_jax.errors import InputError
 
 STEP = "benchmarks.step"
-PARTS = {"input": "benchmarks.input", "train": STEP, "infer": STEP, "teacher": STEP}
+PARTS = {
+    "input": "benchmarks.input",
+    "index": "benchmarks.index",
+    "train": STEP,
+    "infer": STEP,
+    "teacher": STEP,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
