@@ -16,14 +16,15 @@ from deit_jax import pictures, storage
 from deit_jax.errors import InputError, TransientError
 
 # What operating systems, NAS boxes and notebooks leave in folders, besides hidden files.
-_OF_SYSTEMS = (
+_OF_SYSTEMS = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "__macosx"),
     *("$recycle.bin", "recycler", "system volume information", "lost+found", "__pycache__"),
     *("@eadir", "@tmp", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
     *("network trash folder", "temporary items"),
-)
-HIDDEN = "hidden or of the system"
+}
+_UNNAMED = "without suffix and no image"
 _UNREADABLE = (".heic", ".heif", ".jxl")  # pictures that neither decoder reads
+_SUFFIXES = frozenset(pictures.SUFFIXES)
 _WRONG_PLACE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _THREADS = 16  # listing is waiting, not work, in a bucket above all
 _NAMED = 6  # so many reasons are told apart in one line
@@ -59,46 +60,55 @@ def walk(top: str) -> Found:
     Raises:
       InputError: a folder that cannot be listed.
     """
-    images: dict[str, list[str]] = {}
-    found = Found(images, [], [], collections.defaultdict(list))
+    found = Found({}, [], [], collections.defaultdict(list))
     level = [("", (os.path.realpath(top),))]
     with ThreadPoolExecutor(_THREADS) as pool:
         while level:  # all folders of a depth at once
             listed = pool.map(list_folder, [join(top, at) for at, _ in level])
-            deeper, unnamed = [], []
+            deeper = []
             for (at, chain), entries in zip(level, listed, strict=True):
-                names = images[at] = []
-                for name, kind, link in entries:
-                    path, suffix = join(at, name), os.path.splitext(name)[1].lower()
-                    if is_hidden(name):
-                        found.passed_over[HIDDEN].append(path)
-                    elif kind == "folder":
-                        own = _descend(
-                            chain, name, os.path.realpath(join(top, path)) if link else ""
-                        )
-                        if own:
-                            deeper.append((path, own))
-                        else:
-                            found.passed_over["links in a circle"].append(path)
-                    elif suffix in pictures.SUFFIXES and kind != "special":
-                        names.append(name)
-                        if kind == "broken":
-                            found.broken.append(path)
-                    elif suffix in _UNREADABLE and kind == "file":
-                        found.unreadable.append(path)
-                    elif not suffix and kind == "file":
-                        unnamed.append((at, name))
+                for name, link in _sort_out(found, at, entries):
+                    target = os.path.realpath(join(top, at, name)) if link else ""
+                    if own := _descend(chain, name, target):
+                        deeper.append((join(at, name), own))
                     else:
-                        what = {"broken": "broken links", "special": "neither file nor folder"}
-                        found.passed_over[what.get(kind, suffix)].append(path)
-            firsts = pool.map(lambda p: read_bytes(join(top, *p), pictures.FIRST_BYTES), unnamed)
-            for (at, name), first in zip(unnamed, firsts, strict=True):
-                if pictures.kind(first):
-                    images[at] = sorted([*images[at], name])
-                else:
-                    found.passed_over["without suffix and no image"].append(join(at, name))
+                        found.passed_over["links in a circle"].append(join(at, name))
             level = deeper
+        unnamed = found.passed_over.pop(_UNNAMED, [])
+        firsts = pool.map(lambda path: read_bytes(join(top, path), pictures.FIRST_BYTES), unnamed)
+        for path, first in zip(unnamed, firsts, strict=True):
+            if pictures.kind(first):
+                at, _, name = path.rpartition("/")
+                found.images[at].append(name)
+            else:
+                found.passed_over[_UNNAMED].append(path)
+    for names in found.images.values():
+        names.sort()
     return found
+
+
+def _sort_out(found: Found, at: str, entries: list[Entry]) -> list[tuple[str, bool]]:
+    """Adds to `found` what a folder holds; returns its folders, and whether they are links."""
+    names, folders = [], []
+    found.images[at] = names
+    for name, kind, link in entries:
+        if kind == "file" and name[name.rfind(".") :].lower() in _SUFFIXES and name[0] != ".":
+            names.append(name)  # the rule, by millions: first and quick
+            continue
+        path, suffix = join(at, name), os.path.splitext(name)[1].lower()
+        if is_hidden(name):
+            found.passed_over["hidden or of the system"].append(path)
+        elif kind == "folder":
+            folders.append((name, link))
+        elif kind == "broken" and suffix in _SUFFIXES:
+            names.append(name)
+            found.broken.append(path)
+        elif kind == "file" and suffix in _UNREADABLE:
+            found.unreadable.append(path)
+        else:
+            what = {"broken": "broken links", "special": "neither file nor folder"}
+            found.passed_over[what.get(kind, suffix or _UNNAMED)].append(path)
+    return folders
 
 
 def _descend(chain: tuple[str, ...], name: str, target: str) -> tuple[str, ...] | None:
@@ -155,10 +165,10 @@ def read_bytes(path: str, count: int = -1) -> bytes:
 
 def _kind(entry: os.DirEntry) -> str:
     try:
-        if entry.is_dir():
-            return "folder"
         if entry.is_file():
             return "file"
+        if entry.is_dir():
+            return "folder"
         os.stat(entry.path)
     except OSError:  # links to one another, too
         return "broken"

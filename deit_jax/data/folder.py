@@ -242,7 +242,7 @@ def _read_class_folders(dataset: ConfigDict, root: str, splits: Splits, split: s
     files: list[str] = []
     labels: list[int] = []
     for name in present:
-        images = [join(at, image) for at in of_class[name] for image in found.images[at]]
+        images = [f"{at}/{image}" for at in of_class[name] for image in found.images[at]]
         if not images:
             raise InputError(
                 f"{printable(f'{folder}/{name}')} holds no images ({_SUFFIXES}); fill or remove it"
