@@ -8,10 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from deit_jax.data.decode import decode
-from deit_jax.data.failures import reason_of
+from deit_jax.data.failures import ERRORS, reason_of
 from deit_jax.data.source import Source
-from deit_jax.data.stream import no_autograph, untuned
-from deit_jax.errors import brief
+from deit_jax.data.stream import untuned
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOUR_TYPE = 25  # offset of this byte in a PNG file
@@ -55,7 +54,6 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
       workers: how many images are read and decoded at a time.
     """
 
-    @no_autograph
     def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
         data, label = source.fetch(index)
         image = decode(data)
@@ -63,6 +61,7 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
         hashed = tf.bitcast(tf.fingerprint(tf.reshape(data, (1, -1)))[0], tf.int64)
         return index, label, height, width, _colours(data), hashed
 
+    load = tf.function(load, autograph=False)
     dataset = tf.data.Dataset.range(source.num_examples)
     dataset = dataset.map(load, num_parallel_calls=workers, deterministic=True).ignore_errors()
     options = tf.data.Options()
@@ -72,7 +71,8 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
     for chunk in chunks.as_numpy_iterator():
         for facts in zip(*(column.tolist() for column in chunk), strict=True):
             index, label, height, width, colours, fingerprint = facts
-            yield from _missed(range(due, index), load)
+            if due < index:
+                yield from _missed(range(due, index), load)
             yield Example(index, label, height, width, _COLOURS.get(colours, ""), fingerprint)
             due = index + 1
     yield from _missed(range(due, source.num_examples), load)
@@ -80,14 +80,14 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
 
 def _missed(indices: range, load: Callable) -> Iterator[Unreadable]:
     """Loads again, one by one, what the parallel pass dropped, which does not say why."""
+    # Not called here: outside of tf.data, TensorFlow's errors tell of the whole program.
+    loaded = iter(untuned(tf.data.Dataset.range(indices.start, indices.stop).map(load)))
     for index in indices:
         try:
-            load(tf.constant(index, tf.int64))
+            next(loaded)
             reason = "could not be read at first, but later; check the storage"
-        except tf.errors.OpError as error:
+        except ERRORS as error:
             reason = reason_of(error)
-        except Exception as error:  # the ArrayRecord reader is Python, and raises what it likes
-            reason = brief(error)
         yield Unreadable(index, reason)
 
 

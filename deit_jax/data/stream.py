@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from deit_jax.data import transforms
-from deit_jax.data.failures import is_transient, reason_of
+from deit_jax.data.failures import ERRORS, is_transient, reason_of
 from deit_jax.data.order import NONE, Order, among
 from deit_jax.data.plan import InputPlan
 from deit_jax.data.source import Source
@@ -172,7 +172,7 @@ class Batches(Iterator[Batch]):
         while True:
             try:
                 batch = next(self._iterator)
-            except tf.errors.OpError as error:
+            except ERRORS as error:
                 self._find_unreadable(error)
                 self._iterator = self._open()
             else:
@@ -191,7 +191,7 @@ class Batches(Iterator[Batch]):
     def _entries(self, step: tf.Tensor) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices(self._units(step, self._unreadable))
 
-    def _find_unreadable(self, error: tf.errors.OpError) -> None:
+    def _find_unreadable(self, error: Exception) -> None:
         """Finds what cannot be loaded in the present batch; raises unless it may be skipped."""
         # tf.data does not say which element failed: load the batch again, one by one.
         entries = self._entries(tf.constant(self._step, tf.int64))
@@ -200,7 +200,7 @@ class Batches(Iterator[Batch]):
         for entry in untuned(entries).as_numpy_iterator():
             try:
                 next(loaded)
-            except tf.errors.OpError as cause:
+            except ERRORS as cause:
                 name, reason = self._source.example_id(int(entry["index"])), reason_of(cause)
                 if name in self.skipped:  # it is in the batch twice, once in place of another
                     continue

@@ -9,8 +9,11 @@ import pytest
 from deit_jax import folders
 from deit_jax.cli.main import main
 from deit_jax.cli.predict import find_images
-from deit_jax.data import open_source
-from tests.data.conftest import NFC, NFD, make_files, read_split, refused
+from deit_jax.config.files import load_config
+from deit_jax.data import open_source, train_batches
+from deit_jax.errors import InputError
+from deit_jax.training.setup import check
+from tests.data.conftest import NFC, NFD, make_files, plan_of, read_split, refused
 from tests.oracles.torchvision_ops import import_torchvision
 
 LATIN = os.fsdecode(b"caf\xe9.png")
@@ -183,20 +186,14 @@ def test_one_folder_of_classes_is_split(tmp_path, dataset_config, fraction, held
 
 
 def test_nested_folders_are_read_as_torchvision_reads_them(tmp_path, dataset_config):
-    names = [
-        "a/z.png",
-        "a/b/1.png",
-        "a/b c/2.png",
-        "a/b/c/3.png",
-        "a b/4.PNG",
-        "a/B.Jpg",
-        "a/é/5.png",
-    ]
+    names = ["a/z.png", "a/b/1.png", "a/b c/2.png", "a/b/c/3.png", "a b/4.PNG", "a/B.Jpg"]
+    names += ["a/é/5.png", "a/a", "a/b/0"]  # two without suffix
     make_files(tmp_path, [f"train/{name}" for name in names])
     (tmp_path / "train/a/link").symlink_to(tmp_path / "train/a b")
     dataset_config.root = str(tmp_path)
     source = open_source(dataset_config, "train")
-    reference = import_torchvision().datasets.ImageFolder(f"{tmp_path}/train")
+    every = {"is_valid_file": lambda path: True}  # by default, torchvision wants a suffix
+    reference = import_torchvision().datasets.ImageFolder(f"{tmp_path}/train", **every)
     found = [(source.example_id(i), int(source.labels[i])) for i in range(source.num_examples)]
     assert found == reference.samples
     assert list(source.class_names) == reference.classes
@@ -239,10 +236,40 @@ def test_check_data_names_what_does_not_count(tmp_path, capsys):
     ]
 
 
+def test_a_run_says_once_what_it_made_of_the_folder(tmp_path, capsys):
+    names = [f"{label}/{i}.png" for label in ("ant", "bee") for i in range(5)]
+    make_files(tmp_path / "data", [*names, "bee/notes.txt"])
+    config = load_config("folder:plain")
+    config.dataset.root = str(tmp_path / "data")
+    config.model.name = "deit_testing"
+    config.train.batch_size = 8
+    config.mixing.group_size = 8
+    check(config, str(tmp_path / "run"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: {tmp_path}/data has no folders train and val: its 10 images in 2 classes are split "
+        "by eval_fraction 0.1, 8 to train and 2 to evaluate",
+        f"note: {tmp_path}/data: not data: 1 .txt (bee/notes.txt)",
+    ]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_errors_name_files_that_are_not_utf8(tmp_path, dataset_config, plain_config, gone):
+    file = tmp_path / "train/ant" / LATIN
+    make_files(tmp_path, [f"train/ant/{LATIN}"])
+    dataset_config.root = str(tmp_path)
+    source = open_source(dataset_config, "train")
+    file.unlink()
+    if not gone:
+        file.write_bytes(b"no picture")
+    with pytest.raises(InputError) as caught:
+        next(train_batches(source, plan_of(plain_config, batch_size=1)))
+    assert f"{tmp_path}/train/ant/caf\\xe9.png cannot be used: " in str(caught.value)
+
+
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     def scandir(folder):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(folders.InputError, match=f"{tmp_path} cannot be read \\(Permission denied"):
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be read \\(Permission denied"):
         folders.walk(str(tmp_path))
