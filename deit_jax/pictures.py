@@ -67,7 +67,7 @@ def read(file: IO[bytes]) -> Image.Image:
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError:  # whose text names an object in memory
-        raise InputError(f"cannot be read as {found}: its header is damaged") from None
+        raise InputError(f"cannot be read as {found}: Pillow makes nothing of its header") from None
     except Exception as error:  # Pillow's decoders raise all sorts for damaged files
         raise InputError(f"cannot be read as {found}: {brief(error)}") from error
 
