@@ -42,7 +42,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
         # TensorFlow's default DCT is faster and up to 24 levels off; this one is Pillow's.
         return tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
 
-    return tf.cond(_is_plain_jpeg(data), decode_jpeg, lambda: _decode_other(data))
+    return tf.cond(_plain_jpeg(data)[0], decode_jpeg, lambda: _decode_other(data))
 
 
 def open_image(
@@ -61,9 +61,10 @@ def open_image(
     if data.dtype != tf.string or whole is True:
         image = decode(data)
         return tf.shape(image), lambda box: cut(image, box)
-    lazily = _is_plain_jpeg(data) & tf.logical_not(whole)
+    plain, shape = _plain_jpeg(data)
+    lazily = plain & tf.logical_not(whole)
     image = tf.cond(lazily, lambda: tf.zeros((0, 0, 3), tf.uint8), lambda: decode(data))
-    shape = tf.cond(lazily, lambda: tf.io.extract_jpeg_shape(data), lambda: tf.shape(image))
+    shape = tf.cond(lazily, lambda: shape, lambda: tf.shape(image))
 
     def cut_out(box: tf.Tensor) -> tf.Tensor:
         return tf.cond(
@@ -88,14 +89,15 @@ def decode_jpeg_box(data: tf.Tensor, box: tf.Tensor, image_width: tf.Tensor) -> 
     return image[:, left - begin : left - begin + width]
 
 
-def _is_plain_jpeg(data: tf.Tensor) -> tf.Tensor:
-    """Returns whether TensorFlow decodes this JPEG as Pillow: it is neither CMYK nor too large."""
+def _plain_jpeg(data: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns whether TensorFlow decodes this JPEG as Pillow, and the shape of a JPEG, int32 [3].
 
-    def is_plain() -> tf.Tensor:
-        height, width, channels = tf.unstack(tf.cast(tf.io.extract_jpeg_shape(data), tf.int64))
-        return (channels < 4) & (height * width <= _MOST_PIXELS)
-
-    return tf.cond(tf.io.is_jpeg(data), is_plain, lambda: False)
+    It does unless the JPEG is CMYK or too large.
+    """
+    is_jpeg = tf.io.is_jpeg(data)
+    shape = tf.cond(is_jpeg, lambda: tf.io.extract_jpeg_shape(data), lambda: tf.zeros(3, tf.int32))
+    pixels = tf.cast(shape[0], tf.int64) * tf.cast(shape[1], tf.int64)
+    return is_jpeg & (shape[2] < 4) & (pixels <= _MOST_PIXELS), shape
 
 
 # A graph, since eagerly Python's function would get an array of objects, and raise past TensorFlow.
