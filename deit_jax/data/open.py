@@ -26,8 +26,12 @@ def open_source(dataset: ConfigDict, split: str) -> Source:
         from deit_jax.data.tfds import open_tfds
 
         return open_tfds(dataset, split)
+    if dataset.source == "hf":
+        from deit_jax.data.hf import open_hf
+
+        return open_hf(dataset, split)
     if dataset.source == "digits":
         return open_digits(dataset, split)
     raise InputError(
-        f"config.dataset.source is {dataset.source!r}, expected one of folder, tfds, digits"
+        f"config.dataset.source is {dataset.source!r}, expected one of folder, tfds, digits, hf"
     )

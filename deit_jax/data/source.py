@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from deit_jax import storage
+from deit_jax.errors import InputError
 from deit_jax.parallel import cpus
 
 
@@ -45,6 +47,23 @@ class Source(abc.ABC):
 def read_threads(place: str) -> int:
     """Returns how many reads at a time keep the processors fed: from a disk 16, a bucket more."""
     return max(64, 8 * cpus.available()) if storage.is_remote(place) else 16
+
+
+def count_classes(dataset: ConfigDict, found: int | None, where: str) -> int:
+    """Returns `num_classes` of the config, or the number that the data set `where` states.
+
+    Raises:
+      InputError: there is neither, or the data set has more.
+    """
+    wanted = dataset.num_classes
+    if not (wanted or found):
+        raise InputError(f"{where} does not say how many classes it has; set dataset.num_classes")
+    if wanted and found and found > wanted:
+        raise InputError(
+            f"config.dataset.num_classes is {wanted}, but {where} has {found} classes; set "
+            f"{found}, or 0 to infer it"
+        )
+    return wanted or found
 
 
 def fixed_fraction(labels: np.ndarray, fraction: float, *, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from deit_jax import storage
-from deit_jax.data.source import Source, fixed_fraction, read_threads
+from deit_jax.data.source import Source, count_classes, fixed_fraction, read_threads
 from deit_jax.data.tfrecord import Part, TfRecords
 from deit_jax.errors import InputError
 from deit_jax.trees import digest
@@ -73,7 +73,7 @@ def open_tfds(dataset: ConfigDict, split: str) -> TfdsSource:
         ) from None
     features = _image_and_label(info.features, where)
     label = features["label"]
-    num_classes = _num_classes(dataset, label, where)
+    num_classes = count_classes(dataset, label.num_classes, where)
     if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
         if storage.is_remote(instructions[0].filename):
             raise InputError(
@@ -140,18 +140,6 @@ def _image_and_label(
             f"{where} has the features {listed}, expected image (Image) and label (ClassLabel)"
         )
     return tfds.features.FeaturesDict({name: found[name] for name in wanted})
-
-
-def _num_classes(dataset: ConfigDict, label: tfds.features.ClassLabel, where: str) -> int:
-    wanted, found = dataset.num_classes, label.num_classes
-    if not (wanted or found):
-        raise InputError(f"{where} does not say how many classes it has; set dataset.num_classes")
-    if wanted and found and found > wanted:
-        raise InputError(
-            f"config.dataset.num_classes is {wanted}, but {where} has {found} classes; set "
-            f"{found}, or 0 to infer it"
-        )
-    return wanted or found
 
 
 class _ArrayRecords:
