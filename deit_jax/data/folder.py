@@ -275,31 +275,10 @@ def _read_label_file(dataset: ConfigDict, root: str, splits: Splits, split: str)
     if not files:
         raise InputError(f"{folder} holds no images ({_SUFFIXES})")
     rows, notes = label_file.read_rows(path, images)
-    place_of: dict[int, label_file.Place] = {}  # of a row by its line
-    elsewhere, renamed = [], []
-    for line, name, _ in rows:
-        places = images.find(name)
-        if not places and None in splits.values():  # it may be in the split that is not here
-            elsewhere.append(name)
-            continue
-        row = f"{path}, line {line}: {printable(name)}"
-        if not places:
-            is_first = "; a header must name the columns filename and label" * (
-                line == rows[0].line
-            )
-            raise InputError(
-                f"{row} is not in {' or '.join(sorted(found)) or 'any folder'} under {root}; "
-                f"remove the row or restore the file{is_first}"
-            )
-        if len(places) > 1:
-            meant = " or ".join(printable(join(*place)) for place in places)
-            both = "in both splits" if len({at for at, _ in places}) > 1 else "not one image alone"
-            raise InputError(f"{row} is {both}; write {meant}")
-        place_of[line] = places[0]
-        if os.path.splitext(places[0][1])[0] not in name.replace("\\", "/"):
-            renamed.append((name, places[0][1]))
+    # A name that is nowhere may be in the split that is not here.
+    place_of, told = label_file.place_rows(path, rows, images, some=None in splits.values())
     numbers, num_classes, class_names, more = label_file.number_classes(dataset, path, rows)
-    notes += more
+    notes += told + more
     label_of: dict[label_file.Place, int] = {}
     for (line, name, _), number in zip(rows, numbers, strict=True):
         if line in place_of and label_of.setdefault(place_of[line], number) != number:
@@ -314,13 +293,6 @@ def _read_label_file(dataset: ConfigDict, root: str, splits: Splits, split: str)
         raise InputError(
             f"{printable(join(folder, missing[0]))}: no label in {path} ({len(missing)} such files "
             f"of {len(files)}); {hint}"
-        )
-    if elsewhere:
-        notes.append(f"{path}: {len(elsewhere):,} rows name no image here, first {elsewhere[0]!r}")
-    if renamed:
-        notes.append(
-            f"{path}: {len(renamed):,} names have another Unicode normalisation than on the disk, "
-            "matched: {!a} = {!a}".format(*renamed[0])
         )
     labels = [label_of[own, image] for image in files]
     return Listing(files, labels, num_classes, class_names, notes, found[own].passed_over)

@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from deit_jax.errors import InputError
-from deit_jax.folders import is_folder, normalise, printable, read_bytes
+from deit_jax.folders import is_folder, join, normalise, printable, read_bytes
 
 _DELIMITERS = "\t,; "
 _SAMPLE = 100  # lines that show which one it is
@@ -48,7 +49,11 @@ class Images:
     def __init__(self, paths: dict[str, list[str]]) -> None:
         """Takes the paths of each split ("": the root itself)."""
         self.paths = paths
-        self._by_name = self._table(lambda path: path)
+        self._exact = {split: set(of_split) for split, of_split in paths.items()}
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, dict[str, list[str]]]:
+        return self._table(lambda path: path)
 
     @functools.cached_property
     def _by_stem(self) -> dict[str, dict[str, list[str]]]:
@@ -62,8 +67,22 @@ class Images:
                 table.setdefault(normalise(key(path)), []).append(path)
         return tables
 
+    def _places(self, name: str) -> list[Place]:
+        places = []
+        for split, paths in self._exact.items():
+            places += [(split, p) for p in {name, name.removeprefix(f"{split}/")} if p in paths]
+        return places
+
+    def has(self, word: str) -> bool:
+        """Returns whether a word names an image, without the tables that `find` makes."""
+        paths = itertools.chain.from_iterable(self.paths.values())
+        likely = (path for path in paths if path.startswith(word))
+        return any(word in (path, os.path.splitext(path)[0]) for path in likely)
+
     def find(self, name: str) -> list[Place]:
         """Returns the images that a name may mean."""
+        if places := self._places(name):  # nearly always, and quick
+            return places
         name = normalise(name).removeprefix("./")
         for written in dict.fromkeys((name, name.replace("\\", "/"))):
             for by_stem in (False, True):
@@ -99,13 +118,13 @@ def read_rows(path: str, images: Images) -> tuple[list[Row], list[str]]:
         raise InputError(f"{path} has no rows, expected lines of 'name,label'")
     (at, first, notes), rows = _columns(path, table, images), []
     for line, cells in table[first:]:
-        chosen = [cells[i].strip() for i in at if i < len(cells)]
-        if len(chosen) != 2 or not all(chosen) or len(cells) > len(table[0][1]):
+        name, label = (cells[i].strip() if i < len(cells) else "" for i in at)
+        if not name or not label or len(cells) > len(table[0][1]):
             wide = "; quote a name with the separator in it" if len(cells) > 2 else ""
             raise InputError(
                 f"{path}, line {line}: {','.join(cells)!r}, expected 'name,label'{wide}"
             )
-        rows.append(Row(line, chosen[0], normalise(chosen[1])))
+        rows.append(Row(line, name, normalise(label)))
     if not rows:
         raise InputError(f"{path} has a header and no rows")
     return rows, notes
@@ -143,7 +162,7 @@ def _cells(path: str, text: str) -> list[tuple[int, list[str]]]:
             if delimiter == " ":  # names may hold spaces, labels not
                 *name, label = " ".join(cells).rstrip().rsplit(" ", 1)
                 cells = [*name, label]
-            if any(cell.strip() for cell in cells):
+            if "".join(cells).strip():
                 table.append((reader.line_num, cells))
     except csv.Error as error:
         line = reader.line_num if reader else 1
@@ -161,7 +180,12 @@ def _columns(
     names = sorted(
         (i for i, w in enumerate(words) if w in _NAMES), key=lambda i: _NAMES.index(words[i])
     )
-    if (known or names) and not any(images.find(cell.strip()) for cell in first):
+    usual = {*_NAMES, *_LABELS, *_INDEX}
+    is_image = [
+        images.has(cell.strip()) if word in usual else bool(images.find(cell.strip()))
+        for word, cell in zip(words, first, strict=True)
+    ]
+    if (known or names) and not any(is_image):
         columns = [i for i, word in enumerate(words) if word not in _INDEX]
         name, label = names[0] if names else None, known[0] if len(known) == 1 else None
         if len(columns) == 2 and name is None:
@@ -173,8 +197,7 @@ def _columns(
             used = f"{path}: the columns {first[name]} and {first[label]} count"
             return (name, label), 1, [f"{used}, {', '.join(left)} not"] if left else []
     elif len(first) == 2:
-        swapped = images.find(first[1].strip()) and not images.find(first[0].strip())
-        return ((1, 0) if swapped else (0, 1)), 0, []
+        return ((1, 0) if is_image == [False, True] else (0, 1)), 0, []
     elif len(first) == 3 and _counts([cells[0] for _, cells in table]):
         return (1, 2), 0, []
     raise InputError(
@@ -187,6 +210,63 @@ def _counts(cells: Sequence[str]) -> bool:
     """Returns whether a column numbers its rows."""
     numbers = list(map(str, range(len(cells) + 1)))
     return list(cells) in (numbers[:-1], numbers[1:])
+
+
+def place_rows(
+    path: str, rows: Sequence[Row], images: Images, *, some: bool
+) -> tuple[dict[int, Place], list[str]]:
+    """Finds the image of each row.
+
+    Args:
+      path: the label file.
+      rows: its rows.
+      images: of the splits.
+      some: whether a row may name an image that is not there.
+
+    Returns:
+      The images by their line, and notes.
+
+    Raises:
+      InputError: a name that means no image, or several.
+    """
+    place_of, elsewhere, renamed = {}, [], []
+    for line, name, _ in rows:
+        places = images.find(name)
+        if len(places) == 1:
+            place_of[line] = places[0]
+            found = places[0][1]
+            if not name.endswith(found) and not _is_in(os.path.splitext(found)[0], name):
+                renamed.append(f"{name!a} = {found!a}")
+        elif some and not places:
+            elsewhere.append(name)
+        else:
+            raise InputError(_no_place(path, line, name, places, images, line == rows[0].line))
+    notes = []
+    if elsewhere:
+        notes.append(f"{path}: {len(elsewhere):,} rows name no image here, first {elsewhere[0]!r}")
+    if renamed:
+        notes.append(
+            f"{path}: {len(renamed):,} names have another Unicode normalisation than on the disk, "
+            f"matched: {renamed[0]}"
+        )
+    return place_of, notes
+
+
+def _is_in(part: str, name: str) -> bool:
+    return part in name.replace("\\", "/")
+
+
+def _no_place(
+    path: str, line: int, name: str, places: list[Place], images: Images, first: bool
+) -> str:
+    row = f"{path}, line {line}: {printable(name)}"
+    if places:
+        meant = " or ".join(printable(join(*place)) for place in sorted(places))
+        both = "in both splits" if len({split for split, _ in places}) > 1 else "not one image"
+        return f"{row} is {both}; write {meant}"
+    where = " or ".join(sorted(images.paths)) or "the folder"
+    header = "; a header must name the columns filename and label" if first else ""
+    return f"{row} is not in {where}; remove the row or restore the file{header}"
 
 
 def number_classes(

@@ -273,3 +273,9 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(InputError, match=f"{tmp_path} cannot be read \\(Permission denied"):
         folders.walk(str(tmp_path))
+
+
+def test_console_lines_survive_a_terminal_of_ascii(run_python):
+    code = "from deit_jax.console import log; log('4 × caf\\udce9')"
+    found = run_python("-c", code, env={"PYTHONIOENCODING": "ascii:strict"})
+    assert (found.returncode, found.stdout) == (0, "4 \\xd7 caf\\udce9\n")

@@ -67,6 +67,7 @@ def test_label_files(tmp_path, dataset_config, kind, labels):
         (("train/a.png", "train/b.png"), "a,0.0\nb,2.0\n", {}, {"0": 1, "2": 1}, "(1 of 3 "),
         (("train/a.png",), "a.png,0\n", {"num_classes": 2}, {"0": 1}, "no row has class 1"),
         (("train/a.png",), "a.png,x\nz.png,y\n", {}, {"x": 1}, "1 rows name no"),
+        (("train/id.png", "train/b.png"), "id,class\nb,breed\n", {}, {"class": 1, "breed": 1}, ""),
         (("train/a.jpg.png", "train/x.txt"), "a.jpg,x\n", {}, {"x": 1}, "1 .txt"),
     ],
 )  # fmt: skip
