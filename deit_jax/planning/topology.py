@@ -1,5 +1,6 @@
 """Plans for a TPU slice that is not here: the TPU compiler needs no TPU."""
 
+import contextlib
 import os
 import shlex
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from deit_jax.config.plan import check_batch, plan_run
@@ -50,10 +52,22 @@ def forecast_slice(
     run = assemble(config, "", plan, make_mesh(config.parallel.fsdp, devices))
     chip = chips.find(devices[0].device_kind)
     limit = int(chip.memory * report.GIB) if chip else None
-    return forecast.forecast(run, limit=limit, teacher=teacher) | {
-        "topology": topology,
-        **markdown.origin(*_PACKAGES),
-    }
+    with _without_cache():
+        found = forecast.forecast(run, limit=limit, teacher=teacher)
+    return found | {"topology": topology, **markdown.origin(*_PACKAGES)}
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Keeps programs for absent devices out of JAX's cache, which cannot read them back."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # it looks at the switch once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _devices(topology: str) -> list[jax.Device]:
