@@ -92,5 +92,6 @@ def silence_orbax() -> None:
             sys.__unraisablehook__(failed)
 
     logging.getLogger("absl").addFilter(wanted)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    for name in ("asyncio", "gcsfs"):  # gcsfs prints a traceback at each retry
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = unraisable
