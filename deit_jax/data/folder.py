@@ -207,6 +207,8 @@ def _read_class_folders(dataset: ConfigDict, root: str, splits: Splits, split: s
     present = sorted(of_class)
     if not present:
         hint = "set config.dataset.label_file" if loose else "expected one folder a class"
+        if split == "eval" and splits["train"]:
+            hint += f", or root to {root}/{splits['train']} to hold out a part of it"
         raise InputError(f"{folder} holds {len(loose)} images and no class folders; {hint}")
     if loose:
         found.passed_over["images beside the class folders"] = loose

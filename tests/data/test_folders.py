@@ -151,6 +151,11 @@ def test_folders_that_are_refused(tmp_path, dataset_config, files, fields, split
         (("pets/train/a/1.png", "birds/b/2.png"), {}, ["pets/train looks like a split"]),
         (("ant/1.png", "bee/2.png"), {}, ["one image a class"]),
         (("1.png",), {}, ["holds no folders"]),
+        (
+            ("train/ant/1.png", "test/2.png"),
+            {},
+            ["no class folders", "or root to", "/train to hold"],
+        ),
     ],
 )
 def test_roots_without_splits_that_are_refused(tmp_path, dataset_config, files, fields, words):
