@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ class HfSource(Source):
     """One split, a part or a union: "train[:90%]", "train+test"."""
 
     split: str
-    files: Sequence[Any]  # pyarrow arrays of encoded images, null for a file at a path
+    files: list[Any]  # pyarrow arrays of encoded images, null for a file at a path
     starts: np.ndarray  # the first row of each
     paths: Any  # pyarrow.ChunkedArray of strings; beside an encoded image, a name or null
     labels: tf.Tensor  # int32, of all rows of the split
@@ -70,8 +69,7 @@ def open_hf(dataset: ConfigDict, split: str) -> HfSource:
     processes that share the cache one does so, the others wait. No code of a data set is run.
 
     Raises:
-      InputError: no such data set or split, not one image and one label column, or labels that do
-        not fit `num_classes`.
+      InputError: the data are not there, or their columns or classes do not fit.
       TransientError: the hub does not answer.
     """
     try:
@@ -82,17 +80,25 @@ def open_hf(dataset: ConfigDict, split: str) -> HfSource:
             "config.dataset.source is 'hf', which needs the package datasets; "
             "install it with: pip install 'deit-jax[hf]'"
         ) from None
-    place, config = _place_of(dataset)
-    where, name = ":".join(filter(None, (place, config))), dataset[f"{split}_split"]
+    name, _, config = dataset.name.partition(":")
+    place = os.fspath(storage.path_of(dataset.root)) if dataset.root else name
+    # Of a folder of that name and the hub, the library would prefer the folder.
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)
+    if not (not name and os.path.isdir(place) if dataset.root else on_hub):
+        raise InputError(
+            f"config.dataset.name is {dataset.name!r} and root is {dataset.root!r}, expected "
+            "OWNER/NAME of the hub and no root, or no name and a folder on a disk"
+        )
+    where, name = f"{place}:{config}" if config else place, dataset[f"{split}_split"]
     wrong = f"config.dataset.{split}_split is {name!r}, {where}"
     try:
-        rows = load_dataset(place, config, split=name)
+        rows = load_dataset(place, config or None, split=name)
         sizes = {each: info.num_examples for each, info in rows.info.splits.items()}
         parts = ReadInstruction.from_spec(name).to_absolute(sizes)
     except Exception as error:  # of many classes, also of the libraries below
-        permanent = dataset.root or isinstance(error, FileNotFoundError | RuntimeError | ValueError)
-        kind = InputError if permanent else TransientError
-        raise kind(f"{wrong}: {brief(error.__cause__ or error)}") from error
+        known = dataset.root or isinstance(error, FileNotFoundError | RuntimeError | ValueError)
+        reason = f"{wrong}: {brief(error.__cause__ or error)}"
+        raise (InputError if known else TransientError)(reason) from error
     if len(rows) != sum(part.to - part.from_ for part in parts):  # of [3:1] it makes [3:]
         raise InputError(f"{wrong}: that part ends before it begins; splits and sizes: {sizes}")
     kinds = rows.features
@@ -125,19 +131,3 @@ def open_hf(dataset: ConfigDict, split: str) -> HfSource:
         labels=tf.constant(numbers, tf.int32),
         chosen=tf.constant(chosen, tf.int64),
     )
-
-
-def _place_of(dataset: ConfigDict) -> tuple[str, str | None]:
-    """Returns the name on the hub or the folder, and the configuration if one is named."""
-    name, _, config = dataset.name.partition(":")
-    place = os.fspath(storage.path_of(dataset.root)) if dataset.root else name
-    if dataset.root:
-        fits = not name and os.path.isdir(place)
-    else:  # of a folder of that name and the hub, the library would prefer the folder
-        fits = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)
-    if not fits:
-        raise InputError(
-            f"config.dataset.name is {dataset.name!r} and root is {dataset.root!r}, expected "
-            "OWNER/NAME of the hub and no root, or no name and a folder on a disk"
-        )
-    return place, config or None

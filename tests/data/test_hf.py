@@ -100,7 +100,6 @@ def test_batches_of_images_that_stay_in_their_files(config, plain_config, tmp_pa
         ("root=gs://a/b", {}, "root is 'gs://a/b'"),
         ("name=:other", {}, "data:other: BuilderConfig 'other' not found"),
         ("eval_split=val", {}, "Should be one of ['train']"),
-        ("eval_split=train[:1%]", {}, "corresponds to no data"),
         ("eval_split=train[2:1]", {}, "ends before it begins; splits and sizes: {'train': 2}"),
         ("num_classes=2", {}, "num_classes is 2, but"),
         ("", {"label": _NUMBERS}, "does not say how many classes"),
