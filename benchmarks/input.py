@@ -2,6 +2,7 @@
 
 python tools/benchmark.py input --config=deit_b --data ROOT --compare timm --cores 1
 python tools/benchmark.py input --config=deit3:b --data ROOT --compare timm --only train --json
+python tools/benchmark.py input --config=deit_b --data ROOT --latency-ms 50 --cores 2
 
 ROOT holds {train,val}/CLASS/*.JPEG. Training and evaluation of the recipe are measured, in turns
 with PyTorch's pipelines for the same. docs/benchmarks.md explains the figures.
@@ -21,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from benchmarks import pipelines
+from benchmarks import pipelines, stores
 from benchmarks.turns import WARM_UP, Runner, Turn, deliver, take_turns
 from deit_jax.cli.arguments import new_file, one_or_more
 from deit_jax.config.validate import validate
@@ -44,6 +45,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--rounds", **number, default=7, help="turns of every pipeline (default: 7)")
     add("--images", **number, default=1024, help="images in a turn (default: 1024)")
     add("--batch", **number, default=256, help="images in a batch (default: 256)")
+    add(
+        "--latency-ms",
+        **number,
+        help="compare storage instead: folder, TFRecord, ArrayRecord, and a folder so slow a read",
+    )
     add("--write", type=new_file, metavar="FILE", help="also put the report into this file")
 
 
@@ -62,6 +68,11 @@ def run(arguments: Namespace, emit: Callable[[Report], None]) -> None:
         raise InputError(f"--cores is {cores}, but only {len(available)} may be used")
     if images % batch:
         raise InputError(f"--images is {images}, expected a multiple of --batch ({batch})")
+    if arguments.latency_ms:
+        if arguments.compare or arguments.only:
+            raise InputError("--latency-ms compares storage in training: without --compare, --only")
+        stores.run(arguments, available[:cores], emit)
+        return
     # More than all turns take: no pipeline reaches the end.
     total = images * (rounds + WARM_UP) + batch * (4 + 2 * cores)
     kinds = [kind for kind in ("train", "eval") if arguments.only in (None, kind)]

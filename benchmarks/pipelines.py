@@ -14,11 +14,18 @@ from ml_collections import ConfigDict
 from deit_jax.config.plan import plan_data
 
 
-def ours(config: ConfigDict, *, train: bool) -> Iterator[Any]:
-    """Our batches, uint8; for training in the order of a run on one device."""
+def ours(
+    config: ConfigDict, *, train: bool, change: Callable[[Any], None] | None = None
+) -> Iterator[Any]:
+    """Our batches, uint8; for training in the order of a run on one device.
+
+    `change` gets the source before it is used.
+    """
     from deit_jax import data
 
     source = data.open_source(config.dataset, "train" if train else "eval")
+    if change:
+        change(source)
     plan = data.InputPlan.of(config, plan_data(config, source, num_devices=1))
     return data.train_batches(source, plan) if train else data.eval_batches(source, plan)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from deit_jax.console import log_error
 
 WARM_UP = 2  # rounds that do not count
-_QUIET = 0.25  # seconds without work after which everything prefetched is ready
+QUIET = 0.25  # seconds without work after which everything prefetched is ready
 _POLL = 0.05
 _IDLE = 0.005  # CPU seconds between two polls that waiting threads may use to look around
 
@@ -105,7 +105,7 @@ def deliver(build: Callable[[], Iterator[Any]]) -> Program:
         for _ in range(count):
             next(batches)
         used, quiet = _cpu_seconds(), 0.0
-        while quiet < _QUIET:
+        while quiet < QUIET:
             time.sleep(_POLL)
             before, used = used, _cpu_seconds()
             quiet = quiet + _POLL if used - before < _IDLE else 0.0
