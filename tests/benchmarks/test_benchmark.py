@@ -184,6 +184,8 @@ def test_the_reference_draws_one_of_three(config, sample_images):
         (["input", CONFIG, "--data=.", "--cores=1000"], "--cores"),
         (["input", CONFIG, "--data=.", "--images=100"], "--images"),
         (["input", "--config=digits", "--data={}", "--compare=timm"], "train_crop"),
+        (["input", CONFIG, "--data=.", "--latency-ms=50", "--only=train"], "--only"),
+        (["input", CONFIG, "--data=nowhere", "--latency-ms=50"], "nowhere/train"),
         (["train", "--model=deit_testing", "--batch=3"], "--batch"),
         (["train", "--model=deit_testing", "--distill=hard"], "distill"),
         (["train", "--model=deit_testing", "--steps=0"], "--steps"),
