@@ -59,7 +59,7 @@ def default_config() -> ConfigDict:
     # evaluation, a JPEG is decoded only down to the end of its crop: damage below goes unnoticed.
     config.input.on_bad_image = "error"
     # Reads at a time, apart from decoding: as many as keep the processors fed over the latency of
-    # the storage. 0: 16, and in a bucket 64 or 8 a processor.
+    # the storage. 0: 16, and in a bucket 40 a processor.
     config.input.read_threads = 0
     config.input.interpolation = "bicubic"  # bicubic | bilinear
     config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side

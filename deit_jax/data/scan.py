@@ -1,7 +1,7 @@
 """Decodes every example of a split once: names those training could not use, counts the others."""
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import tensorflow as tf
 from deit_jax.data.decode import decode
 from deit_jax.data.failures import ERRORS, reason_of
 from deit_jax.data.source import Source
-from deit_jax.data.stream import untuned
+from deit_jax.data.stream import read_then_work, untuned
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOUR_TYPE = 25  # offset of this byte in a PNG file
@@ -51,37 +51,39 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
 
     Args:
       source: the split.
-      workers: how many images are read and decoded at a time.
+      workers: how many images are decoded at a time.
     """
 
-    def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        data, label = source.fetch(index)
+    def read(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return index, *source.fetch(index)
+
+    def look(index: tf.Tensor, data: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
         image = decode(data)
         height, width, _ = tf.unstack(tf.shape(image))
         hashed = tf.bitcast(tf.fingerprint(tf.reshape(data, (1, -1)))[0], tf.int64)
         return index, label, height, width, _colours(data), hashed
 
-    load = tf.function(load, autograph=False)
+    steps = tuple(tf.function(step, autograph=False) for step in (read, look))
     dataset = tf.data.Dataset.range(source.num_examples)
-    dataset = dataset.map(load, num_parallel_calls=workers, deterministic=True).ignore_errors()
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = workers
+    dataset = read_then_work(dataset, *steps, source.read_threads, workers).ignore_errors()
     due = 0
-    chunks = untuned(dataset.batch(_CHUNK).with_options(options))
-    for chunk in chunks.as_numpy_iterator():
+    for chunk in untuned(dataset.batch(_CHUNK)).as_numpy_iterator():
         for facts in zip(*(column.tolist() for column in chunk), strict=True):
             index, label, height, width, colours, fingerprint = facts
             if due < index:
-                yield from _missed(range(due, index), load)
+                yield from _missed(range(due, index), steps)
             yield Example(index, label, height, width, _COLOURS.get(colours, ""), fingerprint)
             due = index + 1
-    yield from _missed(range(due, source.num_examples), load)
+    yield from _missed(range(due, source.num_examples), steps)
 
 
-def _missed(indices: range, load: Callable) -> Iterator[Unreadable]:
+def _missed(indices: range, steps: Sequence[Callable]) -> Iterator[Unreadable]:
     """Loads again, one by one, what the parallel pass dropped, which does not say why."""
     # Not called here: outside of tf.data, TensorFlow's errors tell of the whole program.
-    loaded = iter(untuned(tf.data.Dataset.range(indices.start, indices.stop).map(load)))
+    dataset = tf.data.Dataset.range(indices.start, indices.stop)
+    for step in steps:
+        dataset = dataset.map(step)
+    loaded = iter(untuned(dataset))
     for index in indices:
         try:
             next(loaded)

@@ -3,6 +3,7 @@
 import socket
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,7 +13,6 @@ from deit_jax.data import eval_batches, open_source
 from deit_jax.errors import InputError, TransientError
 from tests.data.conftest import encode, picture, plan_of, refused
 
-datasets = pytest.importorskip("datasets")
 _KIND = datasets.ClassLabel(names=["elk", "fox", "owl"])
 _FILES = [  # more than the library writes at a time
     encode(Image.fromarray(picture(n, 5 + n % 9, 7)), ("JPEG", "PNG")[n % 2]) for n in range(130)
