@@ -11,7 +11,7 @@ import os
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from deit_jax import storage
+from deit_jax.convert import foreign
 from deit_jax.convert.mapping import COUNTER
 from deit_jax.errors import InputError, brief
 from deit_jax.models.info import ModelInfo
@@ -28,7 +29,8 @@ from deit_jax.models.info import ModelInfo
 _INFO = "deit_jax"  # where a file we wrote keeps the model's description
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
 _CONTAINERS = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+# Of DistributedDataParallel and torch.compile, and what Lightning's modules call their model.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 
 # What training checkpoints hold besides tensors: their options, and NumPy numbers.
 _HARMLESS = [
@@ -64,25 +66,32 @@ def read(
         raise InputError(f"{path}: no such file")
     try:
         with path.open("rb") as file:
-            start = file.read(9)
+            start = file.read(foreign.START)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({brief(error)})") from error
+    if what := foreign.recognise(path, start):
+        raise InputError(f"{path} is {what}")
     # By content: hubs and mirrors rename files.
-    if start[8:] == b"{" or path.suffix == ".safetensors":
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
         if weights != "raw":
             raise InputError(f"{path}: a .safetensors file holds one set of weights, not an EMA")
         tensors, info = _read_safetensors(path)
     else:
         tensors, info = _read_torch(path, weights)
-    for prefix in _WRAPPERS * 2:  # one may wrap the other
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    while tensors and (prefix := _common_prefix(tensors)):  # one may wrap the other
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     if info is None:
         return tensors, None
     try:
         return tensors, ModelInfo.from_json(json.loads(info))
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: entry {_INFO!r} is damaged ({brief(error)})") from error
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """Returns the wrapper that all names begin with, "" without one."""
+    first = next(iter(names)).partition(".")[0] + "."
+    return first if first in _WRAPPERS and all(name.startswith(first) for name in names) else ""
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:

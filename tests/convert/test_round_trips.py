@@ -240,11 +240,12 @@ def test_weights_of_a_training_checkpoint(tmp_path):
         assert_same_bits(to_torch.tensors(read.variables, read.info, "timm"), numpy_state(module))
 
 
-def test_half_precision_and_wrappers(tmp_path):
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.", "module.net."])
+def test_half_precision_and_wrappers(tmp_path, prefix):
     want = timm_twin("deit_testing").state_dict()
     for dtype in (torch.bfloat16, torch.float16):
         state = {key: tensor.to(dtype) for key, tensor in want.items()}
-        torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "half.pth")
+        torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "half.pth")
         got, _ = torch_files.read(tmp_path / "half.pth")
         assert_same_bits(got, {key: value.float().numpy() for key, value in state.items()})
 
