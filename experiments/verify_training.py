@@ -279,7 +279,6 @@ def _run(argv: list[str]) -> int:
         raise InputError(f"--steps is {arguments.num_steps}, expected a multiple of {_EPOCHS}")
     for name in (arguments.deit, arguments.distilled, arguments.deit3, arguments.teacher):
         registry.model_options(name)
-    jax.config.update("jax_default_matmul_precision", "float32")  # accelerators would take less
     sizes = {name: getattr(arguments, name) for name in ("num_steps", "image_size", "batch_size")}
     rows = []
     for case, (_, student, _, _) in CASES.items():

@@ -52,6 +52,16 @@ def channels(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
+def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Returns the precision to multiply operands of this type with.
+
+    float32 is float32 everywhere: accelerators would take bfloat16 or TF32 for it. None, which
+    leaves the choice to them, where `jax.default_matmul_precision` has been set.
+    """
+    full = jnp.dtype(dtype) == jnp.float32 and jax.config.jax_default_matmul_precision is None
+    return jax.lax.Precision.HIGHEST if full else None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Two-operand einsum computed in x's dtype, accumulated and returned in float32.
@@ -62,7 +72,8 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     float32 output would make both backward products float32.
     `spec` must name every axis and sum over no axis that appears in one operand only.
     """
-    return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+    how = {"precision": precision_of(x.dtype), "preferred_element_type": jnp.float32}
+    return jnp.einsum(spec, x, y.astype(x.dtype), **how)
 
 
 def _product_forward(

@@ -9,7 +9,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
-from deit_jax.models.layers import BatchNorm, Layer, Linear, normal_param, product
+from deit_jax.models.layers import (
+    BatchNorm,
+    Layer,
+    Linear,
+    normal_param,
+    precision_of,
+    product,
+)
 
 
 def stage_plan(
@@ -49,6 +56,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array, *, stride: int, groups: int) -> jax
             padding=((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=groups,
+            precision=precision_of(x.dtype),
         )
 
     def split(x: jax.Array, kernel: jax.Array) -> jax.Array:

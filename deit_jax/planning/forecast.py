@@ -20,7 +20,7 @@ from deit_jax.parallel.mesh import batch_sharding, device_bytes, replicated, wit
 from deit_jax.planning import chips, collectives, report
 from deit_jax.planning.report import GIB, Report
 from deit_jax.training import checks, loop, summary
-from deit_jax.training.run import Run
+from deit_jax.training.run import Run, matmuls
 from deit_jax.training.setup import check, check_start, state_layout
 from deit_jax.training.teacher import abstract_teacher
 
@@ -107,7 +107,8 @@ def forecast(run: Run, *, limit: int | None, teacher: str = "") -> Report:
         "limit": limit,
     }
     begin = time.perf_counter()
-    lowered = step.lower(*arguments)
+    with matmuls(config):
+        lowered = step.lower(*arguments)
     try:
         found |= _program(lowered.compile(), mesh.size, chips.find(kind), found)
     except jax.errors.JaxRuntimeError as error:

@@ -1,6 +1,8 @@
 """A run: its config, what follows from it, and the objects that its parts share."""
 
+import contextlib
 import dataclasses
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import jax
@@ -39,13 +41,25 @@ class Run:
         return InputPlan.of(self.config, self.plan, process_index=index, process_count=count)
 
 
+def dtype_of(config: "ConfigDict") -> str:
+    """Returns the type of the matmuls' operands."""
+    return config.train.dtype.removesuffix("_fast")
+
+
+def matmuls(config: "ConfigDict") -> AbstractContextManager:
+    """Gives the context in which a run's programs are traced: how exactly float32 is multiplied."""
+    if config.train.dtype == "float32_fast":
+        return jax.default_matmul_precision("default")
+    return contextlib.nullcontext()
+
+
 def build_model(config: "ConfigDict", plan: "RunPlan", *, rngs: object = None) -> object:
     """Returns the run's model, abstract without `rngs`; `info` holds what prediction needs."""
     options = {
         "num_classes": plan.num_classes,
         "image_size": config.input.image_size,
         "drop_path_rate": config.model.drop_path_rate,
-        "dtype": config.train.dtype,
+        "dtype": dtype_of(config),
     }
     if config.model.patch_size:
         options["patch_size"] = config.model.patch_size

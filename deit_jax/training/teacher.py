@@ -12,7 +12,7 @@ from deit_jax.models import registry
 from deit_jax.models.network import Network, Variables, split_model
 from deit_jax.parallel.mesh import replicated
 from deit_jax.training.evaluate import split_evaluator
-from deit_jax.training.run import Run, build_model
+from deit_jax.training.run import Run, build_model, dtype_of
 
 # The step runs without ml_collections, which GPU hosts may lack: what needs it is imported late.
 if TYPE_CHECKING:
@@ -131,10 +131,10 @@ def abstract_teacher(run: Run, default: str = "") -> tuple[Network, Variables] |
     if folder is None:
         return None, None
     if model_folder.find_model(folder) is not None:
-        return model_folder.read_network(folder, dtype=config.train.dtype)
+        return model_folder.read_network(folder, dtype=dtype_of(config))
     if config.distill.teacher_config:
         return split_model(build_model(teacher_config(config), run.plan))
-    options = {"num_classes": run.plan.num_classes, "dtype": config.train.dtype}
+    options = {"num_classes": run.plan.num_classes, "dtype": dtype_of(config)}
     return split_model(registry.abstract_model(default, **options))
 
 
@@ -145,7 +145,7 @@ def load_teacher(run: Run) -> tuple[Network, Variables] | tuple[None, None]:
     if run.teacher_folder is None:
         return None, None
     check_teacher(run)  # again: it may have been trained since
-    network, like = model_folder.read_network(run.teacher_folder, dtype=run.config.train.dtype)
+    network, like = model_folder.read_network(run.teacher_folder, dtype=dtype_of(run.config))
     variables = model_folder.read_variables(run.teacher_folder, like)
     checks.check_weights(run.teacher_folder, variables)
     return network, jax.device_put(variables, replicated(run.mesh))
