@@ -123,7 +123,7 @@ def plan_run(
         distinct_images_per_epoch=-(-images // repeats),
         eval_every=steps_per_epoch * config.train.eval_every_epochs,
         save_every=(steps_per_epoch * checkpoint.every_epochs, checkpoint.every_steps),
-        warnings=tuple(_warnings(config, warmup_epochs, steps_per_epoch * epochs)),
+        warnings=tuple(_warnings(config, warmup_epochs, steps_per_epoch * epochs, group_size)),
     )
 
 
@@ -148,9 +148,17 @@ def plan_evaluation(eval_source: Any) -> RunPlan:
     )
 
 
-def _warnings(config: ConfigDict, warmup_epochs: int, total_steps: int) -> Iterator[str]:
-    """Yields a line for each field that does not suit so short a run."""
+def _warnings(
+    config: ConfigDict, warmup_epochs: int, total_steps: int, group_size: int
+) -> Iterator[str]:
+    """Yields a line for each field that does not suit so short a run, or so small a batch."""
     schedule, decay = config.schedule, config.train.ema_decay
+    if group_size < config.mixing.group_size / 2:
+        yield (
+            f"{group_size} images share a draw of mixup or cutmix, less than half of "
+            f"config.mixing.group_size {config.mixing.group_size}: a device's images must hold "
+            "whole groups"
+        )
     if warmup_epochs < schedule.warmup_epochs:
         yield (
             f"warm-up takes {warmup_epochs} of {schedule.epochs} epochs, at most half, instead of "

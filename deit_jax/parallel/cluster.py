@@ -23,15 +23,15 @@ def detect(environment: Mapping[str, str] = os.environ) -> str | None:
     allocation, a notebook in a Kubernetes pod, a run on a TPU host's CPU.
     """
     for variable, kind in _COUNTS.items():
-        if int(environment.get(variable, "1")) > 1:
+        if int(environment.get(variable) or "1") > 1:  # set and empty is as good as unset
             return kind
-    if "SLURM_STEP_NUM_TASKS" in environment:
+    if environment.get("SLURM_STEP_NUM_TASKS"):
         return None
     platforms = environment.get("JAX_PLATFORMS", "")
     if importlib.util.find_spec("libtpu") and (not platforms or "tpu" in platforms):
         hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
         if hosts is not None:  # Google Kubernetes Engine
-            several = "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1
+            several = "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or "1") > 1
             return "Cloud TPU" if several else None
         if "TPU_SKIP_MDS_QUERY" not in environment:  # JAX sets it where there are no TPU chips
             return "Cloud TPU"  # a slice of one host, too, has an address to connect to

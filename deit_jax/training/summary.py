@@ -1,6 +1,7 @@
 """The effective recipe, which every run prints first: what is set, and what follows from it."""
 
 import math
+from collections.abc import Iterator
 
 import jax
 from ml_collections import ConfigDict
@@ -49,7 +50,8 @@ def describe_run(run: Run, origin: str) -> str:
     }
     if run.teacher_folder is not None:
         lines["teacher"] = _teacher(run)
-    rows = [*lines.items(), *(("warning", text) for text in plan.warnings)]
+    warnings = [*plan.warnings, *_unseen(run)]
+    rows = [*lines.items(), *(("warning", text) for text in warnings)]
     return "\n".join(f"  {name:<9} {text}" for name, text in rows)
 
 
@@ -63,6 +65,17 @@ def describe_evaluation(run: Run, origin: str) -> str:
         "devices": describe_mesh(run.mesh),
     }
     return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())
+
+
+def _unseen(run: Run) -> Iterator[str]:
+    """Yields a warning where the patches do not cover the images."""
+    info = run.network.info
+    options = registry.model_options(info.name) | dict(info.overrides)
+    if rest := info.image_size % options.get("patch_size", 1):
+        yield (
+            f"the {rest} last rows and columns of pixels are in no patch: {info.image_size} is no "
+            f"multiple of {options['patch_size']}"
+        )
 
 
 def _joined(parts: dict[str, object]) -> str:

@@ -34,7 +34,7 @@ def test_every_field_is_checked_for_its_type_and_most_for_their_range():
     booleans = {name for name, default in FIELDS.items() if isinstance(default, bool)}
     by_hand = {name for name in FIELDS if name.startswith("dataset.")} | {
         "input.mean", "input.auto_augment", "distill.teacher", "distill.teacher_config",
-        "optimizer.trainable", "train.expected_top1",
+        "optimizer.trainable", "train.expected_top1", "checkpoint.accept_changes",
         "init_from", "model.name", "distributed.coordinator_address",
     }  # fmt: skip
     assert set(FIELDS) <= ranged | booleans | by_hand
@@ -60,7 +60,15 @@ def test_every_field_is_checked_for_its_type_and_most_for_their_range():
         ("input.std", (0.0, 0.2, 0.2), "greater than 0"),
         ("mixing.prob", 1.5, "between 0 and 1"),
         ("optimizer.lr", -1.0, "0 or more"),
-        ("optimizer.lr", float("nan"), "0 or more"),
+        ("optimizer.lr", float("nan"), "must be finite"),
+        ("optimizer.lr", float("inf"), "must be finite"),
+        ("input.scale", (0.1, float("inf")), "must be finite"),
+        ("input.mean", (123.7, 116.3, 103.5), "from 0 to 1"),
+        ("input.std", (58.4, 57.1, 57.4), "at most 1"),
+        ("train.seed", 2**40, "below 2^32"),
+        ("schedule.epochs", 10**9, "at most 1000000"),
+        ("input.image_size", 10**6, "at most 16384"),
+        ("checkpoint.accept_changes", "lr", "names of train.batch_size"),
         ("optimizer.b1", 1.0, "in [0, 1)"),
         ("optimizer.name", "adam", "one of adamw, lamb, sgd"),
         ("optimizer.trainable", "head/.* (", "regular expressions ('(': "),
@@ -194,3 +202,10 @@ def test_fields_that_do_not_suit_a_short_run_get_a_line(epochs, warmup, decay, w
     assert plan.warmup_steps == plan.warmup_epochs * 1251
     assert len(plan.warnings) == bool(words)
     assert all(word in plan.warnings[0] for word in words)
+
+
+@pytest.mark.parametrize(("group_size", "warned"), [(64, False), (128, False), (200, True)])
+def test_groups_much_smaller_than_the_recipe_get_a_line(group_size, warned):
+    plan = _plan(_config(mixing__group_size=group_size, train__batch_size=64))
+    assert plan.group_size == 64
+    assert any("config.mixing.group_size 200" in line for line in plan.warnings) == warned

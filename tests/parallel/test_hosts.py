@@ -32,6 +32,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
         (SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False, None),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, False, "Open MPI"),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False, None),
+        ({"OMPI_COMM_WORLD_SIZE": "", "SLURM_STEP_NUM_TASKS": "", "PMI_SIZE": "3"}, False, "MPI"),
         ({"PMI_SIZE": "4", "PMI_RANK": "1"}, False, "MPI"),
         (POD, False, None),  # a notebook
         (POD | {"JOB_COMPLETION_INDEX": "3"}, False, "Kubernetes"),
