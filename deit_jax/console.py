@@ -1,10 +1,15 @@
 """Console output that survives a closed terminal or a full disk."""
 
 import atexit
+import contextlib
 import functools
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import TextIO
+
+_PATIENCE = 2.0  # seconds
 
 
 def log(text: str, *, on: bool = True) -> None:
@@ -42,3 +47,16 @@ def _discard_at_the_end(stream: TextIO) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     atexit.register(discard)
+
+
+@contextlib.contextmanager
+def doing(what: str, *, on: bool = True) -> Iterator[None]:
+    """Logs what is being done where it takes longer than two seconds."""
+    timer = threading.Timer(_PATIENCE, log, [f"{what} …"])
+    timer.daemon = True
+    if on:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -61,6 +61,19 @@ def _connect() -> None:
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
+def check_name(path: Path) -> None:
+    """Raises InputError for a folder in which Orbax writes arrays that nobody can read.
+
+    It takes brackets and backslashes of the path for a pattern when it merges what the processes
+    have written, finds nothing, and leaves a checkpoint without index.
+    """
+    if found := re.search(r"[\[\]\\]", os.fspath(path)):
+        raise InputError(
+            f"{path} cannot hold checkpoints or models: Orbax cannot read what it writes below a "
+            f"name with {found[0]}; choose another"
+        )
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Returns whether a path is in a bucket."""
     return os.fspath(path).startswith("gs://")

@@ -155,6 +155,8 @@ def test_weights_are_converted_from_and_into_a_bucket(root, tmp_path):
     [
         ("s3://bucket/run", "s3:// is not supported"),
         ("GS://bucket/run", "GS:// is not supported"),
+        ("exp[lr=3e-4]", r"cannot hold checkpoints .* name with \["),
+        ("", "--workdir is empty"),
         ("gs://nowhere/run", "cannot be written .*nowhere"),
     ],
 )

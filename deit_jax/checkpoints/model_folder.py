@@ -84,6 +84,7 @@ def _clear(path: storage.Path, name: str, *, whole: bool) -> None:
 
 def _check_place(path: storage.Path) -> None:
     """Raises InputError where `path` is something else than a model folder, whole or begun."""
+    storage.check_name(path)
     if path.exists() and not any((path / name).is_file() for name in (_MODEL_FILE, _BEGUN)):
         raise InputError(f"{path} exists and is no model folder; remove it or choose another path")
 

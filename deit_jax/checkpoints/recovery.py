@@ -17,10 +17,15 @@ from deit_jax.parallel import hosts
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # by which the system reports a lost file
 
 
+def is_step(name: str) -> bool:
+    """Returns whether a folder's name is a step's number."""
+    return name.isascii() and name.isdigit()  # "²" is a digit, but no number
+
+
 def steps_in(directory: storage.Path) -> list[int]:
     """Returns the steps with a complete checkpoint; a directory that is not there has none."""
     try:  # unlike glob, iterdir does not pass over what is not permitted
-        found = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+        found = sorted(int(path.name) for path in directory.iterdir() if is_step(path.name))
     except FileNotFoundError:
         return []
     if storage.is_remote(directory):  # a folder gets its name before its content there

@@ -23,16 +23,25 @@ class TrainCheckpoints:
 
     Saves are asynchronous and atomic: a process killed while saving leaves the previous
     checkpoint as the latest. Where the latest cannot be read, the one before it counts.
+
+    Attributes:
+      found: step and facts of the checkpoint that `check` has looked at; the facts are {} in one of
+        an earlier version.
     """
 
-    def __init__(self, workdir: str, *, keep: int, set_aside: bool = True):
+    def __init__(
+        self, workdir: str, *, keep: int, set_aside: bool = True, facts: dict | None = None
+    ):
         """Looks into WORKDIR/checkpoints, which may not be there; every process of a run does.
 
         Args:
           workdir: of the run.
           keep: how many of the latest checkpoints.
           set_aside: renames what cannot be read to STEP.unreadable; for a run that will save.
+          facts: of the run, as JSON has them; saved with each checkpoint.
         """
+        self._facts = facts or {}
+        self.found: tuple[int, dict] | None = None
         self._directory = storage.path_of(workdir, "checkpoints")
         self._keep, self._set_aside = keep, set_aside
         self._steps = recovery.list_steps(self._directory)
@@ -81,9 +90,11 @@ class TrainCheckpoints:
             folder = self._directory / str(step)
             try:
                 saved = _read_json(folder / "meta")
+                _ = {**saved["model"]}, saved["ema"]
             except Exception:  # `restore` says why, and goes on from the one before
                 continue
             _check_model(folder, saved, info, ema)
+            self.found = step, saved.get("run", {})
             return
 
     def restore(self, abstract: Any) -> tuple[Any, dict, int] | None:
@@ -139,6 +150,7 @@ class TrainCheckpoints:
           TransientError: this one, or the one before, cannot be written: a full disk, for example.
         """
         meta = {"model": info.to_json(), "ema": state.ema is not None, "best": best}
+        meta["run"] = self._facts
         with self._saving():
             self._manager.wait_until_finished()
             self._saved = step
@@ -186,9 +198,25 @@ class TrainCheckpoints:
             ) from error
 
 
+def saved_info(workdir: str) -> registry.ModelInfo | None:
+    """Returns the description of the model in the newest checkpoint whose description is whole."""
+    directory = storage.path_of(workdir, "checkpoints")
+    for step in reversed(recovery.steps_in(directory)):
+        with contextlib.suppress(Exception):  # restoring says why, and takes the one before
+            saved = _read_json(directory / str(step) / "meta")["model"]
+            return registry.ModelInfo.from_json(saved)
+    return None
+
+
 def _read_json(folder: storage.Path) -> dict:
     name = "metrics" if folder.name == "metrics" else None
-    return ocp.JsonCheckpointHandler(name).restore(folder, args=ocp.args.JsonRestore())
+    try:
+        content = ocp.JsonCheckpointHandler(name).restore(folder, args=ocp.args.JsonRestore())
+    except RecursionError:
+        raise ValueError("brackets in brackets without end") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{content!r:.20} in place of fields")
+    return content
 
 
 def _check_model(folder: storage.Path, saved: dict, info: registry.ModelInfo, ema: bool) -> None:

@@ -126,7 +126,9 @@ def default_config() -> ConfigDict:
     # depth draws; they learn from the labels and from each other. Always binary per class; `loss`
     # only decides whether a mixed image belongs to both classes in full (bce) or in part.
     config.train.cosub = False
-    config.train.dtype = "bfloat16"  # of the matmuls: bfloat16 | float32
+    # Of the matmuls. float32 is full precision also on accelerators; float32_fast lets them choose:
+    # bfloat16 on TPUs, TF32 on GPUs.
+    config.train.dtype = "bfloat16"  # bfloat16 | float32 | float32_fast
     config.train.ema_decay = 0.99996  # 0: no EMA
     config.train.log_every_steps = 50
     # Adds attention_max to the train metrics: the largest attention logit of the last batch. Costs
@@ -147,6 +149,10 @@ def default_config() -> ConfigDict:
     config.checkpoint.every_epochs = 1  # 0: only at the end
     config.checkpoint.every_steps = 0  # additionally, every so many steps; 0: off
     config.checkpoint.keep = 2  # latest ones; the best one is kept besides
+    # Names, separated by spaces, of what may differ from the checkpoint where a run goes on:
+    # train.batch_size train.seed input.repeats mixing.group_size steps_per_epoch data
+    # schedule.epochs (more of them are always accepted).
+    config.checkpoint.accept_changes = ""
 
     # Several processes. Cloud TPU slices, Slurm steps, Open MPI 4 and indexed Kubernetes jobs are
     # detected; the fields below take precedence, and are needed elsewhere.

@@ -1,14 +1,15 @@
 """Checks the values of a config, and that they go together."""
 
 import itertools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from deit_jax.config.randaugment_policy import parse_policy
-from deit_jax.config.structure import check_structure
+from deit_jax.config.structure import check_structure, flatten
 from deit_jax.errors import InputError
 
 CHOICES = {
@@ -20,9 +21,13 @@ CHOICES = {
     "distill.reduction": ("numel", "batchmean"),
     "optimizer.name": ("adamw", "lamb", "sgd"),
     "train.loss": ("cross_entropy", "bce"),
-    "train.dtype": ("bfloat16", "float32"),
+    "train.dtype": ("bfloat16", "float32", "float32_fast"),
     "parallel.backend": ("jit", "pmap"),
 }
+CHANGEABLE = (  # what `checkpoint.accept_changes` may name; see training/continuation.py
+    *("train.batch_size", "train.seed", "input.repeats", "mixing.group_size", "steps_per_epoch"),
+    *("data", "schedule.epochs"),
+)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of which fields
     "at least 1": (
         lambda value: value >= 1,
@@ -49,7 +54,17 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of wh
         lambda value: 0 <= value < 1,
         "dataset.eval_fraction optimizer.b1 optimizer.b2 optimizer.momentum train.ema_decay",
     ),
-    "numbers greater than 0": (lambda value: min(value) > 0, "input.std"),
+    "below 2^32": (lambda value: value < 2**32, "train.seed"),
+    "at most 16384": (lambda value: value <= 2**14, "input.image_size"),
+    "at most 1000000": (lambda value: value <= 10**6, "schedule.epochs"),
+    "fractions of the brightest pixel, from 0 to 1": (
+        lambda value: 0 <= min(value) <= max(value) <= 1,
+        "input.mean",
+    ),
+    "numbers greater than 0 and at most 1": (
+        lambda value: 0 < min(value) <= max(value) <= 1,
+        "input.std",
+    ),
     "two numbers, 0 < low <= high": (
         lambda value: 0 < value[0] <= value[1],
         "input.scale input.ratio",
@@ -70,10 +85,15 @@ def validate(config: ConfigDict) -> None:
     for name, choices in CHOICES.items():
         if _get(config, name) not in choices:
             refuse(config, name, f"one of {', '.join(choices)}")
+    for name, value in flatten(config.to_dict()).items():
+        if not all(map(math.isfinite, _floats(value))):
+            refuse(config, name, "finite")
     for expected, (holds, names) in RANGES.items():
         for name in names.split():
             if not holds(_get(config, name)):
                 refuse(config, name, expected)
+    if set(config.checkpoint.accept_changes.split()) - {*CHANGEABLE}:
+        refuse(config, "checkpoint.accept_changes", f"names of {', '.join(CHANGEABLE)}")
     for pattern in config.optimizer.trainable.split():
         try:
             re.compile(pattern)
@@ -104,6 +124,15 @@ def validate(config: ConfigDict) -> None:
         refuse(config, "distributed.coordinator_address", "HOST:PORT of process 0")
     if distributed.process_id >= distributed.num_processes:
         refuse(config, "distributed.process_id", "less than distributed.num_processes")
+
+
+def _floats(value: object) -> Iterator[float]:
+    """Yields the numbers with a point in a value, also those in tuples."""
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, tuple):
+            yield from _floats(each)
+        elif isinstance(each, float):
+            yield each
 
 
 def _is_curve(pairs: tuple) -> bool:

@@ -32,9 +32,12 @@ def recognise(path: Path, start: bytes) -> str | None:
             return what
     if start[:1] in (b"{", b"["):
         return _json(path)
-    if start.startswith(b"PK") and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except Exception:  # a damaged one, of which torch says more
+            return None
         if names and all(name.endswith(".npy") for name in names):
             return "a NumPy archive, as the JAX ViTs come; convert the PyTorch weights"
         if not any(name.endswith("data.pkl") for name in names):

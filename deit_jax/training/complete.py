@@ -8,6 +8,7 @@ from deit_jax.config.structure import check_structure
 from deit_jax.config.validate import validate
 from deit_jax.errors import InputError
 from deit_jax.models import registry
+from deit_jax.models.info import ModelInfo
 
 
 def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
@@ -45,3 +46,26 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
         config.input.image_size = config.input.image_size or known["input.image_size"]
     validate(config)
     return config
+
+
+def as_trained(config: ConfigDict, info: ModelInfo) -> tuple[ConfigDict, list[str]]:
+    """Returns the config with the evaluation preprocessing of a model, and a line a change.
+
+    Mean, std, crop and interpolation belong to the weights: with others, a model loses accuracy
+    without a word. The image size may be chosen.
+    """
+    chosen = config.input
+    own = {"mean": tuple(info.mean), "std": tuple(info.std), "interpolation": info.interpolation}
+    if info.crop_ratio is not None:
+        own["crop_ratio"] = info.crop_ratio
+    if (info.crop_ratio is None) != (chosen.train_crop == "small"):  # which resizes whole images
+        own["train_crop"] = "small" if info.crop_ratio is None else "random_resized"
+    changed = {name: value for name, value in own.items() if chosen[name] != value}
+    notes = [
+        f"evaluating with input.{name} {value}, as the model was trained, not {chosen[name]}"
+        for name, value in changed.items()
+    ]
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.input.update(changed)
+    return config, notes

@@ -12,16 +12,18 @@ from ml_collections import ConfigDict
 
 from deit_jax import storage
 from deit_jax.checkpoints import model_folder
-from deit_jax.checkpoints.training import TrainCheckpoints
+from deit_jax.checkpoints.recovery import is_step
+from deit_jax.checkpoints.training import TrainCheckpoints, saved_info
 from deit_jax.config.files import changed_fields, write_config
-from deit_jax.console import log
+from deit_jax.console import doing, log
 from deit_jax.errors import InputError, NonFiniteLoss, Preempted
 from deit_jax.models.network import Network, Variables
 from deit_jax.parallel import hosts, preemption
 from deit_jax.parallel.mesh import batch_sharding, replicated, to_global
-from deit_jax.training import checks, metrics, pmap, summary
+from deit_jax.training import checks, continuation, metrics, pmap, summary
+from deit_jax.training.complete import as_trained, complete
 from deit_jax.training.evaluate import evaluator, make_attention_probe, skipped
-from deit_jax.training.run import Run
+from deit_jax.training.run import Run, matmuls
 from deit_jax.training.setup import check, check_start, initial_state
 from deit_jax.training.state import TrainState
 from deit_jax.training.step import make_train_step
@@ -51,7 +53,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[str, float]:
     run = check(config, workdir)
-    with contextlib.closing(open_checkpoints(run, training=True)) as checkpoints:
+    with (
+        matmuls(run.config),
+        contextlib.closing(open_checkpoints(run, training=True)) as checkpoints,
+    ):
         folder = run.teacher_folder
         if folder is not None and model_folder.find_model(folder) is None:
             log(f"No teacher in {folder}: training one first.", on=hosts.is_first())
@@ -61,20 +66,35 @@ def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
-    """Evaluates the latest checkpoint of `workdir` (or `init_from`); reports as `train` does."""
+    """Evaluates the latest checkpoint of `workdir` (or `init_from`); reports as `train` does.
+
+    Images are prepared as the model was trained, whatever the recipe says.
+    """
+    info = saved_info(workdir) if workdir else None
+    if info is None and config.init_from:
+        with contextlib.suppress(InputError):  # `check` says what is wrong
+            info = model_folder.read_info(config.init_from)
+    config, notes = (config, []) if info is None else as_trained(complete(config, workdir), info)
     run = check(config, workdir, mode="eval")
     if not holds_checkpoint(workdir) and not config.init_from:
         raise InputError(
             f"--workdir={workdir} holds no checkpoint to evaluate; train first, or name a model "
             "folder by --config.init_from"
         )
-    with contextlib.closing(open_checkpoints(run, training=False)) as checkpoints:
+    opened = contextlib.closing(open_checkpoints(run, training=False))
+    with matmuls(run.config), opened as checkpoints:
         state, _, _, origin = initial_state(run, checkpoints)
+        for note in notes:
+            log(f"note: {note}", on=hosts.is_first())
         log(summary.describe_evaluation(run, origin), on=hosts.is_first())
         teacher = None, None
         if run.teacher_folder is not None and model_folder.find_model(run.teacher_folder):
             teacher = load_teacher(run)
-        with contextlib.closing(metrics.MetricWriter(workdir, on=hosts.is_first())) as writer:
+        _, facts = checkpoints.found or (0, {})
+        writer = metrics.MetricWriter(
+            workdir, steps_per_epoch=facts.get("steps_per_epoch", 0), on=hosts.is_first()
+        )
+        with contextlib.closing(writer):
             final = evaluator(run)(state) | teacher_accuracy(run, *teacher)
             return _report(writer, int(state.step), final)
 
@@ -103,7 +123,11 @@ def _train(
     if config.train.log_attention:
         probe = jax.jit(make_attention_probe(run.network), out_shardings=replicated(run.mesh))
     writer = metrics.MetricWriter(
-        workdir, resume_step=step, tensorboard=config.train.tensorboard, on=first
+        workdir,
+        resume_step=step,
+        steps_per_epoch=plan.steps_per_epoch,
+        tensorboard=config.train.tensorboard,
+        on=first,
     )
     progress = metrics.Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
     window = _Window(run)
@@ -113,6 +137,7 @@ def _train(
         if int(state.nonfinite_steps) >= config.train.max_nonfinite_steps:
             raise NonFiniteLoss(_nonfinite_report(run, step))
 
+    start, compiling = step, doing("compiling the training step", on=first)
     with contextlib.closing(writer):
         batches = data.train_batches(run.train_source, run.input_plan(), start_step=step)
         while step < plan.total_steps:
@@ -120,7 +145,8 @@ def _train(
             batch = next(batches)
             progress.waited(time.perf_counter() - begin)
             batch = to_global(batch, batch_sharding(run.mesh))
-            state, measured = train_step(state, teacher_variables, batch)
+            with compiling if step == start else contextlib.nullcontext():
+                state, measured = train_step(state, teacher_variables, batch)
             step += 1
             window.add(step, measured)
             progress.step_done()
@@ -264,7 +290,7 @@ def _write_final_models(run: Run, state: TrainState) -> None:
 
 def holds_checkpoint(workdir: str) -> bool:
     """Returns whether `workdir` holds a training checkpoint."""
-    return any(path.name.isdigit() for path in storage.path_of(workdir, "checkpoints").glob("*"))
+    return any(is_step(path.name) for path in storage.path_of(workdir, "checkpoints").glob("*"))
 
 
 def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
@@ -277,8 +303,16 @@ def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
         check_start(run, training=training)
     if training and hosts.is_first():
         checks.check_writing(run.workdir)
-    checkpoints = TrainCheckpoints(run.workdir, keep=run.config.checkpoint.keep, set_aside=training)
+    checkpoints = TrainCheckpoints(
+        run.workdir,
+        keep=run.config.checkpoint.keep,
+        set_aside=training,
+        facts=continuation.facts(run) if training else None,
+    )
     checkpoints.check(run.network.info, ema=run.config.train.ema_decay > 0)
+    if training and checkpoints.found is not None:
+        for note in continuation.check(*checkpoints.found, run):
+            log(f"note: {note}", on=hosts.is_first())
     return checkpoints
 
 

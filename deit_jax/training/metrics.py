@@ -13,10 +13,11 @@ from deit_jax.training.log_file import LogFile
 class MetricWriter:
     """Writes the metrics of a run from one process; the others get a writer that is off.
 
-    `metrics.jsonl` holds one object a line: `step`, `split` ("train", "eval", "final") and the
-    values. A run that resumes at `resume_step` first drops the later lines, since it writes them
-    again. Without `resume_step` lines are only appended, which is safe beside a running training;
-    in a bucket, which cannot append, they go to a file of their own, metrics.TIME.jsonl.
+    `metrics.jsonl` holds one object a line: `step`, `epoch` where it is known, `seconds` since this
+    start, `split` ("train", "eval", "final") and the values. A run that resumes at `resume_step`
+    first drops the later lines, since it writes them again. Without `resume_step` lines are only
+    appended, which is safe beside a running training; in a bucket, which cannot append, they go to
+    a file of their own, metrics.TIME.jsonl.
     """
 
     def __init__(
@@ -24,11 +25,13 @@ class MetricWriter:
         workdir: str,
         *,
         resume_step: int | None = None,
+        steps_per_epoch: int = 0,
         tensorboard: bool = False,
         on: bool = True,
     ):
         """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is wanted but missing."""
         self._file = self._events = None
+        self._begin, self._steps_per_epoch = time.monotonic(), steps_per_epoch
         if tensorboard:
             import_tensorboard()
         if not on:
@@ -47,7 +50,10 @@ class MetricWriter:
         if self._file is None:
             return
         numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        line = {"step": step, "split": split} | numbers
+        line = {"step": step, "seconds": round(time.monotonic() - self._begin, 1), "split": split}
+        if self._steps_per_epoch:
+            line["epoch"] = round(step / self._steps_per_epoch, 3)
+        line |= numbers
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         if self._events is not None:
@@ -176,7 +182,7 @@ def _drop_lines_after(path: storage.Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")  # a crash may have cut off only the newline
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     storage.replace_text(path, "".join(kept))
 

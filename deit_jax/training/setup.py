@@ -5,11 +5,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from deit_jax import storage
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.fit import fit
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.config.plan import RunPlan, check_batch, plan_data, plan_evaluation
-from deit_jax.console import log
+from deit_jax.console import doing, log
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Variables, split_model
@@ -34,6 +35,9 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     Raises:
       InputError: a field, a file or the data are wrong; one line that says what and how to fix it.
     """
+    if not workdir:
+        raise InputError("--workdir is empty, expected the folder of the run")
+    storage.check_name(storage.path_of(workdir))
     config = complete(config, workdir)
     if config.train.tensorboard:
         import_tensorboard()
@@ -47,8 +51,9 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
 
     from deit_jax import data  # TensorFlow: imported by runs alone
 
-    train_source = data.open_source(config.dataset, "train") if training else None
-    eval_source = data.open_source(config.dataset, "eval")
+    with doing("opening the data", on=hosts.is_first()):
+        train_source = data.open_source(config.dataset, "train") if training else None
+        eval_source = data.open_source(config.dataset, "eval")
     sources = [source for source in (train_source, eval_source) if source is not None]
     for note in dict.fromkeys(note for source in sources for note in source.notes):
         log(f"note: {note}", on=hosts.is_first())
@@ -131,7 +136,8 @@ def initial_state(run: Run, checkpoints: TrainCheckpoints) -> tuple[TrainState, 
     key = jax.random.key(run.config.train.seed)
     shapes, shardings = state_layout(run)
     none_yet = {"top1": -1.0, "step": -1}
-    restored = checkpoints.restore(with_shardings(shapes, shardings))
+    with doing("restoring the checkpoint", on=hosts.is_first()):
+        restored = checkpoints.restore(with_shardings(shapes, shardings))
     if restored is not None:
         state, best, step = restored
         origin = f"resumed at step {step}"

@@ -1,7 +1,6 @@
 """The effective recipe, which every run prints first: what is set, and what follows from it."""
 
 import math
-from collections.abc import Iterator
 
 import jax
 from ml_collections import ConfigDict
@@ -50,8 +49,7 @@ def describe_run(run: Run, origin: str) -> str:
     }
     if run.teacher_folder is not None:
         lines["teacher"] = _teacher(run)
-    warnings = [*plan.warnings, *_unseen(run)]
-    rows = [*lines.items(), *(("warning", text) for text in warnings)]
+    rows = [*lines.items(), *(("warning", text) for text in plan.warnings)]
     return "\n".join(f"  {name:<9} {text}" for name, text in rows)
 
 
@@ -67,15 +65,11 @@ def describe_evaluation(run: Run, origin: str) -> str:
     return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())
 
 
-def _unseen(run: Run) -> Iterator[str]:
-    """Yields a warning where the patches do not cover the images."""
-    info = run.network.info
+def _unseen(info: registry.ModelInfo) -> str:
+    """Says how many rows and columns of pixels the patches leave out, if any."""
     options = registry.model_options(info.name) | dict(info.overrides)
-    if rest := info.image_size % options.get("patch_size", 1):
-        yield (
-            f"the {rest} last rows and columns of pixels are in no patch: {info.image_size} is no "
-            f"multiple of {options['patch_size']}"
-        )
+    rest = info.image_size % options.get("patch_size", 1)
+    return f" ({rest} pixels at the right and the bottom in no patch)" if rest else ""
 
 
 def _joined(parts: dict[str, object]) -> str:
@@ -91,7 +85,8 @@ def _model(run: Run, origin: str) -> str:
     rate = run.config.model.drop_path_rate
     drop = f", drop path {rate:g}" if rate else ""
     return (
-        f"{info.name}, {count:,} parameters{some}, {info.image_size}×{info.image_size}, "
+        f"{info.name}, {count:,} parameters{some}, {info.image_size}×{info.image_size}"
+        f"{_unseen(info)}, "
         f"{info.num_classes} classes{drop}, {origin}"
     )
 

@@ -72,6 +72,15 @@ def restored(workdir, **options):
         return step, state
 
 
+@pytest.mark.parametrize("meta", ["{}", "null", "[" * 100_000, '{"model": 3, "ema": false}', ""])
+def test_a_description_that_is_none_costs_one_checkpoint(three, workdir, meta):
+    (workdir / "checkpoints" / "3" / "meta" / "metadata").write_text(meta)
+    (workdir / "checkpoints" / "²").mkdir()  # a digit of which int makes nothing
+    with _open(workdir, keep=3) as checkpoints:
+        checkpoints.check(three[1], ema=_state()[1].ema is not None)
+    assert restored(workdir)[0] == 2
+
+
 @pytest.mark.slow
 def test_any_file_damaged_costs_one_checkpoint_at_most(three, tmp_path, capsys):
     """Each file of the newest one: it is read all the same, or the one before, bit for bit."""

@@ -149,7 +149,7 @@ def test_a_run_starts_and_says_what_it_will_do(run, teacher, no_data, tmp_path):
     said = summary.describe_run(setup, "from scratch")
     for words in (
         f"{config.model.name}, ",
-        f" {size}×{size}, ",
+        f" {size}×{size}",
         f"{config.schedule.epochs} epochs",
         f"peak rate {config.optimizer.lr:g}",
         f"{config.train.batch_size} images",

@@ -1,6 +1,5 @@
 """Fine-tuning, end to end: another resolution with a teacher, a new token, other classes."""
 
-import json
 import shutil
 
 import jax
@@ -18,6 +17,7 @@ from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.training import loop
 from deit_jax.training.complete import complete
+from tests import kill_and_resume
 
 CLASSES = (5, 6, 7, 8, 9)
 
@@ -59,8 +59,7 @@ def five_classes(tmp_path_factory):
 
 
 def lines(workdir, split):
-    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in every if line["split"] == split]
+    return [line for line in kill_and_resume.metrics(workdir) if line["split"] == split]
 
 
 def assert_learns(workdir):

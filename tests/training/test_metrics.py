@@ -1,6 +1,5 @@
 """What a run says about itself: metrics.jsonl, TensorBoard events, speed and durations."""
 
-import json
 import sys
 from types import SimpleNamespace
 
@@ -11,10 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deit_jax.errors import InputError
 from deit_jax.training import metrics
 from deit_jax.training.metrics import MetricWriter, Progress, accuracy_warning, duration, eval_line
+from tests import kill_and_resume
 
 
 def _lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return kill_and_resume.metrics(workdir)
 
 
 def test_one_json_object_a_line_and_null_for_what_json_cannot_hold(tmp_path):
