@@ -129,9 +129,9 @@ def configured(recipe: ConfigDict, root: str, source: str, batch: int) -> Config
 
 def batches(config: ConfigDict, latency_ms: int) -> Iterator[Any]:
     """Our batches for training from a store that lets every read wait."""
-    import tensorflow as tf
+    from deit_jax.data.source import Source, read_threads  # before TensorFlow, which it sets up
 
-    from deit_jax.data.source import Source, read_threads
+    import tensorflow as tf  # isort: skip
 
     def slow(source: Source) -> None:
         fetch = source.fetch
