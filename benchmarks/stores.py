@@ -129,22 +129,16 @@ def configured(recipe: ConfigDict, root: str, source: str, batch: int) -> Config
 
 def batches(config: ConfigDict, latency_ms: int) -> Iterator[Any]:
     """Our batches for training from a store that lets every read wait."""
-    from deit_jax.data.source import Source, read_threads  # before TensorFlow, which it sets up
-
-    import tensorflow as tf  # isort: skip
+    from deit_jax.data.source import Source, read_threads
 
     def slow(source: Source) -> None:
-        fetch = source.fetch
+        read = source.read
 
-        def wait(index: int) -> int:
+        def late(index: int) -> bytes:
             time.sleep(latency_ms / 1e3)
-            return index
+            return read(index)
 
-        def late(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            index = tf.numpy_function(wait, [index], tf.int64)
-            return fetch(tf.ensure_shape(index, ()))
-
-        source.fetch = late
+        source.read = late
         source.read_threads = read_threads("gs://bucket")  # as many as for an object store
 
     return pipelines.ours(config, train=True, change=slow if latency_ms else None)

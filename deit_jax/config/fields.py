@@ -58,8 +58,8 @@ def default_config() -> ConfigDict:
     # error | skip (takes the next readable image). With error and one view of each image, and in
     # evaluation, a JPEG is decoded only down to the end of its crop: damage below goes unnoticed.
     config.input.on_bad_image = "error"
-    # Reads at a time, apart from decoding: as many as keep the processors fed over the latency of
-    # the storage. 0: 16, and in a bucket 40 a processor.
+    # Reads at a time, ahead of decoding, where storage lets a read wait (a network file system).
+    # 0: in a bucket 40 a processor; on a disk an image is read where it is decoded.
     config.input.read_threads = 0
     config.input.interpolation = "bicubic"  # bicubic | bilinear
     config.input.crop_ratio = 0.875  # evaluation: centre crop / resized short side

@@ -48,26 +48,18 @@ def read_file(path: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(data, ())
 
 
-def read_record(path: tf.Tensor, begin: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
-    """Reads the TFRecord between two offsets and verifies its checksum.
+def read_record(path: str, begin: int, end: int) -> bytes:
+    """Reads the content of the TFRecord between two offsets and verifies its checksum.
 
-    Args:
-      path: of the object, a scalar string.
-      begin: where the record begins, int64 scalar.
-      end: where the next one does.
-
-    Returns:
-      The content, a scalar string.
+    Raises:
+      ValueError: the record is damaged.
+      OSError: as `read`.
     """
     import google_crc32c
 
-    def content(path: bytes, begin: int, end: int) -> bytes:
-        record = read(path.decode(), int(begin), int(end))
-        data, (stored,) = record[_RECORD.size : -4], struct.unpack("<I", record[-4:])
-        crc = google_crc32c.value(data)
-        if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != stored:
-            raise ValueError(f"corrupted record at {begin} of {path.decode()}")
-        return data
-
-    data = tf.numpy_function(content, [path, begin, end], tf.string, stateful=False)
-    return tf.ensure_shape(data, ())
+    record = read(path, begin, end)
+    data, (stored,) = record[_RECORD.size : -4], struct.unpack("<I", record[-4:])
+    crc = google_crc32c.value(data)
+    if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != stored:
+        raise ValueError(f"corrupted record at {begin} of {path}")
+    return data

@@ -18,6 +18,7 @@ _EVAL_FRACTION = 0.2
 class DigitsSource(Source):
     """A part of scikit-learn's 1797 grey 8×8 digits."""
 
+    is_read = False
     images: tf.Tensor  # uint8 [n, 8, 8, 3]
     labels: tf.Tensor  # int32 [n]
     rows: np.ndarray  # [n], in scikit-learn's own order

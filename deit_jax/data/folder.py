@@ -62,7 +62,19 @@ class FolderSource(Source):
         folder = os.fsencode(self.folder)
         path = tf.strings.join([folder, tf.gather(self.files, index)], separator="/")
         read = buckets.read_file if storage.is_remote(self.folder) else tf.io.read_file
-        return read(path), tf.gather(self.labels, index)
+        return self.parse(read(path), index)
+
+    def read(self, index: int) -> bytes:
+        """See Source."""
+        path = os.path.join(os.fsencode(self.folder), self.files[index].numpy())
+        if storage.is_remote(self.folder):
+            return buckets.read(path.decode())
+        with open(path, "rb") as file:
+            return file.read()
+
+    def parse(self, data: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """See Source."""
+        return data, tf.gather(self.labels, index)
 
     def fingerprint(self) -> str:
         """See Source."""

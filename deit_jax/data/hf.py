@@ -28,13 +28,18 @@ class HfSource(Source):
 
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See Source."""
-        row = tf.gather(self.chosen, index)
-        image = tf.numpy_function(self._read, [row], tf.string)
-        return tf.ensure_shape(image, ()), tf.gather(self.labels, row)
+        data = tf.numpy_function(self.read, [index], tf.string)
+        return self.parse(tf.ensure_shape(data, ()), index)
 
-    def _read(self, row: np.int64) -> bytes:
+    def parse(self, data: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """See Source."""
+        return data, tf.gather(self.labels, tf.gather(self.chosen, index))
+
+    def read(self, index: int) -> bytes:
+        """See Source."""
         from pyarrow import BufferReader
 
+        row = self.chosen[index].numpy()
         part = int(np.searchsorted(self.starts, row, side="right")) - 1
         cell = self.files[part].slice(int(row - self.starts[part]), 1)
         if cell.null_count:

@@ -1,16 +1,17 @@
 """Decodes every example of a split once: names those training could not use, counts the others."""
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from deit_jax.data.ahead import ahead_of
 from deit_jax.data.decode import decode
 from deit_jax.data.failures import ERRORS, reason_of
 from deit_jax.data.source import Source
-from deit_jax.data.stream import read_then_work, untuned
+from deit_jax.data.stream import no_autograph, untuned
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOUR_TYPE = 25  # offset of this byte in a PNG file
@@ -54,36 +55,40 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
       workers: how many images are decoded at a time.
     """
 
-    def read(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return index, *source.fetch(index)
+    ahead = ahead_of(source, 0)
 
-    def look(index: tf.Tensor, data: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    @tf.function(autograph=False)
+    def look(entry: dict[str, tf.Tensor]) -> tuple[tf.Tensor, ...]:
+        index = entry["index"]
+        data, label = ahead.finish(entry) if "read" in entry else source.fetch(index)
         image = decode(data)
         height, width, _ = tf.unstack(tf.shape(image))
         hashed = tf.bitcast(tf.fingerprint(tf.reshape(data, (1, -1)))[0], tf.int64)
         return index, label, height, width, _colours(data), hashed
 
-    steps = tuple(tf.function(step, autograph=False) for step in (read, look))
-    dataset = tf.data.Dataset.range(source.num_examples)
-    dataset = read_then_work(dataset, *steps, source.read_threads, workers).ignore_errors()
+    dataset = _indices(0, source.num_examples)
+    if ahead is not None:
+        dataset = ahead.begun(dataset)
+    dataset = dataset.map(look, num_parallel_calls=workers, deterministic=True).ignore_errors()
     due = 0
     for chunk in untuned(dataset.batch(_CHUNK)).as_numpy_iterator():
         for facts in zip(*(column.tolist() for column in chunk), strict=True):
             index, label, height, width, colours, fingerprint = facts
             if due < index:
-                yield from _missed(range(due, index), steps)
+                yield from _missed(range(due, index), look)
             yield Example(index, label, height, width, _COLOURS.get(colours, ""), fingerprint)
             due = index + 1
-    yield from _missed(range(due, source.num_examples), steps)
+    yield from _missed(range(due, source.num_examples), look)
 
 
-def _missed(indices: range, steps: Sequence[Callable]) -> Iterator[Unreadable]:
+def _indices(begin: int, end: int) -> tf.data.Dataset:
+    return tf.data.Dataset.range(begin, end).map(no_autograph(lambda index: {"index": index}))
+
+
+def _missed(indices: range, look: Callable) -> Iterator[Unreadable]:
     """Loads again, one by one, what the parallel pass dropped, which does not say why."""
     # Not called here: outside of tf.data, TensorFlow's errors tell of the whole program.
-    dataset = tf.data.Dataset.range(indices.start, indices.stop)
-    for step in steps:
-        dataset = dataset.map(step)
-    loaded = iter(untuned(dataset))
+    loaded = iter(untuned(_indices(indices.start, indices.stop).map(look)))
     for index in indices:
         try:
             next(loaded)

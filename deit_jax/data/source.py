@@ -24,7 +24,9 @@ class Source(abc.ABC):
     notes: tuple[str, ...] = ()  # lines for whoever starts a run: what was assumed or left out
     # What is no data, by reason: names.
     passed_over: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    read_threads: int = 16  # reads at a time where `input.read_threads` is 0; see `read_threads`
+    # Reads at a time, ahead of decoding, where `input.read_threads` is 0; 0: none.
+    read_threads: int = 0
+    is_read = True  # False: the images are in memory
 
     @abc.abstractmethod
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -34,6 +36,14 @@ class Source(abc.ABC):
           An image, as the bytes of its file (scalar string) or as pixels (uint8 [h, w, 3]), and
           its label (scalar int32).
         """
+
+    def read(self, index: int) -> bytes:
+        """Reads what `parse` takes, in Python, from any thread; only where `is_read`."""
+        raise NotImplementedError
+
+    def parse(self, data: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns what `fetch` does, from what `read` has read (a scalar string)."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -45,12 +55,12 @@ class Source(abc.ABC):
 
 
 def read_threads(place: str) -> int:
-    """Returns how many reads at a time keep the processors fed: from a disk 16, a bucket more."""
-    if not storage.is_remote(place):
-        return 16
-    # A processor works on 800 images a second; where a read takes 50 ms, 40 of them are on the way.
-    # Thousands of threads cost more than they bring.
-    return min(max(64, 40 * cpus.available()), 1024)
+    """Returns how many reads at a time keep the processors fed: in a bucket many, on disks none.
+
+    A processor works on 800 images a second; where a read takes 50 ms, 40 of them are on the way.
+    Thousands of threads cost more than they bring.
+    """
+    return min(max(64, 40 * cpus.available()), 1024) if storage.is_remote(place) else 0
 
 
 def count_classes(dataset: ConfigDict, found: int | None, where: str) -> int:

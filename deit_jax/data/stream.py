@@ -11,6 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from deit_jax.data import transforms
+from deit_jax.data.ahead import ahead_of
 from deit_jax.data.failures import ERRORS, is_transient, reason_of
 from deit_jax.data.order import NONE, Order, among
 from deit_jax.data.plan import InputPlan
@@ -26,6 +27,7 @@ no_autograph = tf.autograph.experimental.do_not_convert
 
 Batch = dict[str, np.ndarray]
 Tensors = dict[str, tf.Tensor]
+Fetch = Callable[[Tensors], tuple[tf.Tensor, tf.Tensor]]  # an entry → its image and its label
 
 
 def train_batches(source: Source, plan: InputPlan, *, start_step: int = 0) -> "Batches":
@@ -59,9 +61,10 @@ def train_batches(source: Source, plan: InputPlan, *, start_step: int = 0) -> "B
         by_row = tf.argsort(tf.reduce_max(views["row"], axis=1))
         return {name: tf.gather(value, by_row) for name, value in views.items()}
 
-    def load(unit: Tensors, data: tf.Tensor, label: tf.Tensor) -> Tensors:
+    def load(unit: Tensors, fetch: Fetch) -> Tensors:
         present = unit["row"] != NONE
         positions = tf.boolean_mask(unit["position"], present)
+        data, label = fetch(unit)
         seed = tf.fill(tf.shape(positions), tf.cast(plan.seed, tf.int64))
         rows = {
             "image": transform(data, tf.stack([seed, positions], axis=1)),
@@ -99,15 +102,16 @@ def eval_batches(source: Source, plan: InputPlan) -> "Batches":
         real = (index < source.num_examples) & ~among(index, unreadable)
         return {"index": tf.where(real, index, NONE)}
 
-    def example(data: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def example(unit: Tensors, fetch: Fetch) -> tuple[tf.Tensor, tf.Tensor]:
+        data, label = fetch(unit)
         return transform(data), _checked(label, source.num_classes)
 
     def padding() -> tuple[tf.Tensor, tf.Tensor]:
         return tf.zeros((plan.image_size, plan.image_size, 3), tf.uint8), tf.constant(0, tf.int32)
 
-    def load(unit: Tensors, data: tf.Tensor, label: tf.Tensor) -> Tensors:
+    def load(unit: Tensors, fetch: Fetch) -> Tensors:
         real = unit["index"] != NONE
-        image, label = tf.cond(real, lambda: example(data, label), padding)
+        image, label = tf.cond(real, lambda: example(unit, fetch), padding)
         return {
             "image": image[None],
             "label": label[None],
@@ -146,7 +150,7 @@ class Batches(Iterator[Batch]):
         source: Source,
         plan: InputPlan,
         units: Callable[[tf.Tensor, list[int]], Tensors],
-        load: Callable[[Tensors, tf.Tensor, tf.Tensor], Tensors],
+        load: Callable[[Tensors, Fetch], Tensors],
         *,
         steps: tuple[int, int],
     ) -> None:
@@ -156,14 +160,20 @@ class Batches(Iterator[Batch]):
           source: the split.
           plan: the input plan of the run.
           units: (step, unreadable examples) → what to load: one entry an example, with its `index`.
-          load: an entry, its data and its label → one or more rows of the batch.
+          load: an entry, and what gives its image and its label → one or more rows of the batch.
           steps: the first step and the one after the last.
         """
         self.skipped: dict[str, str] = {}
         self._source, self._plan, self._units = source, plan, units
+        self._ahead = ahead_of(source, plan.input.read_threads)
+
+        def load_entry(entry: Tensors) -> Tensors:
+            if "read" in entry:
+                return load(entry, self._ahead.finish)
+            return load(entry, lambda entry: source.fetch(entry["index"]))
+
         # Traced once, however often the stream begins anew.
-        self._fetch = tf.function(_fetch_of(source), autograph=False)
-        self._load = tf.function(load, autograph=False)
+        self._load = tf.function(load_entry, autograph=False)
         self._step, self._end = steps
         self._unreadable: list[int] = []
         self._iterator = self._open()
@@ -182,8 +192,10 @@ class Batches(Iterator[Batch]):
     def _open(self) -> Iterator[Batch]:
         dataset = tf.data.Dataset.range(self._step, self._end)
         dataset = dataset.flat_map(self._entries)
-        readers = self._plan.input.read_threads or self._source.read_threads
-        dataset = read_then_work(dataset, self._fetch, self._load, readers, cpus.available())
+        if self._ahead is not None:
+            dataset = self._ahead.begun(dataset)
+        workers = cpus.available()
+        dataset = dataset.map(self._load, num_parallel_calls=workers, deterministic=True)
         dataset = dataset.rebatch(self._plan.local_rows, drop_remainder=True).map(_in_order_of_rows)
         return untuned(dataset.prefetch(_PREFETCH)).as_numpy_iterator()
 
@@ -195,7 +207,7 @@ class Batches(Iterator[Batch]):
         """Finds what cannot be loaded in the present batch; raises unless it may be skipped."""
         # tf.data does not say which element failed: load the batch again, one by one.
         entries = self._entries(tf.constant(self._step, tf.int64))
-        loaded = iter(untuned(entries.map(self._fetch).map(self._load)))
+        loaded = iter(untuned(entries.map(self._load)))
         found = False
         for entry in untuned(entries).as_numpy_iterator():
             try:
@@ -225,36 +237,6 @@ class Batches(Iterator[Batch]):
                 f"{self._source.description}: none of its {self._source.num_examples} images can "
                 f"be read ({name}: {reason})"
             ) from error
-
-
-def _fetch_of(source: Source) -> Callable[[Tensors], tuple[Tensors, tf.Tensor, tf.Tensor]]:
-    """Returns entry → the entry, its data and its label, which are empty without an index."""
-    like = tf.function(source.fetch, autograph=False).get_concrete_function(
-        tf.TensorSpec((), tf.int64)
-    )
-
-    def nothing() -> tuple[tf.Tensor, ...]:
-        return tuple(tf.zeros([n or 0 for n in x.shape], x.dtype) for x in like.structured_outputs)
-
-    def fetch(entry: Tensors) -> tuple[Tensors, tf.Tensor, tf.Tensor]:
-        index = entry["index"]
-        return entry, *tf.cond(index != NONE, lambda: source.fetch(index), nothing)
-
-    return fetch
-
-
-def read_then_work(
-    dataset: tf.data.Dataset, read: Callable, work: Callable, readers: int, workers: int
-) -> tf.data.Dataset:
-    """Maps what waits for storage and what computes, in order, each by its own number of threads.
-
-    In one map, as many reads as processors would be under way: 2 images in 50 ms from a bucket.
-    """
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = readers + workers
-    dataset = dataset.map(read, num_parallel_calls=readers, deterministic=True)
-    dataset = dataset.map(work, num_parallel_calls=workers, deterministic=True)
-    return dataset.with_options(options)
 
 
 def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:

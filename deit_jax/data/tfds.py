@@ -29,7 +29,14 @@ class TfdsSource(Source):
 
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See Source."""
-        record = self.records.read(self._number(index))
+        return self.parse(self.records.read(self._number(index)), index)
+
+    def read(self, index: int) -> bytes:
+        """See Source."""
+        return self.records.read_bytes(int(self._number(index)))
+
+    def parse(self, record: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """See Source."""
         decoders = {"image": tfds.decode.SkipDecoding()}
         example = self.features.deserialize_example(record, decoders=decoders)
         return example["image"], tf.cast(example["label"], tf.int32)
@@ -166,5 +173,8 @@ class _ArrayRecords:
 
     def read(self, index: tf.Tensor) -> tf.Tensor:
         """Returns the serialised example, a scalar string."""
-        record = tf.numpy_function(lambda i: self._source[int(i)], [index], tf.string)
-        return tf.ensure_shape(record, ())
+        return tf.ensure_shape(tf.numpy_function(self.read_bytes, [index], tf.string), ())
+
+    def read_bytes(self, index: int) -> bytes:
+        """Reads in Python."""
+        return self._source[int(index)]

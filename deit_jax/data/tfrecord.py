@@ -50,7 +50,8 @@ class TfRecords:
             offsets[part.file, part.count][part.skip : part.skip + part.take + 1] for part in parts
         ]
         self._names = [os.path.basename(part.file) for part in parts]
-        self._files = tf.constant([part.file for part in parts])
+        self._paths = [part.file for part in parts]
+        self._files = tf.constant(self._paths)
         self._remote = any(storage.is_remote(part.file) for part in parts)
         self._bounds = tf.constant(np.concatenate(bounds), tf.int64)  # one more than records a part
         self._firsts = tf.constant(np.cumsum([0, *(part.take for part in parts)])[:-1], tf.int64)
@@ -72,12 +73,13 @@ class TfRecords:
         Returns:
           The serialised example, a scalar string.
         """
+        if self._remote:
+            record = tf.numpy_function(self.read_bytes, [index], tf.string, stateful=False)
+            return tf.ensure_shape(record, ())
         part = tf.searchsorted(self._firsts, index[None], side="right")[0] - 1
         place = index + tf.cast(part, tf.int64)
         begin, end = tf.gather(self._bounds, place), tf.gather(self._bounds, place + 1)
         file = tf.gather(self._files, part)
-        if self._remote:
-            return buckets.read_record(file, begin, end)
         # Of TensorFlow's readers the only one that seeks: tf.data's read all that comes before.
         records = tf.raw_ops.TFRecordDatasetV2(
             filenames=file[None],
@@ -89,6 +91,14 @@ class TfRecords:
         first = tf.raw_ops.TakeDataset(input_dataset=records, count=1, **element)
         (record,) = tf.raw_ops.DatasetToSingleElement(dataset=first, **element)
         return record
+
+    def read_bytes(self, index: int) -> bytes:
+        """Does as `read`, in Python."""
+        if not self._remote:
+            return self.read(tf.constant(index, tf.int64)).numpy()
+        part = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        begin, end = self._bounds[index + part : index + part + 2].numpy().tolist()
+        return buckets.read_record(self._paths[part], begin, end)
 
 
 def _offsets(files: Sequence[tuple[str, int]]) -> list[np.ndarray]:

@@ -214,6 +214,8 @@ def permutation(num_examples, seed, epoch):
 class CountingSource(Source):
     """Example i is a 4×4 image of value i with label i."""
 
+    is_read = False
+
     def __init__(self, num_examples, num_classes=None):
         super().__init__(
             description="counting",

@@ -17,7 +17,7 @@ READERS = 100
 def test_read_threads(cores, reads, monkeypatch):
     monkeypatch.setattr("deit_jax.parallel.cpus.available", lambda: cores)
     assert read_threads("gs://bucket/data") == reads
-    assert read_threads("/data") == 16
+    assert read_threads("/data") == 0
 
 
 class _Slow(BaseHTTPRequestHandler):

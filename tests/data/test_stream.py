@@ -109,21 +109,26 @@ def test_an_image_is_fetched_once_for_all_its_views(plain_config, processes):
 @pytest.mark.parametrize("batches", [data.train_batches, data.eval_batches])
 def test_reads_overlap_by_their_own_number(plain_config, batches):
     """The first read waits until seven others are under way, on however few processors."""
-    plain_config.read_threads = 8
     together, met = threading.Barrier(8), threading.Event()
 
     class Source(CountingSource):
-        def fetch(self, index):
-            def wait(index):
-                if not met.is_set():
-                    together.wait(timeout=60)
-                    met.set()
-                return index
+        is_read = True
 
-            return super().fetch(tf.ensure_shape(tf.numpy_function(wait, [index], tf.int64), ()))
+        def read(self, index):
+            if not met.is_set():
+                together.wait(timeout=60)
+                met.set()
+            return bytes([index]) * 48
 
-    batch = next(batches(Source(40), plan_of(plain_config, steps_per_epoch=5)))
-    assert batch["image"].shape == (8, 4, 4, 3)
+        def parse(self, data, index):
+            return tf.reshape(tf.io.decode_raw(data, tf.uint8), (4, 4, 3)), tf.cast(index, tf.int32)
+
+    def taken(readers):
+        plain_config.read_threads = readers
+        stream = batches(Source(37), plan_of(plain_config, steps_per_epoch=4))
+        return list(itertools.islice(stream, 5))
+
+    _assert_equal(taken(8), taken(0))
 
 
 @pytest.mark.parametrize("group_size", [4, 12])
