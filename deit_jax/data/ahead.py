@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from deit_jax.data.source import Source
+from deit_jax.parallel import cpus
 
-_FORGOTTEN = 5  # times as many reads as threads, before one that nobody asks for is dropped
+_BATCHES = 5  # more than tf.data holds of those that have begun and are not at work
 
 Example = tuple[tf.Tensor, tf.Tensor]
 
@@ -52,7 +53,8 @@ class Ahead:
         for number, index in zip(numbers.tolist(), indices.tolist(), strict=True):
             if index >= 0:  # else a row without example
                 self._reads[number] = self._pool.submit(self._source.read, index)
-        while len(self._reads) > _FORGOTTEN * self._threads:  # of a stream that was given up
+        # More than can be under way: the oldest are of a stream that was given up.
+        while len(self._reads) > _BATCHES * self._threads + 2 * cpus.available():
             self._reads.popitem(last=False)[1].cancel()
         return numbers
 

@@ -4,13 +4,16 @@ import collections
 import itertools
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from deit_jax import data
+from deit_jax.data.ahead import Ahead
 from deit_jax.errors import InputError
+from deit_jax.parallel import cpus
 from tests.data.conftest import CountingSource, permutation, plan_of
 
 
@@ -129,6 +132,14 @@ def test_reads_overlap_by_their_own_number(plain_config, batches):
         return list(itertools.islice(stream, 5))
 
     _assert_equal(taken(8), taken(0))
+
+
+def test_no_read_under_way_is_dropped(monkeypatch):
+    """On many processors, as many reads are asked for late, however few threads read."""
+    monkeypatch.setattr(cpus, "available", lambda: 32)
+    ahead = Ahead(SimpleNamespace(read=lambda index: bytes([index])), 1)
+    numbers = [ahead._begin(np.array([index]))[0] for index in range(35)]
+    assert [ahead._finish(number) for number in numbers] == [bytes([k]) for k in range(35)]
 
 
 @pytest.mark.parametrize("group_size", [4, 12])
