@@ -81,8 +81,7 @@ def silence_orbax() -> None:
 
     def wanted(record: logging.LogRecord) -> bool:
         ours = "orbax" in record.pathname
-        # Most checkpoints are saved without an evaluation.
-        return not ours or (record.levelno < logging.ERROR and "did not provide" not in record.msg)
+        return not ours or record.levelno < logging.ERROR
 
     def unraisable(failed: object) -> None:
         # Orbax gives up at the first array; the readers of the others then miss its event loop.

@@ -89,7 +89,7 @@ class Run:
         """Adds the state to the checkpoints of a folder."""
         with contextlib.closing(TrainCheckpoints(str(workdir), keep=9)) as checkpoints:
             info, step = self.setup.network.info, int(self.state.step)
-            checkpoints.save(self.state, info, step=step, best=_NO_BEST, top1=None)
+            checkpoints.save(self.state, info, step=step, best=_NO_BEST)
 
     def arrays(self) -> dict[str, jax.Array]:
         """The state's arrays by name, without its counters."""

@@ -29,7 +29,7 @@ def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
     ema = jax.tree.map(lambda x: x + 1, variables)
     state = new_state(variables, optax.adam(1e-3), ema=True).replace(ema=ema)
     with contextlib.closing(TrainCheckpoints("runs/digits", keep=1)) as checkpoints:
-        checkpoints.save(state, network.info, step=1320, best={}, top1=None)
+        checkpoints.save(state, network.info, step=1320, best={"top1": -1.0, "step": -1})
     blocks = re.findall(r"```python\n(.*?)```", (repo_root / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     space = {}

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -43,37 +43,23 @@ class TrainCheckpoints:
         self._facts = facts or {}
         self.found: tuple[int, dict] | None = None
         self._directory = storage.path_of(workdir, "checkpoints")
-        self._keep, self._set_aside = keep, set_aside
+        self._kept, self._set_aside = _NewestAndBest(keep), set_aside
         self._steps = recovery.list_steps(self._directory)
         self._saved = None  # the last step for which a save was begun
         self._failure = None  # of a save in the background
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's, which reads the metrics of all steps, and so comes after `restore`."""
-        latest = policy.LatestN(self._keep)
-        best = policy.BestN(
-            get_metric_fn=lambda metrics: metrics["top1"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        # max_to_keep with best_fn would delete the latest checkpoint when it is not the best.
+        """Orbax's."""
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy([latest, best]),
-            best_fn=lambda metrics: metrics["top1"],
-            best_mode="max",
+            preservation_policy=self._kept,
+            lightweight_initialize=True,  # of older checkpoints only the step counts
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=_SAVE_SECONDS,
                 barrier_sync_fn=couplings.orbax_barrier(self._save_failed),
             ),
         )
-        try:
-            return ocp.CheckpointManager(self._directory, options=options)
-        except ValueError as error:
-            raise InputError(
-                f"{self._directory}: the file metrics/metrics of a step is damaged ({error}); move "
-                "that step's folder away"
-            ) from error
+        return ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
         """Returns the newest step when this was opened, or None; it may turn out unreadable."""
@@ -114,8 +100,6 @@ class TrainCheckpoints:
 
         def read(folder: storage.Path) -> tuple[Any, dict]:
             meta, handler = _read_json(folder / "meta"), ocp.StandardCheckpointHandler()
-            if (folder / "metrics").exists():
-                _read_json(folder / "metrics")
             _check_names(folder, handler.metadata(folder / "state").tree, abstract)
             # The manager would wait for processes that have met an error.
             restore_args = ocp.args.StandardRestore(abstract)
@@ -127,15 +111,7 @@ class TrainCheckpoints:
         step, (state, best) = found
         return state, best, step
 
-    def save(
-        self,
-        state: Any,
-        info: registry.ModelInfo,
-        *,
-        step: int,
-        best: dict,
-        top1: float | None,
-    ) -> None:
+    def save(self, state: Any, info: registry.ModelInfo, *, step: int, best: dict) -> None:
         """Saves the state of `step` in the background; does nothing if that step is saved already.
 
         Args:
@@ -143,8 +119,8 @@ class TrainCheckpoints:
             next step at once.
           info: of the model in training.
           step: updates done.
-          best: the best evaluation so far (`top1` and `step`), for the run that resumes.
-          top1: of this very step, where it was evaluated.
+          best: the best evaluation so far (`top1` and `step`), for the run that resumes; the
+            checkpoint of that step is kept.
 
         Raises:
           TransientError: this one, or the one before, cannot be written: a full disk, for example.
@@ -153,14 +129,13 @@ class TrainCheckpoints:
         meta["run"] = self._facts
         with self._saving():
             self._manager.wait_until_finished()
-            self._saved = step
+            self._saved, self._kept.best = step, best["step"]
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     meta=ocp.args.JsonSave(meta),
                 ),
-                metrics=None if top1 is None else {"top1": top1},
             )
 
     def check_saves(self) -> None:
@@ -198,6 +173,20 @@ class TrainCheckpoints:
             ) from error
 
 
+class _NewestAndBest(policy.PreservationPolicy):
+    """Orbax's question at each save: which checkpoints stay."""
+
+    def __init__(self, keep: int):
+        self._keep = keep
+        self.best = -1  # the step of the best evaluation
+
+    def should_preserve(
+        self, checkpoints: Sequence[policy.PolicyCheckpointInfo], *, context: object
+    ) -> list[bool]:
+        older = len(checkpoints) - self._keep
+        return [n >= older or found.step == self.best for n, found in enumerate(checkpoints)]
+
+
 def saved_info(workdir: str) -> registry.ModelInfo | None:
     """Returns the description of the model in the newest checkpoint whose description is whole."""
     directory = storage.path_of(workdir, "checkpoints")
@@ -209,9 +198,8 @@ def saved_info(workdir: str) -> registry.ModelInfo | None:
 
 
 def _read_json(folder: storage.Path) -> dict:
-    name = "metrics" if folder.name == "metrics" else None
     try:
-        content = ocp.JsonCheckpointHandler(name).restore(folder, args=ocp.args.JsonRestore())
+        content = ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore())
     except RecursionError:
         raise ValueError("brackets in brackets without end") from None
     if not isinstance(content, dict):

@@ -180,13 +180,12 @@ def _train(
             if last or stop or due or best["step"] == step:
                 window.finish()
                 writer.sync()
-                top1 = results["top1"] if results else None
-                checkpoints.save(state, run.network.info, step=step, best=best, top1=top1)
+                checkpoints.save(state, run.network.info, step=step, best=best)
             progress.pause(time.perf_counter() - begin)
             if stop and not last:
                 raise Preempted(f"stopped and saved at step {step}; run the same command to go on")
             if window.failed is not None:
-                checkpoints.save(state, run.network.info, step=step, best=best, top1=None)
+                checkpoints.save(state, run.network.info, step=step, best=best)
                 raise NonFiniteLoss(window.failed)
 
         _write_final_models(run, state)

@@ -266,9 +266,9 @@ def _open(workdir, *, keep=2, **options):
     return contextlib.closing(TrainCheckpoints(workdir, keep=keep, **options))
 
 
-def _save(checkpoints, info, state, step, top1=None):
-    best = {"top1": top1 or -1.0, "step": step}
-    checkpoints.save(state, info, step=step, best=best, top1=top1)
+def _save(checkpoints, info, state, step, best=None):
+    best = {"top1": 61.5, "step": step if best is None else best}
+    checkpoints.save(state, info, step=step, best=best)
 
 
 def _steps(workdir):
@@ -287,7 +287,7 @@ def test_restore_is_exact_with_optimiser_and_average(tmp_path, ema):
     with _open(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None
         checkpoints.check(info, ema=ema)  # nothing there: nothing against it
-        checkpoints.save(state, info, step=17, best={"top1": 61.5, "step": 12}, top1=None)
+        checkpoints.save(state, info, step=17, best={"top1": 61.5, "step": 12})
     with _open(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 17
         checkpoints.check(info, ema=ema)
@@ -301,16 +301,39 @@ def test_restore_is_exact_with_optimiser_and_average(tmp_path, ema):
 def test_the_latest_and_the_best_are_kept(tmp_path):
     info, state = _state()
     with _open(tmp_path) as checkpoints:
-        for step, top1 in ((1, 10.0), (2, 50.0), (3, None), (4, 30.0), (5, 20.0), (6, None)):
-            _save(checkpoints, info, state, step, top1)
+        for step, best in ((1, -1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2)):
+            _save(checkpoints, info, state, step, best)
     assert _steps(tmp_path) == [2, 5, 6]
-    with _open(tmp_path, keep=1) as checkpoints:  # resumed: what is best is known from the disk
+    with _open(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest_step() == 6
-        _save(checkpoints, info, state, 7, 40.0)
+        _save(checkpoints, info, state, 7, best=2)
     assert _steps(tmp_path) == [2, 7]
     with _open(tmp_path, keep=1) as checkpoints:
-        _save(checkpoints, info, state, 8, 60.0)
-    assert _steps(tmp_path) == [8]
+        _save(checkpoints, info, state, 8, best=7)
+    assert _steps(tmp_path) == [7, 8]
+
+
+@pytest.mark.parametrize("metrics", ['{"top1": 50.0}', "damaged"])
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, metrics):
+    """Which evaluated before it saved, and kept the top-1 in each checkpoint for Orbax."""
+    info, state = _state()
+    with ocp.CheckpointManager(
+        tmp_path / "checkpoints", options=ocp.CheckpointManagerOptions(best_fn=lambda x: x["top1"])
+    ) as manager:
+        for step, top1 in ((1, 50.0), (2, 10.0)):
+            meta = {"model": info.to_json(), "ema": True, "best": {"top1": 50.0, "step": 1}}
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            )
+            manager.save(step, args=args, metrics={"top1": top1})
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / str(step) / "metrics" / "metrics").write_text(metrics)
+    with _open(tmp_path, keep=1) as checkpoints:
+        restored, best, step = checkpoints.restore(_abstract(state))
+        assert (best, step) == ({"top1": 50.0, "step": 1}, 2)
+        _assert_equal(restored, state)
+        checkpoints.save(state, info, step=3, best=best)
+    assert _steps(tmp_path) == [1, 3]
 
 
 def test_saving_a_step_twice_is_harmless(tmp_path):

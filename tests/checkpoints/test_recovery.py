@@ -30,13 +30,13 @@ from tests.refusal import refusal
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """A workdir with checkpoints 1, 2 and 3, the last one with metrics; its info and its states."""
+    """A workdir with checkpoints 1, 2 and 3; its info and its states."""
     workdir = tmp_path_factory.mktemp("three")
     states = {step: _state(seed=step)[1] for step in (1, 2, 3)}
     info = _state()[0]
     with _open(workdir, keep=3) as checkpoints:
         for step, state in states.items():
-            _save(checkpoints, info, state, step, top1=10.0 if step == 3 else None)
+            _save(checkpoints, info, state, step)
     return workdir, info, states
 
 
@@ -107,7 +107,7 @@ def test_any_file_damaged_costs_one_checkpoint_at_most(three, tmp_path, capsys):
         assert (copy / "checkpoints" / "3.unreadable").is_dir()
         # The arrays are in folders d, under names of their own.
         fell_back.add(("d" if file.parent.name == "d" else f"{file.parent.name}/{file.name}", how))
-    needed = ("state/_METADATA", "meta/metadata", "metrics/metrics", "state/manifest.ocdbt", "d")
+    needed = ("state/_METADATA", "meta/metadata", "state/manifest.ocdbt", "d")
     assert fell_back >= set(itertools.product(needed, SPOIL))
 
 

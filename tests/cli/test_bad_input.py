@@ -142,7 +142,7 @@ def _save_checkpoint(workdir, name, **options):
     weights, info = _untrained(name, **{"num_classes": 10} | options)
     state = new_state(weights, optax.identity(), ema=True)
     with contextlib.closing(TrainCheckpoints(workdir, keep=1)) as checkpoints:
-        checkpoints.save(state, info, step=3, best={"top1": 1.0, "step": 3}, top1=1.0)
+        checkpoints.save(state, info, step=3, best={"top1": 1.0, "step": 3})
 
 
 def test_checkpoint_of_another_model_in_the_workdir(refused, tmp_path):
