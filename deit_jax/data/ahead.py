@@ -12,54 +12,66 @@ import numpy as np
 import tensorflow as tf
 
 from deit_jax.data.source import Source
-from deit_jax.parallel import cpus
 
-_BATCHES = 5  # more than tf.data holds of those that have begun and are not at work
+_GROUPS = 8  # more than tf.data holds of those that have begun and are not taken
 
 Example = tuple[tf.Tensor, tf.Tensor]
 
 
 class Ahead:
-    """Begins reads and hands out what they have read."""
+    """Begins reads, as many at once as there are threads, and hands out what they have read."""
 
     def __init__(self, source: Source, threads: int) -> None:
         """Starts the threads; they end with the last reference to this object."""
         self._source, self._threads = source, threads
         self._pool = ThreadPoolExecutor(threads, "read")
-        self._reads: collections.OrderedDict[int, Future] = collections.OrderedDict()
+        self._groups: collections.OrderedDict[int, list[Future | None]] = collections.OrderedDict()
         self._numbers = itertools.count()
 
-    def begun(self, entries: tf.data.Dataset) -> tf.data.Dataset:
-        """Returns the entries, dicts with an `index`, with the number of a read as `read`.
+    def read(self, entries: tf.data.Dataset) -> tf.data.Dataset:
+        """Returns the entries, dicts with an `index`, with what was read as `data`.
 
-        As many reads begin at once as there are threads: begun one by one, they would wait for
-        tf.data's threads, which wait for the reads.
+        That is "" where nothing could be: decoding it fails, and whoever reads it again says why.
         """
 
         @tf.autograph.experimental.do_not_convert
-        def begin(entries: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            numbers = tf.numpy_function(self._begin, [entries["index"]], tf.int64)
-            return {**entries, "read": tf.ensure_shape(numbers, (None,))}
+        def begin(entries: dict[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+            return entries, tf.numpy_function(self._begin, [entries["index"]], tf.int64)
 
-        return entries.batch(self._threads).map(begin).prefetch(1).unbatch()
+        @tf.autograph.experimental.do_not_convert
+        def take(entries: dict[str, tf.Tensor], number: tf.Tensor) -> dict[str, tf.Tensor]:
+            data = tf.numpy_function(self._take, [number], tf.string)
+            return {**entries, "data": tf.ensure_shape(data, (None,))}
 
-    def finish(self, entry: dict[str, tf.Tensor]) -> Example:
-        """Returns the image and the label of an entry whose read has begun, as Source.fetch."""
-        data = tf.ensure_shape(tf.numpy_function(self._finish, [entry["read"]], tf.string), ())
-        return self._source.parse(data, entry["index"])
+        # Two groups are on the way while a third is used. One call into Python serves a whole
+        # group: called for each image, it would cost as much as all the rest of reading.
+        begun = entries.batch(self._threads).map(begin).prefetch(2)
+        return begun.map(take).prefetch(1).unbatch()
 
-    def _begin(self, indices: np.ndarray) -> np.ndarray:
-        numbers = np.array([next(self._numbers) for _ in indices], np.int64)
-        for number, index in zip(numbers.tolist(), indices.tolist(), strict=True):
-            if index >= 0:  # else a row without example
-                self._reads[number] = self._pool.submit(self._source.read, index)
-        # More than can be under way: the oldest are of a stream that was given up.
-        while len(self._reads) > _BATCHES * self._threads + 2 * cpus.available():
-            self._reads.popitem(last=False)[1].cancel()
-        return numbers
+    def parse(self, entry: dict[str, tf.Tensor]) -> Example:
+        """Returns the image and the label of an entry that was read, as Source.fetch."""
+        return self._source.parse(entry["data"], entry["index"])
 
-    def _finish(self, number: int) -> bytes:
-        return self._reads.pop(int(number)).result()
+    def _begin(self, indices: np.ndarray) -> int:
+        number = next(self._numbers)
+        self._groups[number] = [
+            self._pool.submit(self._source.read, index) if index >= 0 else None  # a row without
+            for index in indices.tolist()
+        ]
+        if len(self._groups) > _GROUPS:  # the oldest is of a stream that was given up
+            for read in self._groups.popitem(last=False)[1]:
+                _ = read is None or read.cancel()
+        return number
+
+    def _take(self, number: int) -> np.ndarray:
+        return np.array([_result(read) for read in self._groups.pop(int(number))], object)
+
+
+def _result(read: Future | None) -> bytes:
+    try:
+        return b"" if read is None else read.result()
+    except Exception:  # as of every example that cannot be used: it is read again, alone
+        return b""
 
 
 def ahead_of(source: Source, threads: int) -> Ahead | None:

@@ -60,7 +60,7 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
     @tf.function(autograph=False)
     def look(entry: dict[str, tf.Tensor]) -> tuple[tf.Tensor, ...]:
         index = entry["index"]
-        data, label = ahead.finish(entry) if "read" in entry else source.fetch(index)
+        data, label = ahead.parse(entry) if "data" in entry else source.fetch(index)
         image = decode(data)
         height, width, _ = tf.unstack(tf.shape(image))
         hashed = tf.bitcast(tf.fingerprint(tf.reshape(data, (1, -1)))[0], tf.int64)
@@ -68,7 +68,7 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
 
     dataset = _indices(0, source.num_examples)
     if ahead is not None:
-        dataset = ahead.begun(dataset)
+        dataset = ahead.read(dataset)
     dataset = dataset.map(look, num_parallel_calls=workers, deterministic=True).ignore_errors()
     due = 0
     for chunk in untuned(dataset.batch(_CHUNK)).as_numpy_iterator():

@@ -168,14 +168,15 @@ class Batches(Iterator[Batch]):
         self._ahead = ahead_of(source, plan.input.read_threads)
 
         def load_entry(entry: Tensors) -> Tensors:
-            if "read" in entry:
-                return load(entry, self._ahead.finish)
+            if "data" in entry:
+                return load(entry, self._ahead.parse)
             return load(entry, lambda entry: source.fetch(entry["index"]))
 
         # Traced once, however often the stream begins anew.
         self._load = tf.function(load_entry, autograph=False)
         self._step, self._end = steps
         self._unreadable: list[int] = []
+        self._failed_at = -1  # the step at which reading failed and then did not
         self._iterator = self._open()
 
     def __next__(self) -> Batch:
@@ -193,7 +194,7 @@ class Batches(Iterator[Batch]):
         dataset = tf.data.Dataset.range(self._step, self._end)
         dataset = dataset.flat_map(self._entries)
         if self._ahead is not None:
-            dataset = self._ahead.begun(dataset)
+            dataset = self._ahead.read(dataset)
         workers = cpus.available()
         dataset = dataset.map(self._load, num_parallel_calls=workers, deterministic=True)
         dataset = dataset.rebatch(self._plan.local_rows, drop_remainder=True).map(_in_order_of_rows)
@@ -231,7 +232,14 @@ class Batches(Iterator[Batch]):
                 logging.warning("%s is skipped (%d so far): %s", name, len(self.skipped), reason)
                 self._unreadable.append(int(entry["index"]))
         if not found:
-            raise error
+            if self._failed_at == self._step:
+                raise error
+            self._failed_at = self._step
+            logging.warning(
+                "%s: an image could not be read at first, but later; check the storage",
+                self._source.description,
+            )
+            return
         if len(self._unreadable) == self._source.num_examples:
             raise InputError(
                 f"{self._source.description}: none of its {self._source.num_examples} images can "

@@ -1,20 +1,30 @@
 """Batches: the right rows, whatever the first step and the number of processes."""
 
 import collections
+import errno
 import itertools
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from deit_jax import data
-from deit_jax.data.ahead import Ahead
-from deit_jax.errors import InputError
-from deit_jax.parallel import cpus
+from deit_jax.errors import InputError, TransientError
 from tests.data.conftest import CountingSource, permutation, plan_of
+
+
+class AheadSource(CountingSource):
+    """The same examples, read in Python."""
+
+    is_read = True
+
+    def read(self, index):
+        return bytes([index]) * 48
+
+    def parse(self, data, index):
+        return tf.reshape(tf.io.decode_raw(data, tf.uint8), (4, 4, 3)), tf.cast(index, tf.int32)
 
 
 def _assert_equal(got, want):
@@ -114,17 +124,12 @@ def test_reads_overlap_by_their_own_number(plain_config, batches):
     """The first read waits until seven others are under way, on however few processors."""
     together, met = threading.Barrier(8), threading.Event()
 
-    class Source(CountingSource):
-        is_read = True
-
+    class Source(AheadSource):
         def read(self, index):
             if not met.is_set():
                 together.wait(timeout=60)
                 met.set()
-            return bytes([index]) * 48
-
-        def parse(self, data, index):
-            return tf.reshape(tf.io.decode_raw(data, tf.uint8), (4, 4, 3)), tf.cast(index, tf.int32)
+            return super().read(index)
 
     def taken(readers):
         plain_config.read_threads = readers
@@ -134,12 +139,29 @@ def test_reads_overlap_by_their_own_number(plain_config, batches):
     _assert_equal(taken(8), taken(0))
 
 
-def test_no_read_under_way_is_dropped(monkeypatch):
-    """On many processors, as many reads are asked for late, however few threads read."""
-    monkeypatch.setattr(cpus, "available", lambda: 32)
-    ahead = Ahead(SimpleNamespace(read=lambda index: bytes([index])), 1)
-    numbers = [ahead._begin(np.array([index]))[0] for index in range(35)]
-    assert [ahead._finish(number) for number in numbers] == [bytes([k]) for k in range(35)]
+@pytest.mark.parametrize("fails", [1, 99])
+def test_a_read_ahead_that_fails(plain_config, fails):
+    """One that fails once is read again; one that goes on failing is named."""
+    attempts = collections.Counter()
+
+    class Source(AheadSource):
+        def read(self, index):
+            attempts[index] += 1
+            if index == 5 and attempts[index] <= fails:
+                raise OSError(errno.EIO, "no answer")
+            return super().read(index)
+
+        def fetch(self, index):
+            data = tf.numpy_function(lambda index: self.read(int(index)), [index], tf.string)
+            return self.parse(data, index)
+
+    plain_config.read_threads = 4
+    batches = data.eval_batches(Source(37), plan_of(plain_config))
+    if fails == 1:
+        _assert_equal(list(batches), list(data.eval_batches(Source(37), plan_of(plain_config))))
+    else:
+        with pytest.raises((InputError, TransientError), match=r"counting:5 cannot be .*no answer"):
+            list(batches)
 
 
 @pytest.mark.parametrize("group_size", [4, 12])
