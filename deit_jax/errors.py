@@ -41,6 +41,15 @@ def brief(error: BaseException, width: int = 200) -> str:
     return textwrap.shorten(str(error), width) or type(error).__name__
 
 
+def is_bug(error: BaseException) -> bool:
+    """Returns whether an error comes of a program's own mistake, not of data, disk or network.
+
+    For what catches everything that libraries raise: a bug keeps its traceback.
+    """
+    bugs = (TypeError, AttributeError, NameError, LookupError, AssertionError, ImportError)
+    return isinstance(error, bugs)
+
+
 def system_reason(error: BaseException) -> str | None:
     """Returns why the system refused to read or write, or None for any other error."""
     number = couplings.system_errno(error)

@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from deit_jax.convert import layouts
+from deit_jax.convert import layouts, wrappers
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.info import ModelInfo
 from deit_jax.models.regnet import stage_plan
-
-# timm's keys that only one layout of a family can have as its own.
-_MARKS = {"vit": ("pos_embed", "blocks.0.attn.qkv.weight"), "regnet": ("stem.conv.weight",)}
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -26,7 +23,7 @@ def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
       InputError: no layout fits; names the file `what`.
     """
     for layout in layouts.ALL:
-        marks = [layout.key(mark) for mark in _MARKS[layout.family]]
+        marks = [layout.key(mark) for mark in wrappers.MARKS[layout.family]]
         if layout is layouts.REFERENCE:  # as timm's but for LayerScale
             marks.append("blocks.0.gamma_1")
         if all(mark in tensors for mark in marks):

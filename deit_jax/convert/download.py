@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 from deit_jax import storage, trees
 from deit_jax.convert.huggingface import CONFIGS, WEIGHTS
-from deit_jax.errors import InputError, TransientError, brief
+from deit_jax.convert.shards import INDICES
+from deit_jax.errors import InputError, TransientError, brief, is_bug
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RETRIES = 2
@@ -179,17 +180,23 @@ def _from_hub(src: str, cache: str | os.PathLike | None) -> Path:
         info = hub.model_info(repo, revision=revision, timeout=_TIMEOUT)
         names = [file.rfilename for file in info.siblings or ()]
         weights = [name for name in WEIGHTS if name in names]
-        if not weights:
+        indices = [name for name in INDICES if name in names]
+        if not weights and not indices:
             listed = textwrap.shorten(", ".join(sorted(names)), 200, placeholder=" ...")
             raise InputError(
-                f"{src}: neither {' nor '.join(WEIGHTS)} in the repository (weights in several "
-                f"files are not supported); found {listed or 'nothing'}"
+                f"{src}: neither {' nor '.join(WEIGHTS)} in the repository, nor the index of such "
+                f"in several files; found {listed or 'nothing'}"
             )
         snapshot(allow_patterns=CONFIGS)  # first: where there are weights, nothing is missing
-        return Path(snapshot(allow_patterns=weights[0]))
+        if not weights:
+            stem, suffix = indices[0].removesuffix(".index.json").split(".")
+            snapshot(allow_patterns=f"{stem}-*.{suffix}")
+        return Path(snapshot(allow_patterns=(weights or indices)[0]))
     except InputError:
         raise
     except Exception as error:  # of httpx, requests or its own, as the version of the hub has it
+        if is_bug(error):
+            raise
         status = getattr(getattr(error, "response", None), "status_code", 500)
         if status < 500 or isinstance(error, hub.errors.HFValidationError):
             raise InputError(
@@ -198,7 +205,7 @@ def _from_hub(src: str, cache: str | os.PathLike | None) -> Path:
             ) from error
         with contextlib.suppress(Exception):  # of any type, as above
             folder = Path(snapshot(local_files_only=True))
-            if any((folder / name).is_file() for name in WEIGHTS):
+            if any((folder / name).is_file() for name in (*WEIGHTS, *INDICES)):
                 print(f"{src}: no answer from the hub; using the cached copy", file=sys.stderr)
                 return folder
         raise TransientError(

@@ -60,7 +60,7 @@ def read(path: str | os.PathLike, *, weights: str = "raw") -> Converted:
     if path.is_dir():
         file = huggingface.weights_file(path)
         described, notes = huggingface.read_description(path)
-    tensors, info = torch_files.read(file, weights=weights)
+    tensors, info = torch_files.read(file, weights=weights, notes=notes)
     if info is not None:
         described = {"info": info}
     elif "info" not in described:

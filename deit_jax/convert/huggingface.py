@@ -10,6 +10,7 @@ from PIL import Image
 
 from deit_jax import storage
 from deit_jax.convert import layouts, torch_files
+from deit_jax.convert.shards import INDICES
 from deit_jax.errors import InputError, brief
 from deit_jax.models import imagenet, registry
 from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
@@ -23,14 +24,13 @@ _INFO = "deit_jax"
 
 def weights_file(folder: Path) -> Path:
     """Returns the file with the weights in a folder. Raises InputError without one."""
-    for name in WEIGHTS:
+    for name in (*WEIGHTS, *INDICES):
         if (folder / name).is_file():
             return folder / name
     if (folder / "model.json").is_file():
         raise InputError(f"{folder} is a model folder of deit-jax already; use it as it is")
-    raise InputError(
-        f"{folder}: none of {', '.join(WEIGHTS)} in it; name the file with the weights itself"
-    )
+    names = ", ".join((*WEIGHTS, *INDICES))
+    raise InputError(f"{folder}: none of {names} in it; name the file with the weights itself")
 
 
 def read_description(folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -3,15 +3,13 @@
 torch is imported only where a `.pth` is read or written; `.safetensors` do without it.
 """
 
-import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
-import pathlib
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,38 +19,27 @@ import safetensors
 import safetensors.numpy
 
 from deit_jax import storage
-from deit_jax.convert import foreign
+from deit_jax.convert import foreign, pickles, shards, wrappers
 from deit_jax.convert.mapping import COUNTER
 from deit_jax.errors import InputError, brief
 from deit_jax.models.info import ModelInfo
 
 _INFO = "deit_jax"  # where a file we wrote keeps the model's description
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
-_CONTAINERS = {"raw": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
-# Of DistributedDataParallel and torch.compile, and what Lightning's modules call their model.
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 
-# What training checkpoints hold besides tensors: their options, and NumPy numbers.
-_HARMLESS = [
-    argparse.Namespace,
-    pathlib.PosixPath,
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
-    np.float64(0).__reduce__()[0],  # numpy's function that makes a scalar
-]
+_Entries = dict[str, Callable[[], np.ndarray]]  # reads each tensor of a file, by its name
 
 
 def read(
-    path: str | os.PathLike, *, weights: str = "raw"
+    path: str | os.PathLike, *, weights: str = "raw", notes: list[str] | None = None
 ) -> tuple[dict[str, np.ndarray], ModelInfo | None]:
     """Reads a state dict.
 
     Args:
-      path: `.safetensors`, or anything that `torch.save` wrote: a state dict, or a training
-        checkpoint of the reference or timm that contains one.
+      path: `.safetensors`, or anything that `torch.save` wrote: a state dict, or a checkpoint of a
+        training program that contains one; also one of several files, or their index.
       weights: which of a training checkpoint: "raw" or "ema".
+      notes: gets what a person should know, a line each.
 
     Returns:
       The tensors by name, float32 whatever floating-point type they were (`.pth` files are mapped
@@ -61,7 +48,26 @@ def read(
     Raises:
       InputError: the file is missing or damaged, holds no state dict, or would execute code.
     """
-    path = Path(path)
+    path, notes = Path(path), [] if notes is None else notes
+    entries: _Entries = {}
+    info, chosen = None, False
+    for file, names in shards.files_of(path, notes).items():
+        here, info, chosen = _read_file(file, weights, notes)
+        if missing := [name for name in names if name not in here]:
+            raise InputError(f"{file}: {missing[0]} is not in it, although the index says so")
+        entries |= here
+    names = wrappers.select(entries, weights, str(path), notes, chosen=chosen)
+    tensors = {name: entries[key]() for name, key in names.items()}
+    if info is None:
+        return tensors, None
+    try:
+        return tensors, ModelInfo.from_json(json.loads(info))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: entry {_INFO!r} is damaged ({brief(error)})") from error
+
+
+def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[_Entries, Any, bool]:
+    """Returns the tensors of one file, its description, and whether they are the `weights`."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -73,62 +79,63 @@ def read(
         raise InputError(f"{path} is {what}")
     # By content: hubs and mirrors rename files.
     if start[8:9] == b"{" or path.suffix == ".safetensors":
-        if weights != "raw":
-            raise InputError(f"{path}: a .safetensors file holds one set of weights, not an EMA")
-        tensors, info = _read_safetensors(path)
-    else:
-        tensors, info = _read_torch(path, weights)
-    while tensors and (prefix := _common_prefix(tensors)):  # one may wrap the other
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    if info is None:
-        return tensors, None
+        return *_read_safetensors(path), False
+    return _read_torch(path, weights, notes)
+
+
+def _read_safetensors(path: Path) -> tuple[_Entries, Any]:
+    def tensor(key: str) -> np.ndarray:
+        with _parsing(path):
+            return _float32(file.get_tensor(key), key, path)
+
+    with _parsing(path):
+        file = safetensors.safe_open(path, framework="numpy")
+        metadata = file.metadata() or {}
+        return {key: functools.partial(tensor, key) for key in file.keys()}, metadata.get(_INFO)  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _parsing(path: Path) -> Iterator[None]:
     try:
-        return tensors, ModelInfo.from_json(json.loads(info))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: entry {_INFO!r} is damaged ({brief(error)})") from error
-
-
-def _common_prefix(names: Iterable[str]) -> str:
-    """Returns the wrapper that all names begin with, "" without one."""
-    first = next(iter(names)).partition(".")[0] + "."
-    return first if first in _WRAPPERS and all(name.startswith(first) for name in names) else ""
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: _float32(file.get_tensor(key), key, path) for key in file.keys()}  # noqa: SIM118
+        yield
     except InputError:
         raise
     except Exception as error:  # a parser of untrusted bytes: any type may come
         raise InputError(
             f"{path}: not a readable .safetensors file ({brief(error)}); download it again"
         ) from error
-    return tensors, metadata.get(_INFO)
 
 
-def _read_torch(path: Path, weights: str) -> tuple[dict[str, np.ndarray], Any]:
+def _read_torch(path: Path, weights: str, notes: list[str]) -> tuple[_Entries, Any, bool]:
     torch = _import_torch(path)
     try:
-        # Only zip files, which torch has written since 1.6, can be mapped.
-        mapped = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about a foreign file, our error says
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = pickles.torch_load(path, torch)
+    except InputError:
+        raise
+    except pickles.CodeError as error:
+        raise InputError(
+            f"{path}: rejected, since loading it could execute code (it asks for {error}); save "
+            "the model's state_dict() alone, where you trust the file"
+        ) from error
     except Exception as error:  # a parser of untrusted bytes: any type may come
-        raise InputError(f"{path}: {_why_not(error)}") from error
+        raise InputError(
+            f"{path}: not a readable PyTorch file ({brief(error)}); download it again"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a state dict")
-    tensors = {}
-    for key, tensor in _state_dict(content, weights, path).items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(
-                f"{path}: has {key!r:.60}, a {type(tensor).__name__}, where names with tensors are "
-                "expected; save the model's state_dict() alone, or under 'model' or 'state_dict'"
-            )
-        tensors[key] = _from_torch(tensor, key, path, torch)
-    return tensors, content.get(_INFO)
+    state, chosen = wrappers.state_dict(content, weights, str(path), notes)
+    if odd := [key for key in state if not isinstance(key, str)]:
+        kind = type(odd[0]).__name__
+        raise InputError(
+            f"{path}: has a name that is a {kind}; save the model's state_dict() alone"
+        )
+    entries = {
+        key: functools.partial(_from_torch, tensor, key, path, torch)
+        for key, tensor in state.items()
+    }
+    return entries, content.get(_INFO), chosen
 
 
 def _import_torch(path: Path) -> ModuleType:
@@ -141,34 +148,12 @@ def _import_torch(path: Path) -> ModuleType:
         ) from error
 
 
-def _why_not(error: Exception) -> str:
-    text = str(error)
-    if "Unsupported" in text or "weights_only" in text.lower() or "GLOBAL" in text:
-        name = text.partition("GLOBAL ")[2].split(" ")[0]
-        asks = f"it asks for {name}" if name else "it holds more than tensors and plain data"
-        return (
-            f"rejected, since loading it could execute code ({asks}); save the model's "
-            "state_dict() alone, where you trust the file"
-        )
-    return f"not a readable PyTorch file ({brief(error)}); download it again"
-
-
-def _state_dict(content: dict, weights: str, path: Path) -> Mapping[str, Any]:
-    """Finds the state dict inside what `torch.load` returned."""
-    for name in _CONTAINERS[weights]:
-        if isinstance(content.get(name), dict):
-            inner = content[name]
-            nested = [key for key in _CONTAINERS["raw"] if isinstance(inner.get(key), dict)]
-            return inner[nested[0]] if nested else inner
-    if weights == "ema":
-        listed = ", ".join(repr(key) for key in list(content)[:5])
-        raise InputError(f"{path}: no EMA ('model_ema' or 'state_dict_ema') in it; it has {listed}")
-    return content
-
-
 def _from_torch(tensor: Any, key: str, path: Path, torch: ModuleType) -> np.ndarray:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise InputError(f"{path}: {key} is no plain dense tensor; save a float32 state_dict()")
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(
+            f"{path}: has {key!r:.60}, a {type(tensor).__name__}, where names with tensors are "
+            "expected; save the model's state_dict() alone, or under 'model' or 'state_dict'"
+        )
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         raise InputError(
             f"{path}: {key} claims {tensor.nbytes:,} bytes, the file has "

@@ -20,7 +20,11 @@ _SHA = "0123456789abcdef0123456789abcdef01234567"
 _HUB = {
     "both": ["README.md", "config.json", "model.safetensors", "pytorch_model.bin", "modeling.py"],
     "old": ["config.json", "preprocessor_config.json", "pytorch_model.bin"],
-    "sharded": ["config.json", "model.safetensors.index.json"],
+    "sharded": [
+        *("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        *("model.safetensors.index.json", "model.fp16-00001-of-00001.safetensors"),
+    ],
+    "other": ["config.json", "tf_model.h5"],
 }
 
 
@@ -187,8 +191,10 @@ def test_the_hub(server, dead_address, tmp_path, run_python):
         assert ran.returncode == 0, ran.stderr
         return [json.loads(line) for line in ran.stdout.splitlines()]
 
-    words = {"sharded": "index.json", "gone": "404", "both@nope": "404", "a--b": "a--b"}
-    both, old, main, *refusals = run(server.address, "both", "old", "old@main", *words)
+    words = {"other": "tf_model.h5", "gone": "404", "both@nope": "404", "a--b": "a--b"}
+    names = ("both", "old", "old@main", "sharded")
+    both, old, main, shards, *refusals = run(server.address, *names, *words)
+    assert shards == {file: file for file in _HUB["sharded"][:-1]}
     assert both == {file: file for file in ("config.json", "model.safetensors")}
     assert main == old == {file: file for file in _HUB["old"]}
     for name, (kind, message) in zip(words, refusals, strict=True):
