@@ -66,7 +66,7 @@ def train(
     student = timm_model(work.model, drop_path_rate=config.model.drop_path_rate)
     student = student.to(device).train()
     if registry.is_distilled(work.model):
-        student.set_distilled_training(True)
+        student.set_distilled_training(bool(work.teacher))
     groups = param_groups_weight_decay(student, config.optimizer.weight_decay)
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=fused)

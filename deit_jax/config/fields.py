@@ -77,7 +77,8 @@ def default_config() -> ConfigDict:
     config.mixing.group_size = 64
 
     config.distill = ConfigDict()
-    config.distill.kind = "none"  # none | hard | soft
+    # none | hard | soft. With none, both heads of a distilled model learn from the labels.
+    config.distill.kind = "none"
     config.distill.alpha = 0.5  # weight of the teacher's term
     config.distill.temperature = 1.0  # soft only
     config.distill.reduction = "numel"  # soft only: numel (reference: mean over B·K) | batchmean
@@ -119,8 +120,9 @@ def default_config() -> ConfigDict:
     # and BatchNorm (RegNetY) uses the statistics of each.
     config.train.accumulate_steps = 1
     config.train.seed = 0
-    # Of the class head. bce (DeiT III): a binary question per class, where mixed images belong to
-    # both of their classes. Evaluation always reports the cross-entropy.
+    # Of the class head; without a teacher, of the mean of all heads. bce (DeiT III): a binary
+    # question per class, where mixed images belong to both of their classes. Evaluation always
+    # reports the cross-entropy.
     config.train.loss = "cross_entropy"  # cross_entropy | bce
     # Co-training of submodels (arXiv 2212.04884): each image passes through two, which stochastic
     # depth draws; they learn from the labels and from each other. Always binary per class; `loss`

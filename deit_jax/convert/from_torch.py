@@ -143,7 +143,7 @@ def adapt(
       seed: of what is newly initialised.
 
     Raises:
-      InputError: the models differ in more than that.
+      InputError: the models differ in more than that, or one head of two would be new.
     """
     old = converted.info
     name = old.name if model is None else model
@@ -166,6 +166,13 @@ def adapt(
         return split_model(created)[1]
 
     _, like = split_model(model_folder.build(target, registry.abstract_model))
+    added = like.params.keys() - converted.variables.params.keys()
+    if "head_dist" in added and classes == old.num_classes:
+        raise InputError(
+            f"{name} predicts with the mean of two heads, but the weights of {old.name} have one: "
+            "the other would know nothing; convert them as they are and let training add it, with "
+            f"--config.init_from=DIR --config.model.name={name}"
+        )
     # Other names alone replace no head here: the user knows what the classes are.
     renamed = dataclasses.replace(old, class_names=class_names)
     variables, changes = fit(converted.variables, renamed, like, target, fresh=fresh, kernel=kernel)

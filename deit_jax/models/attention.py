@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from deit_jax.models.layers import Layer, Linear, product
+from deit_jax.models.layers import Dropout, Layer, Linear, product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,12 +84,12 @@ class Attention(Layer):
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, dtype=dtype, out_dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
-        self.drop = nnx.Dropout(drop_rate)
+        self.drop = Dropout(drop_rate)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps [B, N, D] to float32 [B, N, D]."""
         out = self.proj(attend(self.num_heads, self.qkv(x)))
-        return self.drop(out, deterministic=rngs is None, rngs=rngs)
+        return self.drop(out, rngs)
 
     def largest_logit(self, x: jax.Array) -> jax.Array:
         """Returns the largest attention logit by magnitude, float32 []."""

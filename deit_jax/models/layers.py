@@ -2,7 +2,8 @@
 
 Conventions shared by all modules here. Parameters are float32; `dtype` is the type of the operands
 of matrix products, which always accumulate in float32. No module stores random state: a call with
-`rngs` is training, one without is evaluation ("no rngs, no noise").
+`rngs` is training, one without is evaluation ("no rngs, no noise"), until `model.train()` or
+`model.eval()` of NNX says which it is (`Mode`).
 """
 
 import functools
@@ -45,6 +46,39 @@ class Layer(nnx.Module):
             for place, layer in enumerate(value):
                 layer.scope = f"{name}/{place}"
         super().__setattr__(name, value)
+
+
+class Mode(Layer):
+    """A layer that computes something else in training than in evaluation.
+
+    Until `model.train()` or `model.eval()` is called, a call with `rngs` is training and one
+    without is evaluation. Then these decide, as for NNX's own layers: training without the `rngs`
+    that it draws from is an error, and evaluation ignores them. So does `nnx.view`.
+    """
+
+    deterministic: bool | None = None  # what train() and eval() set
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode of a view.
+
+        Args:
+          deterministic: True for evaluation, False for training; None keeps what is set.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def trains(self, rngs: nnx.Rngs | None) -> bool:
+        """Returns whether a call with these `rngs` is training."""
+        return rngs is not None if self.deterministic is None else not self.deterministic
+
+    def noise(self, rngs: nnx.Rngs | None) -> jax.Array:
+        """Returns a key to draw from; raises InputError without `rngs`."""
+        if rngs is None:
+            raise InputError(
+                f"{self.scope or type(self).__name__} is in training (model.train()) but got no "
+                "rngs to draw from: pass rngs=nnx.Rngs(dropout=key), or call model.eval() first"
+            )
+        return rngs.dropout()
 
 
 def channels(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -221,12 +255,11 @@ class Mlp(Layer):
     ):
         self.fc1 = Linear(dim, hidden, dtype=dtype, out_dtype=dtype, rngs=rngs)
         self.fc2 = Linear(hidden, dim, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
-        self.drop = nnx.Dropout(drop_rate)
+        self.drop = Dropout(drop_rate)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps [B, N, D] to float32 [B, N, D]."""
-        x = self.drop(gelu(self.fc1(x)), deterministic=rngs is None, rngs=rngs)
-        return self.drop(self.fc2(x), deterministic=rngs is None, rngs=rngs)
+        return self.drop(self.fc2(self.drop(gelu(self.fc1(x)), rngs)), rngs)
 
 
 class LayerScale(Layer):
@@ -240,7 +273,20 @@ class LayerScale(Layer):
         return x * channels(self.gamma[...], x)
 
 
-class DropPath(Layer):
+class Dropout(Mode):
+    """Dropout of single values in the modes of `Mode`; computed by nnx.Dropout."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Draws one Bernoulli variable for each value of x from the `dropout` stream."""
+        if self.rate == 0.0 or not self.trains(rngs):
+            return x
+        return nnx.Dropout(self.rate)(x, rngs=self.noise(rngs))
+
+
+class DropPath(Mode):
     """Drops a residual branch for whole samples, each with probability `rate`.
 
     Kept branches are divided by 1 - rate, so that the expectation is the evaluation value.
@@ -251,15 +297,15 @@ class DropPath(Layer):
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Draws one Bernoulli variable for each row of x from the `dropout` stream."""
-        if rngs is None or self.rate == 0.0:
+        if self.rate == 0.0 or not self.trains(rngs):
             return x
         keep = 1.0 - self.rate
         shape = (x.shape[0] * axis.count(),) + (1,) * (x.ndim - 1)
-        kept = axis.own_rows(jax.random.bernoulli(rngs.dropout(), keep, shape))
+        kept = axis.own_rows(jax.random.bernoulli(self.noise(rngs), keep, shape))
         return x * (kept.astype(x.dtype) / keep)
 
 
-class BatchNorm(Layer):
+class BatchNorm(Mode):
     """Batch norm over [B, H, W, C], computed in float32, with PyTorch's running statistics.
 
     In training the batch normalises itself with its biased variance, and the running statistics
@@ -278,12 +324,12 @@ class BatchNorm(Layer):
         self.var = nnx.BatchStat(jnp.ones((features,), jnp.float32))
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Returns float32; with rngs use and record the batch's statistics."""
+        """Returns float32; training, which needs no `rngs` here, records the batch's statistics."""
         x = x.astype(jnp.float32)
-        if rngs is None:
-            mean, var = self.mean[...], self.var[...]
-        else:
+        if self.trains(rngs):
             mean, var = self._batch_statistics(x)
+        else:
+            mean, var = self.mean[...], self.var[...]
         scale = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
         return (x - channels(mean, x)) * channels(scale, x) + channels(self.bias[...], x)
 

@@ -40,8 +40,12 @@ class Network:
         """
         # merge matches leaves by position, hence the name and shape check at every loader.
         model = join_model(self, variables)
-        rngs = None if key is None else nnx.Rngs(dropout=key)
-        heads = model.heads(images, rngs=rngs)
+        if key is None:  # whatever mode the module was in when it was split
+            model.eval()
+            heads = model.heads(images)
+        else:
+            model.train()
+            heads = model.heads(images, rngs=nnx.Rngs(dropout=key))
         return heads, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 

@@ -208,8 +208,8 @@ class Classifier(Layer):
 class RegNetY(Layer):
     """RegNetY from the parameters of its generator (`stage_plan`), timm's names.
 
-    With rngs, batch norm uses the batch's statistics and updates its running ones, which are
-    `nnx.BatchStat`; there is no other training noise.
+    In training batch norm uses the batch's statistics and updates its running ones, which are
+    `nnx.BatchStat`; there is no training noise.
     """
 
     def __init__(
@@ -238,7 +238,12 @@ class RegNetY(Layer):
         self.head = Classifier(channels, num_classes, **kind)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Maps images [B, H, W, 3] to float32 logits [B, K]."""
+        """Maps images [B, H, W, 3] to float32 logits [B, K].
+
+        In training batch norm uses and records the batch's statistics. A call with `rngs`, from
+        which nothing is drawn, is training, one without is evaluation; after `model.train()` every
+        call is training, after `model.eval()` none.
+        """
         return self.heads(images, rngs)[0]
 
     def heads(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:

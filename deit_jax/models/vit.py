@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from deit_jax.errors import InputError
 from deit_jax.models.attention import Attention
 from deit_jax.models.layers import (
+    Dropout,
     DropPath,
     Layer,
     LayerNorm,
@@ -111,7 +112,7 @@ class VisionTransformer(Layer):
             self.dist_token = normal_param(rngs, (1, 1, embed_dim), 0.02)
         self.pos_embed = normal_param(rngs, (1, num_positions, embed_dim), 0.02)
         # DeiT III's reference has dropout in the blocks only.
-        self.drop = nnx.Dropout(0.0 if no_embed_class else drop_rate)
+        self.drop = Dropout(0.0 if no_embed_class else drop_rate)
         self.blocks = nnx.List(
             Block(
                 embed_dim,
@@ -132,7 +133,12 @@ class VisionTransformer(Layer):
             self.head_dist = Linear(embed_dim, num_classes, **head)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Maps images [B, H, W, 3] to float32 logits [B, K]; distilled: the mean of both heads."""
+        """Maps images [B, H, W, 3] to float32 logits [B, K]; distilled: the mean of both heads.
+
+        Training noise, dropout and stochastic depth, is drawn from `rngs`: with them a call is
+        training, without them evaluation. After `model.train()` a call without `rngs` raises
+        InputError where there is noise to draw; after `model.eval()` `rngs` are ignored.
+        """
         logits = self.heads(images, rngs)
         return sum(logits) / len(logits)
 
@@ -163,7 +169,7 @@ class VisionTransformer(Layer):
 
     def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         x = self._embed(images)
-        x = self.drop(x, deterministic=rngs is None, rngs=rngs)
+        x = self.drop(x, rngs)
         for block in self.blocks:
             if self.remat:
                 x = nnx.remat(lambda block, x, rngs: block(x, rngs))(block, x, rngs)

@@ -7,7 +7,6 @@ from deit_jax.config.files import recorded_fields
 from deit_jax.config.structure import check_structure
 from deit_jax.config.validate import validate
 from deit_jax.errors import InputError
-from deit_jax.models import registry
 from deit_jax.models.info import ModelInfo
 
 
@@ -15,8 +14,7 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
     """Returns the config checked, with what it leaves to the model of `init_from` filled in.
 
     That is `model.name` where it is "", with the model's patch size, and `input.image_size` where
-    it is 0. Without distillation, the plain model takes the place of a distilled one, whose second
-    head nothing would train.
+    it is 0.
 
     Args:
       config: as parsed; it stays as it is.
@@ -35,10 +33,7 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
                 info = model_folder.read_info(config.init_from)
             except InputError as error:
                 raise InputError(f"--config.init_from={config.init_from}: {error}") from error
-            name = info.name
-            if config.distill.kind == "none" and registry.is_distilled(name):
-                name = name.replace("_distilled", "")
-            known = {"input.image_size": info.image_size, "model.name": name}
+            known = {"input.image_size": info.image_size, "model.name": info.name}
             known["model.patch_size"] = dict(info.overrides).get("patch_size", 0)
         if not config.model.name:
             config.model.name = known["model.name"]

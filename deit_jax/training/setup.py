@@ -20,7 +20,7 @@ from deit_jax.training import checks, optim
 from deit_jax.training.complete import complete
 from deit_jax.training.metrics import import_tensorboard
 from deit_jax.training.run import Run, build_model
-from deit_jax.training.state import TrainState, new_state
+from deit_jax.training.state import TrainState, init_key, new_state
 from deit_jax.training.teacher import check_teacher, teacher_folder
 
 
@@ -67,6 +67,8 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
         plan = plan_evaluation(eval_source)
     mesh = make_mesh(config.parallel.fsdp)
     run = assemble(config, workdir, plan, mesh, sources=(train_source, eval_source))
+    if not config.init_from:
+        _check_new_heads(run, run.abstract)
     check_teacher(run)
     return run
 
@@ -133,7 +135,7 @@ def initial_state(run: Run, checkpoints: TrainCheckpoints) -> tuple[TrainState, 
         _, variables = split_model(build_model(run.config, run.plan, rngs=rngs))
         return _new_state(run, variables)
 
-    key = jax.random.key(run.config.train.seed)
+    key = init_key(run.config.train.seed)
     shapes, shardings = state_layout(run)
     none_yet = {"top1": -1.0, "step": -1}
     with doing("restoring the checkpoint", on=hosts.is_first()):
@@ -174,6 +176,25 @@ def check_start(run: Run, *, training: bool) -> None:
         network, like = model_folder.read_network(folder)
         model_folder.check_weights(folder, like)
         fresh = (lambda: run.abstract) if training else None
-        fit(like, network.info, run.abstract, run.network.info, fresh=fresh)
+        start, _ = fit(like, network.info, run.abstract, run.network.info, fresh=fresh)
     except InputError as error:
         raise InputError(f"--config.init_from={folder}: {error}") from error
+    _check_new_heads(run, start)
+
+
+def _check_new_heads(run: Run, start: Variables) -> None:
+    """Raises InputError where one of two heads would neither be read nor train.
+
+    Args:
+      run: the run.
+      start: what it starts from; what is new in it are leaves of `run.abstract`.
+    """
+    params, trainable = run.abstract.params, run.config.optimizer.trainable
+    trains = optim.trainable_mask(params, trainable)
+    for name in ("head", "head_dist") if "head_dist" in params else ():
+        new = start.params[name]["kernel"] is params[name]["kernel"]
+        if new and not trains[name]["kernel"]:
+            raise InputError(
+                f"config.optimizer.trainable is {trainable!r}, which leaves {name} as it is drawn, "
+                f"but the model predicts with the mean of both heads; add '{name}/.*'"
+            )

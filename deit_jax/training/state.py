@@ -43,6 +43,15 @@ def new_state(
     )
 
 
+def init_key(seed: int) -> jax.Array:
+    """Returns the key that a run's parameters are drawn from.
+
+    It has the number of a step that no run reaches. From the run's own key, parameter k would be
+    drawn with the very key that step k splits (`nnx.Rngs` numbers its draws, as we our steps).
+    """
+    return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+
+
 def step_keys(seed: int, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the keys of a training step: of its augmentation, and of the network's own noise."""
     augment_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))

@@ -38,7 +38,7 @@ def describe_run(run: Run, origin: str) -> str:
         f"{plan.distinct_images_per_epoch:,} distinct",
         "images": _images(config.input),
         "mixing": _mixing(config.mixing, plan.group_size),
-        "loss": config.train.loss.replace("_", "-") + cosub,
+        "loss": config.train.loss.replace("_", "-") + _untaught(run) + cosub,
         "optimiser": _optimiser(config),
         "schedule": f"{config.schedule.epochs} epochs × {plan.steps_per_epoch} steps = "
         f"{plan.total_steps:,} steps, {plan.warmup_steps:,} of warm-up; "
@@ -63,6 +63,13 @@ def describe_evaluation(run: Run, origin: str) -> str:
         "devices": describe_mesh(run.mesh),
     }
     return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())
+
+
+def _untaught(run: Run) -> str:
+    """Says what trains the distillation head of a model that has no teacher."""
+    distilled = "head_dist" in run.abstract.params
+    no_teacher = distilled and run.teacher_folder is None
+    return " of the mean of both heads: without a teacher both learn from labels" * no_teacher
 
 
 def _unseen(info: registry.ModelInfo) -> str:

@@ -3,6 +3,8 @@
 Three functions with one signature. Args: `heads`, the logits of each head, [B,K]; `targets`, the
 mixed and smoothed labels, [B,K]; `teacher_logits`, [B,K] or None; `config`, the recipe. Returns:
 the loss [B], and its unweighted parts and other statistics [B] by name; all float32.
+
+Every one of them trains every head: a model predicts with the mean of all its heads.
 """
 
 from collections.abc import Callable
@@ -32,8 +34,12 @@ def choose_task(config: "ConfigDict") -> Task:
 def plain(
     heads: Heads, targets: jax.Array, teacher_logits: jax.Array | None, config: "ConfigDict"
 ) -> LossAndParts:
-    """Returns the loss of the labels; a second head gets no gradient, as in the reference."""
-    base = losses.BASE_LOSSES[config.train.loss](heads[0], targets)
+    """Returns the loss of the mean of the heads' logits with the labels.
+
+    Both heads of a distilled model learn from the labels, as in timm; the reference would leave the
+    second one as it is, and its decay would go on.
+    """
+    base = losses.BASE_LOSSES[config.train.loss](sum(heads) / len(heads), targets)
     return base, {"base": base}
 
 
@@ -57,7 +63,7 @@ def distillation(
             f"distill.kind is {kind!r} but the model has {len(heads)} head: expected a distilled "
             "model with two, e.g. deit_base_distilled_patch16_224"
         )
-    base, parts = plain(heads, targets, None, config)
+    base, parts = plain(heads[:1], targets, None, config)
     if kind == "hard":
         distill = losses.hard_distillation(heads[1], teacher_logits)
     else:
@@ -73,14 +79,14 @@ def cosub(
 ) -> LossAndParts:
     """Returns ½·base + ½·cosub, the co-training of two submodels (arXiv 2212.04884).
 
-    Rows 2i and 2i + 1 of the class head's logits, here [2B,K], are image i in one submodel and in
-    the other. base is their mean sigmoid cross-entropy with the targets, cosub that of each with
-    the other's probabilities, through which no gradient passes. As in the reference the loss is
-    always class by class; for "bce" every target above 0 counts as 1.
+    Rows 2i and 2i + 1 of the logits, here [2B,K] and of several heads the mean, are image i in one
+    submodel and in the other. base is their mean sigmoid cross-entropy with the targets, cosub that
+    of each with the other's probabilities, through which no gradient passes. As in the reference
+    the loss is always class by class; for "bce" every target above 0 counts as 1.
     """
     if config.train.loss == "bce":
         targets = targets > 0
-    pairs = heads[0].reshape(len(targets), 2, -1)
+    pairs = (sum(heads) / len(heads)).reshape(len(targets), 2, -1)
     base = losses.sigmoid_cross_entropy(pairs, targets[:, None])
     others = jax.nn.sigmoid(jax.lax.stop_gradient(pairs[:, ::-1]).astype(jnp.float32))
     mutual = losses.sigmoid_cross_entropy(pairs, others)

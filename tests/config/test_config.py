@@ -98,6 +98,8 @@ def test_one_wrong_field_is_one_line_that_names_it(field, value, words):
     ("changes", "field"),
     [
         ({"train__cosub": True, "distill__kind": "hard"}, "train.cosub"),
+        ({"distill__kind": "hard", "distill__alpha": 0.0}, "distill.alpha"),
+        ({"distill__kind": "soft", "distill__alpha": 1.0}, "distill.alpha"),
         ({"train__cosub": True, "model__drop_path_rate": 0.0}, "train.cosub"),
         ({"parallel__backend": "pmap", "parallel__fsdp": 2}, "parallel.fsdp"),
         ({"model": {"name": "deit_testing"}}, "model."),

@@ -17,11 +17,11 @@ from deit_jax.config.files import load_config, packaged_recipes
 from deit_jax.config.plan import plan_run
 from deit_jax.errors import InputError
 from deit_jax.models import registry
-from deit_jax.models.network import split_model
+from deit_jax.models.network import Variables, split_model
 from deit_jax.training import optim, summary
 from deit_jax.training.setup import check, check_start
 from deit_jax.training.state import new_state
-from deit_jax.training.step import make_train_step
+from deit_jax.training.step import make_loss, make_train_step
 from deit_jax.training.teacher import teacher_config
 from tests.oracles import torch_training
 
@@ -217,3 +217,51 @@ def test_two_steps_with_a_small_model(recipe):
         assert float(metrics["grad_norm"]) > 0
     before, after = trees.flat(variables.params), trees.flat(state.model.params)
     assert [name for name in before if np.array_equal(before[name], after[name])] == []
+
+
+LABELS_ALONE = [("cross_entropy", False), ("bce", False), ("bce", True)]
+
+
+def losses_of_recipes():
+    """What decides which parameters a loss reaches, of all recipes and of what a user may add."""
+    found = {("deit_testing_distilled", "none", loss, cosub) for loss, cosub in LABELS_ALONE}
+    for run in ALL_RUNS:
+        config = load_config(run)
+        name = smallest_relative(config.model.name or "deit_testing")
+        found.add((name, config.distill.kind, config.train.loss, config.train.cosub))
+        assert config.optimizer.trainable == ""  # the only field that freezes anything
+    return sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", losses_of_recipes(), ids=lambda case: "-".join(map(str, case)))
+def test_no_parameter_is_without_gradient(case):
+    """Weight decay would move it all the same, as torch does not."""
+    name, kind, base, cosub = case
+    config = load_config("digits_distill")
+    config.distill.kind, config.train.loss, config.train.cosub = kind, base, cosub
+    rng = np.random.default_rng(0)
+
+    def drawn(name):  # a new RegNetY has zeros that hide whole branches
+        options = {"num_classes": 5, "image_size": 32, "depth": 6 if "regnet" in name else 2}
+        network, like = split_model(registry.abstract_model(name, **options))
+        scale = lambda shape: max(np.prod(shape[:-1]), 4) ** -0.5  # noqa: E731
+        normal = lambda x: np.float32(rng.normal(size=x.shape) * scale(x.shape))  # noqa: E731
+        positive = lambda x: np.abs(normal(x))  # noqa: E731
+        stats = jax.tree.map(positive, like.batch_stats)
+        return network, Variables(jax.tree.map(normal, like.params), stats)
+
+    network, variables = drawn(name)
+    teacher, teacher_variables = drawn("regnety_testing") if kind != "none" else (None, None)
+    images = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
+    loss = make_loss(config, network, teacher)
+
+    @jax.jit
+    def gradient(params):
+        inputs = (variables.batch_stats, images, np.eye(5, dtype=np.float32)[:4])
+        return jax.grad(
+            lambda params: loss(teacher_variables, params, *inputs, jax.random.key(0))[0]
+        )(params)
+
+    grads = trees.flat(gradient(variables.params))
+    assert [name for name, grad in grads.items() if not np.any(grad)] == []

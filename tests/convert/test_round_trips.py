@@ -291,6 +291,14 @@ def test_unusual_models_come_back_from_files_that_say_what_they_are(tmp_path, na
     assert from_torch.read(tmp_path / "a.safetensors").info == network.info
 
 
+def test_no_new_head_joins_a_trained_one(tmp_path, capsys):
+    source = save(tmp_path / "a.safetensors", numpy_state(timm_twin("deit_testing")))
+    options = ["--model", "deit_testing_distilled"]
+    assert command("convert", source, tmp_path / "model", *options) == 2
+    assert "mean of two heads, but the weights of deit_testing have one" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
 def test_weights_are_made_to_fit_on_request(tmp_path, capsys):
     source = save(tmp_path / "a.safetensors", numpy_state(timm_twin("deit_testing")))
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from numpy.testing import assert_array_equal
 
-from deit_jax.models.layers import BatchNorm, DropPath, LayerNorm, gelu, product
+from deit_jax.errors import InputError
+from deit_jax.models.layers import BatchNorm, Dropout, DropPath, LayerNorm, gelu, product
+from deit_jax.models.network import split_model
+from deit_jax.models.registry import create_model
 
 
 @pytest.mark.parametrize(("offset", "spread", "tolerance"), [(0.0, 1e-3, 1e-5), (50.0, 1.0, 1e-4)])
@@ -64,3 +68,86 @@ def test_drop_path_keeps_the_expectation():
     assert out.mean() == pytest.approx(1.0, abs=5 * np.sqrt(0.25 / 0.75 / 5000))
     assert DropPath(0.25)(x) is x
     assert DropPath(0.0)(x, nnx.Rngs(dropout=1)) is x
+
+
+NOISY = {
+    "drop path": ("deit_testing", {"drop_path_rate": 0.5}),
+    "dropout": ("deit_testing_distilled", {"drop_rate": 0.5}),
+    "remat": ("deit_testing", {"drop_path_rate": 0.5, "remat": True}),
+}
+IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_noise_follows_train_and_eval_or_else_the_rngs(kind):
+    name, options = NOISY[kind]
+    model = create_model(name, num_classes=5, depth=2, rngs=nnx.Rngs(0), **options)
+    _, variables = split_model(model)
+    quiet, noisy = model(IMAGES), model(IMAGES, nnx.Rngs(dropout=1))
+    assert not np.allclose(noisy, quiet, atol=1e-4)
+    model.eval()
+    assert_array_equal(model(IMAGES, nnx.Rngs(dropout=1)), quiet)
+    model.train()
+    assert_array_equal(model(IMAGES, nnx.Rngs(dropout=1)), noisy)
+    for call in (model, model.heads, model.forward_features):
+        with pytest.raises(InputError, match=r"in training \(model.train\(\)\) but got no rngs"):
+            call(IMAGES)
+    views = {mode: nnx.view(model, deterministic=mode) for mode in (True, False)}
+    assert_array_equal(views[True](IMAGES, nnx.Rngs(dropout=1)), quiet)
+    with pytest.raises(InputError, match="no rngs"):
+        views[False](IMAGES)
+
+    # The pure function knows its mode from its key alone, and so do `predict` and the step.
+    def pure(*key):
+        heads, _ = split_model(model)[0](variables, IMAGES, *key)
+        return sum(heads) / len(heads)
+
+    assert_array_equal(pure(), quiet)
+    model.eval()
+    assert_array_equal(pure(jax.random.key(1)), noisy)
+
+
+@pytest.mark.slow
+def test_batch_norm_follows_train_and_eval_or_else_the_rngs():
+    """As nnx.BatchNorm: after train() it uses and records the batch's statistics, without rngs."""
+    model = create_model("regnety_testing", num_classes=5, rngs=nnx.Rngs(0))
+
+    def statistics():
+        return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))["stem"]["bn"]["mean"]
+
+    quiet, before = model(IMAGES), statistics()
+    model.eval()
+    assert_array_equal(model(IMAGES, nnx.Rngs(0)), quiet)
+    assert_array_equal(statistics(), before)
+    model.train()
+    noisy = model(IMAGES)
+    assert not np.allclose(noisy, quiet, atol=1e-4)
+    assert not np.array_equal(statistics(), before)
+    network, variables = split_model(model)
+    heads, after = network(variables, IMAGES)
+    assert not np.allclose(heads[0], noisy, atol=1e-4)  # the pure function evaluates without a key
+    assert_array_equal(after["stem"]["bn"]["mean"], variables.batch_stats["stem"]["bn"]["mean"])
+    model.eval()
+    network, _ = split_model(model)
+    np.testing.assert_allclose(
+        network(variables, IMAGES, jax.random.key(0))[0][0], noisy, atol=1e-5
+    )
+
+
+def test_the_modes_are_those_of_nnx():
+    """nnx's own layers in our place: what raises, what records, and what ignores the rngs."""
+    ours, theirs = Dropout(0.5), nnx.Dropout(0.5)
+    x = jnp.ones((3, 4))
+    for layer in (ours, theirs):
+        layer.train()
+        with pytest.raises(ValueError, match="rngs"):
+            layer(x)
+        layer.eval()
+        assert_array_equal(layer(x, rngs=nnx.Rngs(0)), x)
+    assert_array_equal(ours(x), x)
+    ours, theirs = BatchNorm(2), nnx.BatchNorm(2, epsilon=1e-5, momentum=0.9, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (4, 5, 6, 2)), jnp.float32)
+    for mode in ("train", "eval"):
+        for layer in (ours, theirs):
+            getattr(layer, mode)()
+        np.testing.assert_allclose(ours(x), theirs(x), atol=2e-2 if mode == "eval" else 1e-5)

@@ -154,7 +154,7 @@ class Training:
         teacher: torch.nn.Module | None = None,
     ):
         self.model = model.train()
-        self.distilled = hasattr(model, "set_distilled_training")
+        self.distilled = config.distill.kind != "none"
         if self.distilled:
             model.set_distilled_training(True)  # otherwise timm trains the mean of the heads
         self.teacher = teacher

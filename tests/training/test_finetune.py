@@ -166,15 +166,15 @@ def test_the_folder_recipe_starts_from_any_model(base, five_classes, tmp_path, c
         complete(config)
 
 
-def test_without_a_teacher_a_distilled_model_becomes_a_plain_one(tmp_path):
+def test_a_model_is_what_init_from_holds_unless_it_is_named(tmp_path):
     network, like = split_model(registry.abstract_model("deit_testing_distilled", image_size=48))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     model_folder.write_model(tmp_path / "model", zeros, network.info)
     config = load_config("folder:finetune")
     config.init_from = str(tmp_path / "model")
-    plain = complete(config)
-    assert (plain.model.name, plain.input.image_size) == ("deit_testing", 48)
+    alone = complete(config)
+    assert (alone.model.name, alone.input.image_size) == ("deit_testing_distilled", 48)
     assert (config.model.name, config.input.image_size) == ("", 0)
-    config.distill.kind, config.input.image_size = "hard", 64
-    taught = complete(config)
-    assert (taught.model.name, taught.input.image_size) == ("deit_testing_distilled", 64)
+    config.model.name, config.input.image_size = "deit_testing", 64
+    named = complete(config)
+    assert (named.model.name, named.input.image_size) == ("deit_testing", 64)

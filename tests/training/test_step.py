@@ -1,5 +1,6 @@
 """The train step: what it skips, what it averages, and what it leaves alone."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -13,10 +14,14 @@ from ml_collections import ConfigDict
 from configs import digits_distill
 from deit_jax import trees
 from deit_jax.models import registry
-from deit_jax.models.network import Network, Variables
+from deit_jax.models.network import Network, Variables, split_model
+from deit_jax.training.step import make_loss
 from deit_jax.training.teacher import teacher_forward
+from tests.oracles import timm_models, torch_training
 from tests.training import steps
 
+KEY = jax.random.key(0)
+NAME = "deit_testing_distilled"
 SMALL = {"depth": 2, "drop_path_rate": 0.1}
 
 
@@ -93,6 +98,37 @@ def test_parameters_that_do_not_train_stay_to_the_bit(parts, engine):
     step, state = engine[:2]
     _, full = step(step(state, teacher, batch)[0], teacher, batch)
     assert 0 < float(metrics["grad_norm"]) < float(full["grad_norm"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["cross_entropy", "bce"])
+def test_without_a_teacher_a_distilled_model_learns_as_in_timm(base):
+    """timm trains the mean of both heads; gradients of all parameters, in float64 there."""
+    options = registry.model_options(NAME) | {"depth": 2, "num_classes": 10}
+    options.pop("drop_path_mode", None)
+    theirs = timm_models.vit(**options)
+    build = functools.partial(registry.create_model, NAME, num_classes=10, depth=2)
+    network, variables = split_model(timm_models.with_weights_of(theirs, build))
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
+    targets = rng.dirichlet(np.ones(10), 4).astype(np.float32) * (rng.random((4, 10)) < 0.5)
+    config = digits_distill.get_config()
+    config.distill.kind, config.train.loss = "none", base
+    loss = make_loss(config, network, None)
+    gradient = jax.jit(jax.value_and_grad(lambda p: loss(None, p, {}, images, targets, KEY)[0]))
+    value, grads = gradient(variables.params)
+    logits = theirs.double().train()(torch.from_numpy(images.transpose(0, 3, 1, 2)).double())
+    want = torch_training.total_loss(
+        (logits,), torch.from_numpy(targets).double(), None, "none", 0, 1, "", base
+    )
+    want.backward()
+    assert float(value) == pytest.approx(want.item(), rel=1e-5)
+    wanted = timm_models.to_tree({name: p.grad for name, p in theirs.named_parameters()})
+    wanted, found = trees.flat(wanted), trees.flat(grads)
+    assert wanted.keys() == found.keys()
+    for name, x in wanted.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-3, atol=1e-4 * np.abs(x).max())
+    assert np.abs(found["head_dist/kernel"]).max() > 0
 
 
 @pytest.mark.slow
