@@ -39,9 +39,9 @@ class Block(Layer):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.norm1 = LayerNorm(dim, rngs=rngs)
+        self.norm1 = LayerNorm(dim, dtype=dtype)
         self.attn = Attention(dim, num_heads, drop_rate=drop_rate, dtype=dtype, rngs=rngs)
-        self.norm2 = LayerNorm(dim, rngs=rngs)
+        self.norm2 = LayerNorm(dim, dtype=dtype)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, dtype=dtype, rngs=rngs)
         self.drop_path = DropPath(drop_path_rate)
         self.layer_scale = layer_scale_init is not None
@@ -126,7 +126,7 @@ class VisionTransformer(Layer):
             )
             for rate in _drop_path_rates(drop_path_rate, depth, drop_path_mode)
         )
-        self.norm = LayerNorm(embed_dim, rngs=rngs)
+        self.norm = LayerNorm(embed_dim, dtype=jnp.float32)
         head = {"dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
         self.head = Linear(embed_dim, num_classes, **head)
         if distilled:

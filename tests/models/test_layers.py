@@ -7,7 +7,15 @@ from flax import nnx
 from numpy.testing import assert_array_equal
 
 from deit_jax.errors import InputError
-from deit_jax.models.layers import BatchNorm, Dropout, DropPath, LayerNorm, gelu, product
+from deit_jax.models.layers import (
+    BatchNorm,
+    Dropout,
+    DropPath,
+    LayerNorm,
+    gelu,
+    layer_norm,
+    product,
+)
 from deit_jax.models.network import split_model
 from deit_jax.models.registry import create_model
 
@@ -19,7 +27,28 @@ def test_layer_norm_epsilon_and_exact_variance(offset, spread, tolerance):
     x = x.astype(np.float32)
     wide = x.astype(np.float64)
     want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(LayerNorm(64, rngs=nnx.Rngs(0))(x), want, atol=tolerance)
+    np.testing.assert_allclose(LayerNorm(64, dtype=jnp.float32)(x), want, atol=tolerance)
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_and_its_derivative(dtype, offset):
+    """Against PyTorch in float64: only the roundings of the result and of its gradient differ."""
+    rng = np.random.default_rng(0)
+    x = np.float32(offset + rng.normal(size=(2, 9, 64)) * np.exp(rng.normal(size=(2, 9, 1))))
+    scale, bias = np.float32(rng.normal(size=(2, 64)))
+    grad = jnp.asarray(rng.normal(size=x.shape), dtype)
+    operands = [torch.tensor(np.float64(each), requires_grad=True) for each in (x, scale, bias)]
+    want = torch.nn.functional.layer_norm(operands[0], (64,), *operands[1:], eps=1e-6)
+    want.backward(torch.tensor(np.float64(grad)))
+    got, backward = jax.vjp(lambda *operands: layer_norm(dtype, *operands), x, scale, bias)
+    assert got.dtype == dtype
+    tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 4e-3}[dtype]
+    np.testing.assert_allclose(np.float64(got), want.detach(), rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(backward(grad), operands, strict=True):
+        assert ours.dtype == jnp.float32
+        atol = 1e-4 * theirs.grad.abs().max().item()
+        np.testing.assert_allclose(ours, theirs.grad, rtol=1e-3, atol=atol)
 
 
 def test_batch_norm_epsilon():
