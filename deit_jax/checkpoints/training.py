@@ -125,6 +125,8 @@ class TrainCheckpoints:
         Raises:
           TransientError: this one, or the one before, cannot be written: a full disk, for example.
         """
+        if step == self._saved:
+            return
         meta = {"model": info.to_json(), "ema": state.ema is not None, "best": best}
         meta["run"] = self._facts
         with self._saving():

@@ -19,11 +19,15 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from deit_jax.cli.status import INTERRUPTED, outcome, report
 from deit_jax.console import log_error
+from deit_jax.errors import Preempted
 
 RECIPE = "required"  # or that of the run in --workdir
+_INTERRUPTED = "interrupted; the last checkpoint stays, run the same command to go on"
+_STOPPED = "stopped with nothing new to save; run the same command to go on"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,6 +41,11 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     Raises:
       SystemExit: with the status of an error whose line has been printed.
     """
+    with _handlers({signal.SIGTERM: (signal.SIG_DFL, _stop_alone)}):  # while importing
+        _run(arguments, emit)
+
+
+def _run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     from deit_jax.couplings import silence_orbax
     from deit_jax.parallel import exits, hosts
     from deit_jax.planning import forecast
@@ -49,7 +58,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         # A mistake is found before the others are waited for.
         config = complete(arguments.config, arguments.workdir)
         exits.connect(config.distributed)
-        with _ctrl_c_ends_at_once():
+        with _signals_end_at_once():
             result = modes[arguments.command](config, arguments.workdir)
         if hosts.is_first():
             emit(result)
@@ -69,25 +78,48 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     exits.end(0)
 
 
-@contextlib.contextmanager
-def _ctrl_c_ends_at_once() -> Iterator[None]:
-    """Ends on Ctrl-C without a KeyboardInterrupt: from within TensorFlow or JAX it breaks them.
+def _stop_alone(*_: object) -> None:
+    report(Preempted.exit_status, _STOPPED)
+    os._exit(Preempted.exit_status)
 
-    One run in four aborted with "free(): invalid pointer" when it was interrupted so.
+
+def _signals_end_at_once() -> AbstractContextManager:
+    """Ends on Ctrl-C, and on SIGTERM while a run has nothing to save, without an exception.
+
+    From within TensorFlow or JAX it breaks them: one run in four that was interrupted by
+    KeyboardInterrupt aborted with "free(): invalid pointer".
     """
     from deit_jax.parallel import exits, hosts
 
-    def end(*_: object) -> None:
-        text = "interrupted; the last checkpoint stays, run the same command to go on"
+    def end(number: int, _: object) -> None:
+        status, text = INTERRUPTED, _INTERRUPTED
+        if number == signal.SIGTERM:
+            status, text = Preempted.exit_status, _STOPPED
         exits.claim_the_end()
-        report(INTERRUPTED, text, hosts.label())
-        exits.end(INTERRUPTED, text)
-        os._exit(INTERRUPTED)
+        report(status, text, hosts.label())
+        exits.end(status, text, agreed=False)
+        os._exit(status)
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # not where whoever started the process ignores it
-        signal.signal(signal.SIGINT, end)
+    return _handlers(
+        {
+            signal.SIGINT: (signal.default_int_handler, end),
+            signal.SIGTERM: (_stop_alone, end),
+        }
+    )
+
+
+@contextlib.contextmanager
+def _handlers(wanted: dict[int, tuple[object, Callable]]) -> Iterator[None]:
+    """Sets the handlers of signals: the second, where the present one is the first.
+
+    It is another one where whoever started the process ignores the signal.
+    """
+    present = {number: signal.getsignal(number) for number in wanted}
+    ours = {number for number, (before, _) in wanted.items() if present[number] is before}
+    for number in ours:
+        signal.signal(number, wanted[number][1])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in ours:
+            signal.signal(number, present[number])

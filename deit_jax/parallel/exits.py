@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from deit_jax import couplings
-from deit_jax.console import log_error
+from deit_jax.console import log, log_error
 from deit_jax.errors import Preempted, TransientError
 from deit_jax.parallel import hosts
 
@@ -70,7 +70,10 @@ def _watch() -> None:
         if int(number) == hosts.index():
             return
         claim_the_end()
-        log_error(f"{hosts.label()}error: {hosts.name(int(number))} failed: {reason}")
+        if int(status) == Preempted.exit_status:
+            log(f"deit-jax: {hosts.label()}{hosts.name(int(number))} {reason}")
+        else:
+            log_error(f"{hosts.label()}error: {hosts.name(int(number))} failed: {reason}")
         _leave(int(status))
 
 
@@ -89,17 +92,18 @@ def claim_the_end() -> None:
         threading.Event().wait()
 
 
-def end(status: int, reason: str = "") -> None:
+def end(status: int, reason: str = "", *, agreed: bool = True) -> None:
     """Ends this process and those connected; returns where it is alone.
 
     Args:
-      status: of this process; of all, where it is a failure.
-      reason: of a failure, which the other processes print.
+      status: of this process; of all, where they have not come to the end together.
+      reason: why, which the other processes print then.
+      agreed: with status 0 or 75, all of them have come to the end together.
     """
     if not _connected:
         return
     claim_the_end()
-    if status not in (0, Preempted.exit_status):
+    if not agreed or status not in (0, Preempted.exit_status):
         notice = f"{hosts.index()} {status} {reason}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or is gone
             couplings.store().key_value_set(_FAILED, notice)

@@ -1,6 +1,7 @@
 """Exact evaluation of a whole split: every example counts once on any number of devices."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from deit_jax import trees
 from deit_jax.models.network import Network, Variables, join_model
+from deit_jax.models.registry import ModelInfo
 from deit_jax.parallel.mesh import batch_sharding, replicated, sum_over_processes, to_global
+from deit_jax.parallel.preemption import StopSignal
 from deit_jax.training import losses, mixing
 from deit_jax.training.run import Run
 from deit_jax.training.state import TrainState
@@ -27,6 +31,7 @@ def evaluate(
     weights: dict[str, Variables],
     batches: Iterable[dict[str, np.ndarray]],
     sharding: NamedSharding,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Runs the jitted `eval_step` (`make_eval_step`) over one pass of a split.
 
@@ -35,6 +40,7 @@ def evaluate(
       weights: prefix → variables, as `eval_step` takes them.
       batches: this process's rows of every global batch, padded rows masked.
       sharding: of the batch on the mesh.
+      check: called after every batch; may raise, to leave.
 
     Returns:
       For every prefix the accuracies in percent and the mean loss; `num_examples` counts the
@@ -47,6 +53,7 @@ def evaluate(
         if pending is not None:  # one step in flight while the host prepares the next batch
             _add(totals, pending)
         pending = sums
+        check()
     if pending is not None:
         _add(totals, pending)
     count = totals["num_examples"]
@@ -64,9 +71,9 @@ def _add(totals: dict[str, float], sums: dict[str, jax.Array]) -> None:
         totals[name] = totals.get(name, 0.0) + float(value)
 
 
-def evaluator(run: Run) -> Callable[[TrainState], dict[str, float]]:
+def evaluator(run: Run, stop: StopSignal) -> Callable[[TrainState], dict[str, float]]:
     """Returns a function from a state to its results on the run's eval split, compiled once."""
-    evaluate_weights = split_evaluator(run, run.network, run.config.input.image_size)
+    evaluate_weights = split_evaluator(run, run.network, run.config.input.image_size, stop)
     return lambda state: evaluate_weights(
         {"": state.model} | ({} if state.ema is None else {"ema_": state.ema})
     )
@@ -83,10 +90,23 @@ def skipped(batches: Iterator[dict], config: "ConfigDict") -> dict[str, int]:
     return {"skipped_images": count} if count else {}
 
 
+def images_digest(run: Run, info: ModelInfo, image_size: int) -> str:
+    """Returns a digest of what an evaluation shows a model: the split, and how it is prepared."""
+    chosen = run.config.input
+    names = ("crop_ratio", "interpolation", "on_bad_image")
+    facts = {name: chosen[name] for name in names} | {"whole": chosen.train_crop == "small"}
+    facts |= {"size": image_size, "mean": info.mean, "std": info.std}
+    facts |= {"dtype": run.config.train.dtype, "split": run.eval_source.fingerprint()}
+    return trees.digest(json.dumps(facts, sort_keys=True))
+
+
 def split_evaluator(
-    run: Run, network: Network, image_size: int
+    run: Run, network: Network, image_size: int, stop: StopSignal
 ) -> Callable[[dict[str, Variables]], dict[str, float]]:
-    """Builds a function from weights by prefix to their results on the run's eval split."""
+    """Builds a function from weights by prefix to their results on the run's eval split.
+
+    It raises Preempted between two batches where the run is to stop.
+    """
     from deit_jax import data
 
     eval_step = jax.jit(make_eval_step(network), out_shardings=replicated(run.mesh))
@@ -94,7 +114,7 @@ def split_evaluator(
 
     def evaluate_weights(weights: dict[str, Variables]) -> dict[str, float]:
         batches = data.eval_batches(run.eval_source, plan)
-        results = evaluate(eval_step, weights, batches, batch_sharding(run.mesh))
+        results = evaluate(eval_step, weights, batches, batch_sharding(run.mesh), stop.check)
         return results | skipped(batches, run.config)
 
     return evaluate_weights

@@ -23,6 +23,7 @@ from deit_jax.parallel.mesh import batch_sharding, replicated, to_global
 from deit_jax.training import checks, continuation, metrics, pmap, summary
 from deit_jax.training.complete import as_trained, complete
 from deit_jax.training.evaluate import evaluator, make_attention_probe, skipped
+from deit_jax.training.evaluations import Evaluations
 from deit_jax.training.run import Run, matmuls
 from deit_jax.training.setup import check, check_start, initial_state
 from deit_jax.training.state import TrainState
@@ -58,9 +59,11 @@ def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[
         contextlib.closing(open_checkpoints(run, training=True)) as checkpoints,
     ):
         folder = run.teacher_folder
+        stop.check_alone()
         if folder is not None and model_folder.find_model(folder) is None:
             log(f"No teacher in {folder}: training one first.", on=hosts.is_first())
             _run(teacher_config(run.config), folder, stop)
+            stop.saves_first = False
             log("The teacher is ready; training the student.", on=hosts.is_first())
         return _train(run, checkpoints, stop)
 
@@ -68,8 +71,14 @@ def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Evaluates the latest checkpoint of `workdir` (or `init_from`); reports as `train` does.
 
-    Images are prepared as the model was trained, whatever the recipe says.
+    Images are prepared as the model was trained, whatever the recipe says. Raises Preempted after
+    SIGTERM, between two batches.
     """
+    with preemption.StopSignal() as stop:
+        return _evaluate(config, workdir, stop)
+
+
+def _evaluate(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[str, float]:
     info = saved_info(workdir) if workdir else None
     if info is None and config.init_from:
         with contextlib.suppress(InputError):  # `check` says what is wrong
@@ -84,6 +93,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     opened = contextlib.closing(open_checkpoints(run, training=False))
     with matmuls(run.config), opened as checkpoints:
         state, _, _, origin = initial_state(run, checkpoints)
+        stop.check_alone()
         for note in notes:
             log(f"note: {note}", on=hosts.is_first())
         log(summary.describe_evaluation(run, origin), on=hosts.is_first())
@@ -95,30 +105,30 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
             workdir, steps_per_epoch=facts.get("steps_per_epoch", 0), on=hosts.is_first()
         )
         with contextlib.closing(writer):
-            final = evaluator(run)(state) | teacher_accuracy(run, *teacher)
+            final = evaluator(run, stop)(state) | teacher_accuracy(run, *teacher, stop)
             return _report(writer, int(state.step), final)
 
 
 def _train(
-    run: Run, checkpoints: TrainCheckpoints, stopped: preemption.StopSignal
+    run: Run, checkpoints: TrainCheckpoints, stop: preemption.StopSignal
 ) -> dict[str, float]:
     from deit_jax import data
 
     config, plan, workdir, first = run.config, run.plan, run.workdir, hosts.is_first()
     state, shardings, best, origin = initial_state(run, checkpoints)
     step = int(state.step)
+    stop.check_alone()
     log(f"Run {workdir}\n{summary.describe_run(run, origin)}", on=first)
     if first:
         for change in changed_fields(config, workdir) if origin.startswith("resumed") else ():
             log(f"  changed   {change}")
         write_config(config, workdir)
     teacher, teacher_variables = load_teacher(run)
-    teacher_report = teacher_accuracy(run, teacher, teacher_variables)
+    teacher_report = teacher_accuracy(run, teacher, teacher_variables, stop)
     if teacher_report:
         log(f"Teacher top-1 on the eval split: {teacher_report['teacher_top1']:.2f} %", on=first)
 
     train_step = jit_train_step(run, shardings, teacher)
-    evaluate_state = evaluator(run)
     probe = None
     if config.train.log_attention:
         probe = jax.jit(make_attention_probe(run.network), out_shardings=replicated(run.mesh))
@@ -130,15 +140,25 @@ def _train(
         on=first,
     )
     progress = metrics.Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
-    window = _Window(run)
-    results = None  # of the last evaluation, if it was of the present step
+    window, evaluations = _Window(run), Evaluations(run, writer, stop, best)
     if step >= plan.total_steps:
-        log(f"Already finished at step {step}: evaluating.", on=first)
+        log(f"Already finished at step {step}.", on=first)
         if int(state.nonfinite_steps) >= config.train.max_nonfinite_steps:
             raise NonFiniteLoss(_nonfinite_report(run, step))
 
+    def save() -> None:
+        window.finish()
+        writer.sync()
+        checkpoints.save(state, run.network.info, step=step, best=evaluations.best)
+
+    def stopped() -> Preempted:
+        return Preempted(f"stopped and saved at step {step}; run the same command to go on")
+
     start, compiling = step, doing("compiling the training step", on=first)
     with contextlib.closing(writer):
+        if evaluations.due(step):  # the run ended during the evaluation, or after it
+            results = evaluations.resumed(step, state)
+        stop.check_alone()
         batches = data.train_batches(run.train_source, run.input_plan(), start_step=step)
         while step < plan.total_steps:
             begin = time.perf_counter()
@@ -147,12 +167,13 @@ def _train(
             batch = to_global(batch, batch_sharding(run.mesh))
             with compiling if step == start else contextlib.nullcontext():
                 state, measured = train_step(state, teacher_variables, batch)
+            stop.saves_first = True
             step += 1
             window.add(step, measured)
             progress.step_done()
             checkpoints.check_saves()
             # Asked once a step: a signal between two answers must not skip the save.
-            last, stop, results = step == plan.total_steps, stopped.asked(), None
+            last, stopping = step == plan.total_steps, stop.asked()
             if last or step % config.train.log_every_steps == 0:
                 values = window.means() | progress.report(step) | skipped(batches, config)
                 if probe is not None:
@@ -164,32 +185,27 @@ def _train(
                 log(line, on=first)
 
             begin = time.perf_counter()
-            if last or _due(step, plan.eval_every):
+            if evaluations.due(step):
                 window.finish()
-                results = evaluate_state(state)
-                expected = dict(config.train.expected_top1).get(step / plan.steps_per_epoch)
-                shown = results | ({} if expected is None else {"expected_top1": expected})
-                writer.write(step, "eval", shown)
-                log(f"step {step}: eval {metrics.eval_line(shown)}", on=first)
-                if warning := metrics.accuracy_warning(shown):
-                    log(warning, on=first)
-                if results["top1"] > best["top1"]:
-                    best = {"top1": results["top1"], "step": step}
-                    model_folder.write_model(f"{workdir}/best", state.model, run.network.info)
             due = any(_due(step, every) for every in plan.save_every)
-            if last or stop or due or best["step"] == step:
-                window.finish()
-                writer.sync()
-                checkpoints.save(state, run.network.info, step=step, best=best)
-            progress.pause(time.perf_counter() - begin)
-            if stop and not last:
-                raise Preempted(f"stopped and saved at step {step}; run the same command to go on")
+            if last or stopping or due or window.failed is not None:
+                save()
             if window.failed is not None:
-                checkpoints.save(state, run.network.info, step=step, best=best)
                 raise NonFiniteLoss(window.failed)
+            if stopping:
+                raise stopped()
+            if evaluations.due(step):
+                try:
+                    results = evaluations.after(step, state)
+                except Preempted:
+                    save()
+                    raise stopped() from None
+                if evaluations.best["step"] == step:
+                    save()
+            progress.pause(time.perf_counter() - begin)
 
         _write_final_models(run, state)
-        return _report(writer, step, (results or evaluate_state(state)) | teacher_report)
+        return _report(writer, step, results | teacher_report)
 
 
 def jit_train_step(

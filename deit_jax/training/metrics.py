@@ -9,15 +9,21 @@ from deit_jax import storage
 from deit_jax.errors import InputError
 from deit_jax.training.log_file import LogFile
 
+_NO_VALUES = ("step", "epoch", "seconds", "split", "data")  # of a line
+
 
 class MetricWriter:
     """Writes the metrics of a run from one process; the others get a writer that is off.
 
     `metrics.jsonl` holds one object a line: `step`, `epoch` where it is known, `seconds` since this
-    start, `split` ("train", "eval", "final") and the values. A run that resumes at `resume_step`
-    first drops the later lines, since it writes them again. Without `resume_step` lines are only
+    start, `split` ("train", "eval", "final") and the values; that of an evaluation also `data`, a
+    digest of what it showed. A run that resumes at `resume_step` first drops the later lines, since
+    it writes them again. Without `resume_step` lines are only
     appended, which is safe beside a running training; in a bucket, which cannot append, they go to
     a file of their own, metrics.TIME.jsonl.
+
+    Attributes:
+      evaluation: the line of the evaluation at `resume_step`; {} where there is none.
     """
 
     def __init__(
@@ -31,6 +37,7 @@ class MetricWriter:
     ):
         """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is wanted but missing."""
         self._file = self._events = None
+        self.evaluation: dict = {}
         self._begin, self._steps_per_epoch = time.monotonic(), steps_per_epoch
         if tensorboard:
             import_tensorboard()
@@ -38,14 +45,16 @@ class MetricWriter:
             return
         path = storage.path_of(workdir, "metrics.jsonl")
         if resume_step is not None and path.exists():
-            _drop_lines_after(path, resume_step)
+            for line in _drop_lines_after(path, resume_step):
+                if (line["step"], line.get("split")) == (resume_step, "eval"):
+                    self.evaluation = line
         if resume_step is None and storage.is_remote(path):
             path = path.with_name(f"metrics.{time.time_ns()}.jsonl")
         self._file = LogFile(path)
         if tensorboard:
             self._events = _EventFile(workdir, resume_step or 0)
 
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def write(self, step: int, split: str, values: dict[str, float], *, data: str = "") -> None:
         """Appends one line; non-finite values become null, which JSON can hold."""
         if self._file is None:
             return
@@ -53,6 +62,8 @@ class MetricWriter:
         line = {"step": step, "seconds": round(time.monotonic() - self._begin, 1), "split": split}
         if self._steps_per_epoch:
             line["epoch"] = round(step / self._steps_per_epoch, 3)
+        if data:
+            line["data"] = data
         line |= numbers
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
@@ -175,16 +186,24 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def _drop_lines_after(path: storage.Path, step: int) -> None:
-    """Keeps the complete lines up to `step`; drops a line that a crash cut short, too."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def values_of(line: dict) -> dict[str, float]:
+    """Returns the values of a line of metrics.jsonl, as they were written."""
+    return {name: line[name] for name in line if name not in _NO_VALUES}
+
+
+def _drop_lines_after(path: storage.Path, step: int) -> list[dict]:
+    """Keeps the complete lines up to `step`, and returns them; drops one that a crash cut short."""
+    kept, lines = [], []
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")  # a crash may have cut off only the newline
+            line = json.loads(text)
+            if line["step"] <= step:
+                lines.append(line)
+                kept.append(text + "\n")  # a crash may have cut off only the newline
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     storage.replace_text(path, "".join(kept))
+    return lines
 
 
 class _EventFile:

@@ -1,17 +1,22 @@
 """The teacher: its recipe, its checks, its weights, its forward pass and its accuracy."""
 
+import contextlib
+import json
 import os
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from deit_jax import storage, trees
 from deit_jax.checkpoints import model_folder
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Network, Variables, split_model
+from deit_jax.parallel import hosts
 from deit_jax.parallel.mesh import replicated
-from deit_jax.training.evaluate import split_evaluator
+from deit_jax.parallel.preemption import StopSignal
+from deit_jax.training.evaluate import images_digest, split_evaluator
 from deit_jax.training.run import Run, build_model, dtype_of
 
 # The step runs without ml_collections, which GPU hosts may lack: what needs it is imported late.
@@ -152,13 +157,30 @@ def load_teacher(run: Run) -> tuple[Network, Variables] | tuple[None, None]:
 
 
 def teacher_accuracy(
-    run: Run, teacher: Network | None, variables: Variables | None
+    run: Run, teacher: Network | None, variables: Variables | None, stop: StopSignal
 ) -> dict[str, float]:
     """Returns the teacher's `teacher_top1` on the eval split, or {} without a teacher.
 
-    A transformer gets whole images of its own resolution, not the student's images resized.
+    A transformer gets whole images of its own resolution, not the student's images resized. The
+    figure is kept in the workdir, with a digest of the weights, of the split and of how its images
+    are prepared: where they are the same, nothing is evaluated again.
     """
     if teacher is None:
         return {}
     size = registry.fixed_size(teacher.info) or run.config.input.image_size
-    return {"teacher_top1": split_evaluator(run, teacher, size)({"": variables})["top1"]}
+    shown, weights = images_digest(run, teacher.info, size), jax.device_get(variables)
+    names = [json.dumps(teacher.info.to_json()), *trees.leaf_names(weights)]
+    digest = trees.digest(shown, *names, *jax.tree.leaves(weights))
+    file, kept = storage.path_of(run.workdir, "teacher_accuracy.json"), ""
+    if hosts.is_first() and file.exists():
+        kept = file.read_text(encoding="utf-8", errors="replace")
+    kept = hosts.gather("the teacher's accuracy", kept)[0]
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # damaged: anew
+        saved = json.loads(kept)
+        if saved["digest"] == digest:
+            return {"teacher_top1": float(saved["teacher_top1"])}
+    top1 = split_evaluator(run, teacher, size, stop)({"": variables})["top1"]
+    if hosts.is_first() and run.train_source is not None:  # an evaluation leaves the run alone
+        text = json.dumps({"teacher_top1": top1, "digest": digest})
+        storage.replace_text(file, text + "\n")
+    return {"teacher_top1": top1}

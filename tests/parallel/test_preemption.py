@@ -1,13 +1,19 @@
-"""SIGTERM stops every process after the same step."""
+"""SIGTERM stops every process after the same step or batch; at once what has nothing to save."""
 
 import itertools
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from flax import nnx
 
+import deit_jax
+from deit_jax.errors import Preempted
+from deit_jax.models import registry
 from deit_jax.parallel import preemption
+from tests import kill_and_resume, several, small_main
 
 
 def test_the_signal_is_answered_once_a_step_and_given_back(capsys):
@@ -21,6 +27,24 @@ def test_the_signal_is_answered_once_a_step_and_given_back(capsys):
     assert capsys.readouterr().out.count("SIGTERM") == 1
     with preemption.StopSignal() as stop:
         assert not stop.asked()
+
+
+@pytest.mark.parametrize("saves_first", [False, True])
+def test_who_listened_before_hears_it_while_there_is_nothing_to_save(saves_first):
+    """The command line, which ends at once."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *arguments: heard.append(arguments[0]))
+    try:
+        with preemption.StopSignal() as stop:
+            stop.check_alone()
+            stop.saves_first = saves_first
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == ([] if saves_first else [signal.SIGTERM])
+            for check in (stop.check, stop.check_alone):  # for a caller that goes on
+                with pytest.raises(Preempted):
+                    check()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_other_threads_leave_signals_alone():
@@ -63,3 +87,30 @@ def test_all_processes_stop_after_the_same_step(monkeypatch, told):
                 stopped[number] = step
         assert len(set(stopped.values())) == 1, (lead, when, stopped)
         assert len(stopped) == 2
+
+
+SHORT = ["--config=configs/digits.py", "--config.train.batch_size=16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "processes"), [("train", 2), ("eval", 1)])
+def test_sigterm_with_nothing_to_save_ends_at_once(tmp_path, mode, processes):
+    """In set-up, and in an evaluation alone: every process with 75."""
+    flags = [*SHORT, f"--workdir={tmp_path / 'run'}", f"--mode={mode}"]
+    if mode == "eval":
+        (tmp_path / "run").mkdir()
+        options = {"num_classes": 10, "image_size": 32, "patch_size": 8}
+        model = registry.create_model("deit_testing", **options, rngs=nnx.Rngs(0))
+        deit_jax.save_model(tmp_path / "model", model)
+        flags += [f"--config.init_from={tmp_path / 'model'}"]
+    script = small_main.SCRIPT if mode == "train" else "main.py"  # quicker, but other models
+    with several.started(flags, processes=processes, script=script) as running:
+        running[0].wait_for("  devices ")
+        running[-1].send(signal.SIGTERM)
+        begin = time.monotonic()
+        assert [process.wait(60) for process in running] == [75] * processes
+        assert time.monotonic() < begin + 10
+    said = "process 0 of 2: process 1 of 2 " if processes == 2 else ""
+    assert f"deit-jax: {said}stopped with nothing new to save" in running[0].stdout
+    assert [process.stderr for process in running] == [""] * processes
+    assert kill_and_resume.newest_step(tmp_path / "run") == 0

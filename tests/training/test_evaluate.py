@@ -9,6 +9,7 @@ import pytest
 
 from deit_jax.models.registry import ModelInfo
 from deit_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from deit_jax.training import evaluate as evaluation
 from deit_jax.training.evaluate import evaluate, make_eval_step
 
 
@@ -31,13 +32,33 @@ def _batch(rows, labels, mask=None):
     }
 
 
-def _run(weights, batches, num_classes):
+def _run(weights, batches, num_classes, check=lambda: None):
     mesh = make_mesh()
     # Normalising by these leaves the pixel values as they are.
     info = ModelInfo("lookup", num_classes, 1, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     step = jax.jit(make_eval_step(_Lookup(info)), out_shardings=replicated(mesh))
     weights = {prefix: tuple(map(jnp.asarray, tables)) for prefix, tables in weights.items()}
-    return evaluate(step, weights, batches, batch_sharding(mesh))
+    return evaluate(step, weights, batches, batch_sharding(mesh), check)
+
+
+def test_it_may_be_left_after_every_batch(monkeypatch):
+    """Once the sums of the batch before are read: so no process is more than one batch ahead."""
+    seen, add = [], evaluation._add
+    monkeypatch.setattr(evaluation, "_add", lambda *args: (seen.append("read"), add(*args)))
+
+    def batches():
+        for _ in range(3):
+            seen.append("batch")
+            yield _batch([0], [0])
+
+    def check():
+        seen.append("check")
+        if seen.count("check") == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        _run({"": (_one_hot_table([0], 6),)}, batches(), 6, check)
+    assert seen == ["batch", "check", "batch", "read", "check", "batch", "read", "check"]
 
 
 def _one_hot_table(winners, num_classes, height=10.0):
