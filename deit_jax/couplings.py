@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 
@@ -50,9 +51,13 @@ def system_errno(error: BaseException | None) -> int | None:
 def is_unreadable(error: BaseException) -> bool:
     """Whether Orbax says by `error` that a file is missing or damaged; else it may be our mistake.
 
-    Where an array cannot be read it raises a bare Exception.
+    Where an array cannot be read it raises a bare Exception, and where a file of its own has
+    fields that it does not expect, whatever comes of that.
     """
-    return isinstance(error, (OSError, ValueError, KeyError)) or type(error) is Exception
+    if isinstance(error, (OSError, ValueError, KeyError)) or type(error) is Exception:
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, Exception) and bool(frames) and "orbax" in frames[-1].filename
 
 
 def orbax_barrier(failed: Callable[[BaseException], None]) -> Callable[..., None]:

@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from deit_jax import storage, trees
+from deit_jax import couplings, storage, trees
+from deit_jax.checkpoints import checksums
 from deit_jax.errors import InputError, TransientError, brief, system_reason
 from deit_jax.models import registry
 from deit_jax.models.network import Network, Variables, join_model, split_model
@@ -22,7 +23,7 @@ from deit_jax.parallel.mesh import to_host, wait_for_all
 _MODEL_FILE = "model.json"
 _WEIGHTS, _OTHER_WEIGHTS = "weights", "weights_2"  # in turns, where a folder is written again
 _BEGUN = ".writing"  # in a folder that is being written
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksums
 
 
 def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
@@ -51,8 +52,9 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
     # Never over the weights in use: the new ones count from the moment that model.json names them.
     used = hosts.gather(f"the writing of {path}", _weights_name(path))[0]
     name = _OTHER_WEIGHTS if used == _WEIGHTS else _WEIGHTS
-    text = {"format": _FORMAT, "folder": name, **info.to_json()}
-    text = json.dumps(text, indent=2, ensure_ascii=False) + "\n"
+    fields = {"format": _FORMAT, "folder": name, **info.to_json()}
+    fields = checksums.seal(fields | {"checksums": checksums.of(variables, str(path))})
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
     weights = to_host({"params": variables.params, "batch_stats": variables.batch_stats})
     try:
         if first:
@@ -86,7 +88,9 @@ def _check_place(path: storage.Path) -> None:
     """Raises InputError where `path` is something else than a model folder, whole or begun."""
     storage.check_name(path)
     if path.exists() and not any((path / name).is_file() for name in (_MODEL_FILE, _BEGUN)):
-        raise InputError(f"{path} exists and is no model folder; remove it or choose another path")
+        raise InputError(
+            f"{path} exists and is not a model folder; remove it or choose another path"
+        )
 
 
 def _weights_name(path: storage.Path) -> str:
@@ -110,7 +114,7 @@ def _existing_model(path: str | os.PathLike) -> storage.Path:
     folder = find_model(path)
     if folder is None:
         raise InputError(
-            f"{path} is no model folder: no {_MODEL_FILE} in it or in its model/; expected a "
+            f"{path} is not a model folder: no {_MODEL_FILE} in it or in its model/; expected a "
             "folder written by training, by a converter or by save_model"
         )
     return folder
@@ -120,25 +124,40 @@ def read_info(path: str | os.PathLike) -> registry.ModelInfo:
     """Reads what `model.json` says, without the weights.
 
     Raises:
-      InputError: no model folder there, or its `model.json` is damaged.
+      InputError: not a model folder, or its `model.json` is damaged.
     """
+    return _read_description(path)[0]
+
+
+def _read_description(
+    path: str | os.PathLike,
+) -> tuple[registry.ModelInfo, storage.Path, dict[str, str] | None]:
+    """Returns the model's description, where its weights are, and their checksums."""
     file = _existing_model(path) / _MODEL_FILE
+    hint = "convert or save the model again"
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        version = fields.pop("format")
-        if fields.pop("folder", _WEIGHTS) not in (_WEIGHTS, _OTHER_WEIGHTS):
-            raise ValueError("its folder is none of ours")
-        info = registry.ModelInfo.from_json(fields) if version == _FORMAT else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is damaged ({error}); convert or save the model again") from error
-    if info is None:
+        sealed = json.loads(file.read_text(encoding="utf-8"))
+        fields = dict(sealed)
+        version, _ = fields.pop("format"), fields.pop("digest", None)
+        folder, kept = fields.pop("folder", _WEIGHTS), fields.pop("checksums", None)
+        if version in (1, _FORMAT):
+            info = registry.ModelInfo.from_json(fields)
+            if folder not in (_WEIGHTS, _OTHER_WEIGHTS):
+                raise ValueError("its folder is none of ours")
+            if version == _FORMAT and not isinstance(kept, dict):
+                raise ValueError("it has no checksums")
+            hint += ', or remove "digest" from it if you have changed it by hand'
+            checksums.unseal(sealed)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({error}); {hint}") from error
+    if version not in (1, _FORMAT):
         raise InputError(f"{file} has format {version!r}, expected {_FORMAT}; update deit-jax")
-    return info
+    return info, file.parent / folder, kept
 
 
 def check_weights(path: str | os.PathLike, like: Variables) -> None:
     """Raises InputError unless a model folder's weights fit `like`; reads names and shapes only."""
-    folder = _weights_folder(path)
+    _, folder, _ = _read_description(path)
     with ocp.PyTreeCheckpointer() as checkpointer:
         _check_fit(_read(folder, lambda: _metadata(checkpointer, folder)), like, folder)
 
@@ -147,9 +166,10 @@ def read_variables(path: str | os.PathLike, like: Variables) -> Variables:
     """Reads the weights of a model folder as NumPy arrays.
 
     Raises:
-      InputError: the weights cannot be read, or differ from `like` in a name or a shape.
+      InputError: the weights cannot be read, differ from `like` in a name or a shape, or have
+        changed since they were written.
     """
-    folder = _weights_folder(path)
+    _, folder, kept = _read_description(path)
 
     def restore() -> dict:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -159,13 +179,21 @@ def read_variables(path: str | os.PathLike, like: Variables) -> Variables:
             restore_args = ocp.args.PyTreeRestore(restore_args=arguments)
             return checkpointer.restore(folder, args=restore_args)
 
-    return _check_fit(_read(folder, restore), like, folder)
+    variables = _check_fit(_read(folder, restore), like, folder)
+    _check_sums(kept, variables, folder)
+    return variables
 
 
-def _weights_folder(path: str | os.PathLike) -> storage.Path:
-    read_info(path)
-    folder = find_model(path)
-    return folder / _weights_name(folder)
+def _check_sums(kept: dict[str, str] | None, tree: object, folder: storage.Path) -> None:
+    """Raises InputError where arrays have changed since they were written."""
+    if kept is None:  # of an earlier version
+        return
+    try:
+        checksums.check(kept, [checksums.part(tree)])
+    except ValueError as error:
+        raise InputError(
+            f"{folder} is damaged ({error}); take another copy of it, or save it again"
+        ) from error
 
 
 def _metadata(checkpointer: ocp.PyTreeCheckpointer, folder: storage.Path) -> dict:
@@ -178,7 +206,9 @@ def _metadata(checkpointer: ocp.PyTreeCheckpointer, folder: storage.Path) -> dic
 def _read(folder: storage.Path, reader: Callable[[], dict]) -> dict:
     try:
         return reader()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        if not couplings.is_unreadable(error):
+            raise
         raise InputError(
             f"{folder} cannot be read ({brief(error)}); convert or save the model again"
         ) from error
@@ -198,7 +228,7 @@ def read_network(
     """Returns the model that a folder's `model.json` describes, and the shapes of its weights.
 
     Raises:
-      InputError: no model folder there, or its `model.json` is damaged.
+      InputError: not a model folder, or its `model.json` is damaged.
     """
     info = read_info(path)
     try:
@@ -218,7 +248,7 @@ def load_model(path: str | os.PathLike, *, dtype: jax.typing.DTypeLike = np.floa
       The model, its `info` as saved: `model(images)` takes [B,H,W,3], see `deit_jax.preprocess`.
 
     Raises:
-      InputError: no model folder, a damaged one, or weights that do not fit the model.
+      InputError: not a model folder, a damaged one, or weights that do not fit the model.
     """
     network, like = read_network(path, dtype=dtype)
     variables = jax.tree.map(jax.numpy.asarray, read_variables(path, like))
@@ -244,6 +274,7 @@ def load_checkpoint(
     folder, which = storage.path_of(path), "ema" if ema else "model"
     try:
         meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+        meta = checksums.unseal(meta)
         info = registry.ModelInfo.from_json(meta["model"])
         averaged = meta["ema"]
     except OSError as error:
@@ -251,7 +282,7 @@ def load_checkpoint(
             f"{path} is no training checkpoint ({error.strerror}); expected a folder "
             "WORKDIR/checkpoints/STEP"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({brief(error)}); choose another step") from error
     if ema and not averaged:
         raise InputError(f"{path} holds no EMA; load it with ema=False")
@@ -269,6 +300,7 @@ def load_checkpoint(
             return checkpointer.restore(folder / "state", args=part)[which]
 
         variables = _check_fit(_read(folder, restore), like, folder)
+    _check_sums(meta.get("checksums"), {which: variables}, folder)
     return join_model(network, jax.tree.map(jax.numpy.asarray, variables))
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable
@@ -50,7 +51,11 @@ def list_steps(directory: storage.Path) -> list[int]:
 
 
 def newest_readable(
-    directory: storage.Path, read: Callable[[storage.Path], Any], *, set_aside: bool
+    directory: storage.Path,
+    read: Callable[[storage.Path], tuple[Any, Any]],
+    check: Callable[[Any, list[Any]], None],
+    *,
+    set_aside: bool,
 ) -> tuple[int, Any] | None:
     """Reads the newest checkpoint that every process can read.
 
@@ -58,12 +63,14 @@ def newest_readable(
 
     Args:
       directory: with one folder a step.
-      read: reads the folder of a step; alone, without waiting for other processes.
+      read: returns the content of a step's folder, and what the other processes should know of it,
+        as JSON has it; alone, without waiting for them.
+      check: raises ValueError where the content is wrong, given what all processes say of it.
       set_aside: renames what cannot be read to STEP.unreadable, so that its step can be saved anew
         and nothing is lost.
 
     Returns:
-      The step and what `read` returned, or None without any checkpoint.
+      The step and its content, or None without any checkpoint.
 
     Raises:
       InputError: there are checkpoints, but none that can be read; or what `read` raises.
@@ -72,7 +79,7 @@ def newest_readable(
     unreadable = []
     for step in reversed(list_steps(directory)):
         folder = directory / str(step)
-        content, problem = _try(read, folder)
+        content, problem = _try(read, check, folder)
         if problem is None:
             break
         unreadable.append((folder, problem))
@@ -91,14 +98,19 @@ def newest_readable(
     return step, content
 
 
-def _try(read: Callable[[storage.Path], Any], folder: storage.Path) -> tuple[Any, str | None]:
-    """What `read` returns, and what is wrong with `folder`, if anything, on one of the processes.
+def _try(
+    read: Callable[[storage.Path], tuple[Any, Any]],
+    check: Callable[[Any, list[Any]], None],
+    folder: storage.Path,
+) -> tuple[Any, str | None]:
+    """The content, and what is wrong with `folder`, if anything, on one of the processes.
 
     All of them learn of each other's errors: none must wait for one that has failed.
     """
-    content, outcome = None, ""
+    content = None
     try:
-        content = read(folder)
+        content, mine = read(folder)
+        outcome = f"Read {json.dumps(mine)}"
     except InputError as error:  # it can be read, but does not fit
         outcome = f"InputError {error}"
     except Exception as error:
@@ -113,10 +125,16 @@ def _try(read: Callable[[storage.Path], Any], folder: storage.Path) -> tuple[Any
         else:
             raise
     said = hosts.gather(f"the reading of {folder}", outcome, seconds=hosts.LONG_SECONDS)
-    for kind, _, text in sorted((each.partition(" ") for each in said if each), reverse=True):
-        if kind == "Damage":
-            return None, text
-        raise (TransientError if kind == "TransientError" else InputError)(text)
+    outcomes = [(kind, text) for kind, _, text in (each.partition(" ") for each in said)]
+    for kind in (TransientError, InputError):
+        if texts := [text for name, text in outcomes if name == kind.__name__]:
+            raise kind(max(texts))
+    if texts := [text for name, text in outcomes if name == "Damage"]:
+        return None, max(texts)
+    try:
+        check(content, [json.loads(text) for _, text in outcomes])
+    except ValueError as error:
+        return None, brief(error)
     return content, None
 
 

@@ -9,9 +9,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from deit_jax import couplings, storage, trees
-from deit_jax.checkpoints import recovery
+from deit_jax.checkpoints import checksums, recovery
+from deit_jax.console import log
 from deit_jax.errors import InputError, TransientError, system_reason
 from deit_jax.models import registry
+from deit_jax.parallel import hosts
 
 _SAME_RUN = ("name", "num_classes", "image_size", "overrides")
 _SAVE_SECONDS = 3600  # for a large state on a slow disk
@@ -75,7 +77,7 @@ class TrainCheckpoints:
         for step in reversed(self._steps):
             folder = self._directory / str(step)
             try:
-                saved = _read_json(folder / "meta")
+                saved = _read_meta(folder)
                 _ = {**saved["model"]}, saved["ema"]
             except Exception:  # `restore` says why, and goes on from the one before
                 continue
@@ -98,18 +100,28 @@ class TrainCheckpoints:
           TransientError: the disk does not answer, or a permission is missing.
         """
 
-        def read(folder: storage.Path) -> tuple[Any, dict]:
-            meta, handler = _read_json(folder / "meta"), ocp.StandardCheckpointHandler()
+        def read(folder: storage.Path) -> tuple[tuple[Any, dict], checksums.Parts]:
+            meta, handler = _read_meta(folder), ocp.StandardCheckpointHandler()
             _check_names(folder, handler.metadata(folder / "state").tree, abstract)
             # The manager would wait for processes that have met an error.
             restore_args = ocp.args.StandardRestore(abstract)
-            return handler.restore(folder / "state", args=restore_args), meta["best"]
+            state = handler.restore(folder / "state", args=restore_args)
+            _ = meta["best"]
+            return (state, meta), checksums.part(state)
 
-        found = recovery.newest_readable(self._directory, read, set_aside=self._set_aside)
+        def check(content: tuple[Any, dict], parts: list[checksums.Parts]) -> None:
+            _, meta = content
+            if "checksums" in meta:  # those of earlier versions have none
+                checksums.check(meta["checksums"], parts)
+
+        found = recovery.newest_readable(self._directory, read, check, set_aside=self._set_aside)
         if found is None:
             return None
-        step, (state, best) = found
-        return state, best, step
+        step, (state, meta) = found
+        if "checksums" not in meta:
+            note = f"note: step {step} is of an earlier version, without checksums to compare"
+            log(note, on=hosts.is_first())
+        return state, meta["best"], step
 
     def save(self, state: Any, info: registry.ModelInfo, *, step: int, best: dict) -> None:
         """Saves the state of `step` in the background; does nothing if that step is saved already.
@@ -131,12 +143,13 @@ class TrainCheckpoints:
         meta["run"] = self._facts
         with self._saving():
             self._manager.wait_until_finished()
+            meta["checksums"] = checksums.of(state, f"step {step}")
             self._saved, self._kept.best = step, best["step"]
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave(checksums.seal(meta)),
                 ),
             )
 
@@ -194,9 +207,12 @@ def saved_info(workdir: str) -> registry.ModelInfo | None:
     directory = storage.path_of(workdir, "checkpoints")
     for step in reversed(recovery.steps_in(directory)):
         with contextlib.suppress(Exception):  # restoring says why, and takes the one before
-            saved = _read_json(directory / str(step) / "meta")["model"]
-            return registry.ModelInfo.from_json(saved)
+            return registry.ModelInfo.from_json(_read_meta(directory / str(step))["model"])
     return None
+
+
+def _read_meta(folder: storage.Path) -> dict:
+    return checksums.unseal(_read_json(folder / "meta"))
 
 
 def _read_json(folder: storage.Path) -> dict:
@@ -235,13 +251,18 @@ def _check_model(folder: storage.Path, saved: dict, info: registry.ModelInfo, em
 
 
 def _check_names(folder: storage.Path, saved: Any, abstract: Any) -> None:
-    """Raises InputError unless a checkpoint holds arrays of the names and shapes of `abstract`."""
+    """Raises InputError unless a checkpoint holds the arrays of `abstract`: names, types, shapes.
+
+    Orbax would convert to another type.
+    """
     found, wanted = (
-        {(name, tuple(leaf.shape)) for name, leaf in trees.flat(tree).items()}
+        {(name, str(leaf.dtype), tuple(leaf.shape)) for name, leaf in trees.flat(tree).items()}
         for tree in (saved, abstract)
     )
     if differing := sorted(found ^ wanted):
-        listed = ", ".join(f"{name} {list(shape)}" for name, shape in differing[:_MAX_LISTED])
+        listed = ", ".join(
+            f"{name} {kind}{list(shape)}" for name, kind, shape in differing[:_MAX_LISTED]
+        )
         raise InputError(
             f"{folder} holds another optimizer's state: {len(differing)} arrays differ, such as "
             f"{listed}; keep the optimizer settings that the run was started with"

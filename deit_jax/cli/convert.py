@@ -55,7 +55,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     target = arguments.dst
     exists = storage.exists(target)
     if exists and not (target / "model.json").is_file():
-        raise InputError(f"--dst {target} exists and is no model folder; choose another path")
+        raise InputError(f"--dst {target} exists and is not a model folder; choose another path")
     if exists and not arguments.overwrite:
         raise InputError(f"--dst {target} exists; choose another path, or add --overwrite")
     names = _class_names(arguments.class_names) if arguments.class_names else None

@@ -59,7 +59,7 @@ def write(source: str | os.PathLike, path: str | os.PathLike, form: str) -> Mode
       The model's description.
 
     Raises:
-      InputError: no model folder, a format that does not know the model, or a full disk.
+      InputError: not a model folder, a format that does not know the model, or a full disk.
     """
     path = storage.path_of(path)
     network, like = model_folder.read_network(source)

@@ -145,7 +145,7 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("Once upon a time")
     message = refusal(save_model, tmp_path / "thesis", _tiny())
-    assert f"{tmp_path / 'thesis'} exists and is no model folder" in message
+    assert f"{tmp_path / 'thesis'} exists and is not a model folder" in message
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "Once upon a time"
 
 
@@ -176,7 +176,7 @@ def test_the_weights_alone_of_a_training_checkpoint(tmp_path):
 
 def test_no_model_folder(tmp_path):
     for action in (read_info, load_model, lambda path: model_folder.read_variables(path, None)):
-        assert f"{tmp_path / 'none'} is no model folder" in refusal(action, tmp_path / "none")
+        assert f"{tmp_path / 'none'} is not a model folder" in refusal(action, tmp_path / "none")
     assert find_model(tmp_path) is None
 
 
@@ -186,10 +186,15 @@ def test_no_model_folder(tmp_path):
         (lambda text: text[:40], "model.json is damaged"),
         (lambda text: "[1, 2]", "model.json is damaged"),
         (lambda text: text.replace('"num_classes"', '"classes"'), "model.json is damaged"),
-        (lambda text: text.replace('"format": 1', '"format": 99'), "has format 99, expected 1"),
+        (lambda text: text.replace('"format": 2', '"format": 99'), "has format 99, expected 2"),
         (lambda text: text.replace('"image_size": 32', '"image_size": "32"'), "'32' as"),
         (lambda text: text.replace('"std": [', '"std": [0.1, '), 'as "std"'),
-        (lambda text: text.replace('"deit_testing"', '"deit_tasting"'), "deit_testing"),
+        (
+            lambda text: text.replace('"deit_testing"', '"deit_tasting"'),
+            "not agree with its digest",
+        ),
+        (lambda text: text.replace('"digest"', '"digits"'), "no field 'digits'"),
+        (lambda text: text.replace('"checksums"', '"sums"'), "no field 'sums'"),
         (lambda text: text.replace('"depth"', '"dephts"'), "dephts"),
     ],
 )
@@ -393,7 +398,11 @@ def _freezing(*frozen):
     [
         (None, optax.sgd(0.1, momentum=0.9), "opt_state/0/mu"),
         # Orbax lets parameters that had no moments, being frozen, pass for ones that have.
-        (_freezing("blocks", "pos_embed"), _freezing("blocks", "cls_token"), "cls_token [1, 1, 8]"),
+        (
+            _freezing("blocks", "pos_embed"),
+            _freezing("blocks", "cls_token"),
+            "cls_token float32[1, 1, 8]",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, optimizer, other, words):

@@ -1,10 +1,8 @@
 """Full disks, read-only folders, damaged checkpoints, SIGTERM at a bad time: nothing is lost."""
 
 import errno
-import gc
 import itertools
 import json
-import logging
 import os
 import resource
 import shutil
@@ -19,7 +17,6 @@ import numpy as np
 import pytest
 
 from configs import digits
-from deit_jax import couplings
 from deit_jax.checkpoints import model_folder, recovery, training
 from deit_jax.errors import InputError, TransientError
 from deit_jax.training import loop
@@ -45,16 +42,6 @@ def workdir(three, tmp_path):
     """A copy of it, to be spoilt."""
     shutil.copytree(three[0], tmp_path / "run")
     return tmp_path / "run"
-
-
-@pytest.fixture(autouse=True)
-def silence(monkeypatch):
-    """As a program has it: without pages on stderr about what is reported in one line."""
-    monkeypatch.setattr(logging.getLogger("absl"), "filters", [])
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    couplings.silence_orbax()
-    yield
-    gc.collect()  # what Orbax's failed reads leave behind is reported now, not in a later test
 
 
 SPOIL = {

@@ -164,7 +164,7 @@ def test_checkpoint_of_another_model_is_found_before_a_teacher_is_trained(refuse
 @pytest.mark.parametrize(
     ("name", "command", "words"),
     [
-        ("", "train", "no model folder"),
+        ("", "train", "not a model folder"),
         ("deit3_testing", "train", "unexpected params/blocks/0/ls1/gamma"),
         ("deit_testing", "eval", "10 classes, where deit_testing has 4"),
     ],

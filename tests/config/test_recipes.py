@@ -137,7 +137,7 @@ def test_a_run_starts_and_says_what_it_will_do(run, teacher, no_data, tmp_path):
             check(config, str(tmp_path))
         config.distill.teacher = teacher
     if "finetune" in run:  # without weights to start from it stops
-        missing = f"--config.init_from={common.PRETRAINED}: .*no model folder"
+        missing = f"--config.init_from={common.PRETRAINED}: .*not a model folder"
         with pytest.raises(InputError, match=missing):
             check_start(check(config, str(tmp_path)), training=True)
         config.init_from = teacher

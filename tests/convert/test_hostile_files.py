@@ -145,14 +145,14 @@ def test_wrong_names_and_places(tmp_path, state, converted, refused):
     assert "--overwrite" in converted(source)
     assert (target / "model.json").stat().st_mtime_ns == stamp
     assert command("convert", source, target, "--overwrite") == 0
-    assert "no model folder" in refused("convert", source, tmp_path / "folder")
+    assert "not a model folder" in refused("convert", source, tmp_path / "folder")
     assert "model folder of deit-jax already" in refused("convert", target, tmp_path / "new")
 
 
 def test_export_refuses_in_one_line(tmp_path, refused):
     model = random_folder(tmp_path / "model", "deit3_testing")
     out = tmp_path / "out.safetensors"
-    assert "no model folder" in refused("export-torch", tmp_path / "no", out, "--format", "timm")
+    assert "not a model folder" in refused("export-torch", tmp_path / "no", out, "--format", "timm")
     assert ".npz" in refused("export-torch", model, tmp_path / "out.npz", "--format", "timm")
     assert "LayerScale" in refused("export-torch", model, out, "--format", "hf")
     out.write_text("precious")

@@ -162,7 +162,7 @@ def test_the_folder_recipe_starts_from_any_model(base, five_classes, tmp_path, c
     again = load_config(run)  # all that it takes to go on
     assert (again.model.name, again.model.patch_size) == ("deit_testing", 8)
     assert loop.evaluate(again, str(run)) == loop.evaluate(config, str(run)) == final
-    with pytest.raises(InputError, match=f"--config.init_from={model}: .*no model folder"):
+    with pytest.raises(InputError, match=f"--config.init_from={model}: .*not a model folder"):
         complete(config)
 
 
