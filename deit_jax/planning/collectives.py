@@ -9,16 +9,15 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from deit_jax.planning import hlo
+
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
 _OPERATION = re.compile(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({_KINDS})(-start)?\(")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _ONCE = "loop, counted once"  # where the text does not say how often the loop runs
 
 
@@ -29,8 +28,8 @@ class Collective(NamedTuple):
       kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute".
       bytes: of the whole array on one device: of the result, for a reduce-scatter of the operand.
       devices: how many take part in each group.
-      where: "step", "loop", "loop, counted once" (the text, a TPU's always, does not say how often
-        it runs) or "branch" (does not always run).
+      where: "step", "loop", "loop, counted once" (the text does not say how often it runs) or
+        "branch" (does not always run).
       times: how often a step runs it.
     """
 
@@ -48,7 +47,7 @@ def read(text: str, num_devices: int) -> list[Collective]:
       text: `compiled.as_text()`.
       num_devices: of the program, for operations that name no groups.
     """
-    bodies, entry = _computations(text)
+    bodies, entry = hlo.computations(text)
     return list(_visit(bodies, entry, num_devices, "step", 1, set()))
 
 
@@ -71,18 +70,6 @@ def ring_seconds(found: list[Collective], bytes_per_second: float) -> float:
         rounds = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(one.kind, share)
         seconds += one.times * one.bytes * rounds / bytes_per_second
     return seconds
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    bodies: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        if line[:1] in (" ", "\t"):
-            lines.append(line)
-        elif match := _COMPUTATION.match(line):
-            lines = bodies.setdefault(match[2], [])
-            entry = match[2] if match[1] else entry
-    return bodies, entry
 
 
 def _visit(
@@ -113,8 +100,8 @@ def _visit(
         for role, names in _CALLED.findall(line):
             place, often = where, times
             if role in ("body", "condition"):
-                trips = _TRIPS.search(line)
-                place, often = ("loop", times * int(trips[1])) if trips else (_ONCE, times)
+                trips = hlo.trips(bodies, line)
+                place, often = (_ONCE, times) if trips is None else ("loop", times * trips)
             elif role.endswith(("computation", "computations")):
                 place = "branch"
             for called in re.findall(r"[\w.\-]+", names):
@@ -125,7 +112,7 @@ def _visit(
 def _collective(match: re.Match, line: str, num_devices: int) -> Collective:
     shape, kind, start = match.groups()
     devices = _group(line) or num_devices
-    size = sum(_bytes(*array) for array in _ARRAY.findall(shape))
+    size = sum(hlo.array_bytes(shape))
     if kind == "reduce-scatter":
         size *= devices
     elif start and kind == "all-gather":  # the type holds the operands too
@@ -146,8 +133,3 @@ def _group(line: str) -> int | None:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[2]))
     return None
-
-
-def _bytes(kind: str, shape: str) -> int:
-    bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
-    return math.prod(int(size) for size in shape.split(",") if size) * bits // 8

@@ -17,7 +17,7 @@ from deit_jax.errors import InputError, brief
 from deit_jax.models.network import Network, Variables
 from deit_jax.parallel import hosts
 from deit_jax.parallel.mesh import batch_sharding, device_bytes, replicated, with_shardings
-from deit_jax.planning import chips, collectives, report
+from deit_jax.planning import chips, collectives, cycles, report
 from deit_jax.planning.report import GIB, Report
 from deit_jax.training import checks, loop, summary
 from deit_jax.training.run import Run, matmuls
@@ -71,7 +71,7 @@ def forecast(run: Run, *, limit: int | None, teacher: str = "") -> Report:
       What was compiled, and, ready for JSON: `state` (bytes per device by purpose), `memory` (the
       compiler's plan; None if it refused), `fits` (None: not known), `refusal`, `flops` and
       `bytes_accessed` per device and step, `collectives` (rows of `collectives.table`), `bounds`
-      (seconds; {} where they cannot be estimated), and `host`.
+      (seconds; {} where they cannot be estimated), `estimate` (see `estimate`), and `host`.
 
     Raises:
       InputError: the recipe's backend is pmap, which compiles nothing ahead of time.
@@ -166,7 +166,8 @@ def _program(
         "program": plan.generated_code_size_in_bytes,
     }
     memory["total"] = sum(memory.values())
-    crossing = collectives.read(compiled.as_text(), num_devices)
+    text = compiled.as_text()
+    crossing = collectives.read(text, num_devices)
     flops, accessed = cost.get("flops"), cost.get("bytes accessed")
     # The compiler counts the work of a loop, such as that over micro-batches, once.
     bounds = chip is not None and known["accumulate_steps"] == 1
@@ -178,6 +179,34 @@ def _program(
         "bytes_accessed": accessed,
         "collectives": collectives.table(crossing),
         "bounds": roofline(chip, flops, accessed, crossing) if bounds else {},
+        "estimate": estimate(chip, text, flops if bounds else None),
+    }
+
+
+def estimate(chip: chips.Chip | None, text: str, flops: float | None) -> dict:
+    """Adds up the cycles that the TPU compiler expects of each operation.
+
+    Args:
+      chip: the device.
+      text: of the compiled program.
+      flops: of a step on a device; None where the compiler counts them in part.
+
+    Returns:
+      `seconds`, `mfu` (of the chip's stated rate; None without `flops`), `parts` (rows of
+      `cycles.table`), `uncounted` (of `cycles.uncounted`) and `loops` of unknown length, counted
+      once; {} where the compiler or the table of chips does not know.
+    """
+    operations, loops = cycles.read(text)
+    total = sum(one.cycles or 0 for one in operations)
+    if not (total and chip and chip.clock):
+        return {}
+    seconds = total / (chip.clock * 1e9)
+    return {
+        "seconds": seconds,
+        "mfu": flops and flops / seconds / (chip.tflops * 1e12),
+        "parts": cycles.table(operations),
+        "uncounted": cycles.uncounted(operations),
+        "loops": len(loops),
     }
 
 
@@ -214,4 +243,5 @@ def refused(error: Exception, state: dict[str, int]) -> Report:
         refusal["used"] = int(float(used) * units[unit]) + beside
         refusal["available"] = int(float(available) * units[other_unit])
     nothing = dict.fromkeys(("memory", "flops", "bytes_accessed"))
-    return nothing | {"collectives": [], "refusal": refusal, "fits": False, "bounds": {}}
+    nothing |= {"collectives": [], "bounds": {}, "estimate": {}}
+    return nothing | {"refusal": refusal, "fits": False}

@@ -27,6 +27,9 @@ def lines(report: Report) -> Iterator[str]:
         yield ""
         yield from _time_lines(report)
         yield ""
+        if report["estimate"]:
+            yield from estimate_lines(report)
+            yield ""
     host = report["host"]
     per_step = host["bytes_per_step"] / 1e6
     if host["images_per_second"]:
@@ -123,3 +126,39 @@ def _time_lines(report: Report) -> Iterator[str]:
         f"At the chip's stated rates: {parts}; {longest}-bound: at most {rate:,.0f} images/s, "
         f"{rate / report['devices']:,.0f} per device. An estimate, not a measurement."
     )
+
+
+def estimate_lines(report: Report) -> Iterator[str]:
+    """Yields what the compiler expects of the step's parts, and what that leaves out."""
+    estimate = report["estimate"]
+    seconds = estimate["seconds"]
+    rate = report["batch"] / report["devices"] / seconds
+    used = f", {100 * estimate['mfu']:.1f} % of the chip's FLOP/s" if estimate["mfu"] else ""
+    yield (
+        f"By the cycles that the compiler expects of each operation: {1e3 * seconds:.1f} ms, "
+        f"{rate:,.0f} images/s per device{used}. They rank programs; nothing was measured."
+    )
+    yield ""
+    whole = sum(row["forward"] + row["backward"] for row in estimate["parts"])
+
+    def milliseconds(number: int) -> str:
+        return f"{1e3 * seconds * number / whole:.2f}"
+
+    rows = [
+        (
+            row["part"],
+            milliseconds(row["forward"]),
+            milliseconds(row["backward"]),
+            f"{100 * (row['forward'] + row['backward']) / whole:.0f} %",
+        )
+        for row in estimate["parts"]
+    ]
+    yield from table("part", "forward ms", "backward ms", "share", rows=rows)
+    yield ""
+    left = [
+        f"{row['count']} × {row['kind']} ({row['bytes'] / 1e6:,.0f} MB)"
+        for row in estimate["uncounted"]
+    ]
+    if estimate["loops"]:
+        left.append(f"all but the first round of {estimate['loops']} loops of unknown length")
+    yield f"Not in these cycles: {'; '.join(left) or 'nothing'}."

@@ -125,7 +125,7 @@ def text_of(**changes):
         "mesh": {"data": 4, "fsdp": 1}, "compile_s": 1.0, "state": dict.fromkeys(names, 2**30),
         "memory": memory | {"total": 20 * 2**30}, "refusal": None, "limit": 16 * 2**30,
         "fits": False, "flops": 1e12, "bytes_accessed": 1e9, "collectives": [],
-        "bounds": {"compute": 0.25, "memory": 0.5}, "host": {
+        "bounds": {"compute": 0.25, "memory": 0.5}, "estimate": {}, "host": {
             "bytes_per_image": 3076, "bytes_per_step": 196864, "images_per_second": 128.0,
         },
     }  # fmt: skip
