@@ -39,6 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--weights", choices=("raw", "ema"), default="raw", help="which of a training checkpoint")
     add("--class_names", type=Path, metavar="FILE", help="text file, one class name a line")
+    add("--allow_nonfinite", action="store_true", help="take NaN and infinity as they are")
     add("--overwrite", action="store_true", help="replace a model folder at --dst")
 
 
@@ -66,7 +67,9 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     ]:
         raise InputError(f"--dst {target} is or holds the source; choose another path")
 
-    converted = from_torch.read(source, weights=arguments.weights)
+    converted = from_torch.read(
+        source, weights=arguments.weights, allow_nonfinite=arguments.allow_nonfinite
+    )
     log(f"{arguments.src}: {converted.info.name}, {converted.layout} names")
     converted = from_torch.adapt(
         converted,

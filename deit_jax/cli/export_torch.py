@@ -25,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--src", required=True, type=a_path, metavar="DIR", help="model folder, or run folder")
     add("--dst", required=True, type=a_path, help=".safetensors or .pth to write; hf: a folder")
     add("--format", choices=("timm", "fb", "hf", "torchvision"), required=True)
+    add("--allow_nonfinite", action="store_true", help="write NaN and infinity as they are")
     add("--overwrite", action="store_true", help="replace what is at --dst")
 
 
@@ -40,7 +41,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
             raise InputError(f"--dst {target} is a folder that this tool did not write")
         if not target.is_dir() and form == "hf":
             raise InputError(f"--dst {target} is a file; --format hf writes a folder")
-    info = to_torch.write(arguments.src, target, form)
+    info = to_torch.write(arguments.src, target, form, allow_nonfinite=arguments.allow_nonfinite)
     unseen = set(dict(info.overrides)) - {"patch_size", "distilled"}
     if unseen and target.suffix != ".safetensors" and form in ("timm", "torchvision"):
         log(

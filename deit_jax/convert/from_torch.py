@@ -41,7 +41,9 @@ class Converted:
         return join_model(network, jax.tree.map(jax.numpy.asarray, self.variables))
 
 
-def read(path: str | os.PathLike, *, weights: str = "raw") -> Converted:
+def read(
+    path: str | os.PathLike, *, weights: str = "raw", allow_nonfinite: bool = False
+) -> Converted:
     """Reads a `.pth`, a `.safetensors`, or a folder of transformers or timm.
 
     Layout and model are recognised by names and shapes (`detect`), but for files that `to_torch`
@@ -50,6 +52,7 @@ def read(path: str | os.PathLike, *, weights: str = "raw") -> Converted:
     Args:
       path: the file or folder.
       weights: "raw" or, of a training checkpoint, "ema".
+      allow_nonfinite: takes NaN and infinity as they are.
 
     Raises:
       InputError: see `torch_files.read`, `huggingface.read_description` and `from_tensors`.
@@ -65,7 +68,13 @@ def read(path: str | os.PathLike, *, weights: str = "raw") -> Converted:
         described = {"info": info}
     elif "info" not in described:
         described["weights"] = weights
-    return from_tensors(tensors, what=str(file), described=described, notes=notes)
+    return from_tensors(
+        tensors,
+        what=str(file),
+        described=described,
+        notes=notes,
+        allow_nonfinite=allow_nonfinite,
+    )
 
 
 def from_tensors(
@@ -74,6 +83,7 @@ def from_tensors(
     what: str,
     described: Mapping[str, Any] | None = None,
     notes: Iterable[str] = (),
+    allow_nonfinite: bool = False,
 ) -> Converted:
     """Turns a state dict into a model.
 
@@ -82,6 +92,7 @@ def from_tensors(
       what: names the source in errors and in `info.source`.
       described: what the source says, as `huggingface.read_description` returns it.
       notes: to be passed on.
+      allow_nonfinite: takes NaN and infinity as they are.
 
     Raises:
       InputError: unknown names or structure, a tensor too many, too few or of another shape, a
@@ -102,12 +113,7 @@ def from_tensors(
             f"{what}: config.json says {num_heads} attention heads, but {info.name} has {ours}"
         )
     variables, counts = mapping.to_variables(tensors, like, layout, what=what)
-    for key, array in tensors.items():
-        if bad := array.size - np.count_nonzero(np.isfinite(array)):
-            raise InputError(
-                f"{what}: {key} has {bad} values that are not finite, of {array.size}; the "
-                "training run diverged, or the file is damaged"
-            )
+    notes += mapping.check_finite(tensors, what, allow=allow_nonfinite)
     if known is None:
         names, more = _class_names(described.pop("class_names", ()), info.num_classes)
         notes += more

@@ -157,3 +157,24 @@ def from_variables(
     return tensors | {
         key: np.asarray(count, np.int64) for key, count in zip(counter_keys, counts, strict=True)
     }
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], what: str, *, allow: bool) -> list[str]:
+    """Looks for NaN and infinity.
+
+    Returns:
+      With `allow`, a note about each tensor that has some.
+
+    Raises:
+      InputError: without `allow`, about the first one.
+    """
+    notes = []
+    for name, array in tensors.items():
+        if bad := array.size - np.count_nonzero(np.isfinite(array)):
+            notes.append(f"{name} has {bad} values that are not finite, of {array.size}")
+            if not allow:
+                raise InputError(
+                    f"{what}: {notes[0]}; the training run diverged, or the file is damaged; "
+                    "--allow_nonfinite (in Python, allow_nonfinite=True) takes them as they are"
+                )
+    return notes

@@ -191,10 +191,19 @@ def torch_load(path: Path, torch: ModuleType) -> Any:
             os.environ[_FORCE] = forced
 
 
+def entries(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Returns the entries, whose CRCs are not compared where torch was told to compute none."""
+    found = archive.infolist()
+    if not any(entry.CRC for entry in found):
+        for entry in found:
+            entry.CRC = None
+    return found
+
+
 def _check_archive(path: Path) -> None:
     """Refuses entries besides the tensors that are large once they are unpacked."""
     with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
+        for entry in entries(archive):
             folder, _, name = entry.filename.rpartition("/")
             if entry.file_size > _MOST_BYTES and not folder.endswith("data"):
                 raise InputError(

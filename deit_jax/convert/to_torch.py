@@ -46,7 +46,13 @@ def tensors(variables: Variables, info: ModelInfo, form: str) -> dict[str, np.nd
     )
 
 
-def write(source: str | os.PathLike, path: str | os.PathLike, form: str) -> ModelInfo:
+def write(
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    form: str,
+    *,
+    allow_nonfinite: bool = False,
+) -> ModelInfo:
     """Writes a model folder as a PyTorch file, or, in the format "hf", as a folder.
 
     Args:
@@ -54,12 +60,14 @@ def write(source: str | os.PathLike, path: str | os.PathLike, form: str) -> Mode
       path: `.safetensors` or `.pth`; the state dict of "fb" lies under "model" in a `.pth`, as in
         the reference's files. With "hf", a folder.
       form: one of FORMATS.
+      allow_nonfinite: writes NaN and infinity as they are.
 
     Returns:
       The model's description.
 
     Raises:
-      InputError: not a model folder, a format that does not know the model, or a full disk.
+      InputError: not a model folder, a format that does not know the model, a value that is not
+        finite, or a full disk.
     """
     path = storage.path_of(path)
     network, like = model_folder.read_network(source)
@@ -68,6 +76,7 @@ def write(source: str | os.PathLike, path: str | os.PathLike, form: str) -> Mode
     if form != "hf":
         torch_files.check_suffix(path)
     state = tensors(model_folder.read_variables(source, like), info, form)
+    mapping.check_finite(state, str(source), allow=allow_nonfinite)
     if form == "hf":
         huggingface.write_folder(path, state, info)
     else:

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from deit_jax import storage
-from deit_jax.convert import foreign, pickles, shards, wrappers
+from deit_jax.convert import archives, foreign, pickles, shards, wrappers
 from deit_jax.convert.mapping import COUNTER
 from deit_jax.errors import InputError, brief
 from deit_jax.models.info import ModelInfo
@@ -112,6 +112,7 @@ def _read_torch(path: Path, weights: str, notes: list[str]) -> tuple[_Entries, A
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about a foreign file, our error says
             content = pickles.torch_load(path, torch)
+            archives.check(path, torch)
     except InputError:
         raise
     except pickles.CodeError as error:
