@@ -78,6 +78,9 @@ def orbax_barrier(failed: Callable[[BaseException], None]) -> Callable[..., None
     return barrier
 
 
+_OF_GONE_FILES = ("Metadata file does not exist", "Unable to find the step")  # Orbax's warnings
+
+
 def silence_orbax() -> None:
     """Silences Orbax's routine messages, and the pages that it prints about errors that it raises.
 
@@ -86,7 +89,8 @@ def silence_orbax() -> None:
 
     def wanted(record: logging.LogRecord) -> bool:
         ours = "orbax" in record.pathname
-        return not ours or record.levelno < logging.ERROR
+        text = str(record.msg)
+        return not ours or not (record.levelno >= logging.ERROR or text.startswith(_OF_GONE_FILES))
 
     def unraisable(failed: object) -> None:
         # Orbax gives up at the first array; the readers of the others then miss its event loop.

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from deit_jax.errors import InputError
 
@@ -21,6 +22,10 @@ from deit_jax.errors import InputError
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 from etils import epath
+
+if TYPE_CHECKING:
+    import fsspec
+    import tensorstore
 
 Path = pathlib.Path | epath.Path
 
@@ -61,6 +66,20 @@ def _connect() -> None:
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
+def _bucket() -> "fsspec.AbstractFileSystem":
+    import fsspec
+
+    _connect()
+    return fsspec.filesystem("gcs")
+
+
+@functools.cache
+def _objects(bucket: str) -> "tensorstore.KvStore":
+    import tensorstore
+
+    return tensorstore.KvStore.open(f"gs://{bucket}/").result()
+
+
 def check_name(path: Path) -> None:
     """Raises InputError for a folder in which Orbax writes arrays that nobody can read.
 
@@ -85,10 +104,7 @@ def list_bucket(folder: str) -> list[tuple[str, bool]]:
     Raises:
       OSError: it cannot be listed.
     """
-    import fsspec
-
-    _connect()
-    entries = fsspec.filesystem("gcs").ls(folder, detail=True)
+    entries = _bucket().ls(folder, detail=True)
     named = [(entry["name"].rstrip("/"), entry["type"] == "directory") for entry in entries]
     own = folder.removeprefix("gs://").rstrip("/")
     # What web consoles make for an empty folder is an object of the folder's own name.
@@ -106,6 +122,58 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())  # else a crash of the machine may leave the name without content
     partial.replace(path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Reads a small file at once, also while another process writes it again.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    return _bucket().cat_file(os.fspath(path)) if is_remote(path) else path.read_bytes()
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Writes a file that nobody has; False where there is one. Of many who try, one succeeds."""
+    try:
+        if is_remote(path):
+            _bucket().pipe_file(os.fspath(path), data, mode="create")
+        else:
+            with path.open("xb") as file:  # O_EXCL, which NFS has, too
+                file.write(data)
+    except FileExistsError:  # perhaps ours: the answer was lost, and the request sent again
+        return read_bytes(path) == data
+    return True
+
+
+def rewrite(path: Path, mark: bytes, data: bytes) -> bool:
+    """Writes again a file that holds `mark`; False where there is none, or one without it.
+
+    Another file, or one that takes its place in between, stays as it is.
+    """
+    try:
+        if is_remote(path):
+            bucket, _, name = os.fspath(path).removeprefix("gs://").partition("/")
+            found = _objects(bucket).read(name).result()
+            if mark not in found.value:
+                return False
+            # Does nothing where the object is no longer the one that was read.
+            _objects(bucket).write(name, data, if_equal=found.stamp.generation).result()
+            return True
+        with path.open("r+b") as file:
+            if mark not in file.read():
+                return False
+            file.seek(0)
+            file.write(data)
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        _bucket().rm_file(os.fspath(path)) if is_remote(path) else path.unlink()
 
 
 def exists(path: Path) -> bool:

@@ -14,6 +14,7 @@ from deit_jax.console import log
 from deit_jax.errors import InputError, TransientError, system_reason
 from deit_jax.models import registry
 from deit_jax.parallel import hosts
+from deit_jax.parallel.lease import Lease
 
 _SAME_RUN = ("name", "num_classes", "image_size", "overrides")
 _SAVE_SECONDS = 3600  # for a large state on a slow disk
@@ -32,7 +33,13 @@ class TrainCheckpoints:
     """
 
     def __init__(
-        self, workdir: str, *, keep: int, set_aside: bool = True, facts: dict | None = None
+        self,
+        workdir: str,
+        *,
+        keep: int,
+        set_aside: bool = True,
+        facts: dict | None = None,
+        hold: Lease | None = None,
     ):
         """Looks into WORKDIR/checkpoints, which may not be there; every process of a run does.
 
@@ -41,8 +48,9 @@ class TrainCheckpoints:
           keep: how many of the latest checkpoints.
           set_aside: renames what cannot be read to STEP.unreadable; for a run that will save.
           facts: of the run, as JSON has them; saved with each checkpoint.
+          hold: the lease of the workdir; nothing is saved once it is lost.
         """
-        self._facts = facts or {}
+        self._facts, self._hold = facts or {}, hold
         self.found: tuple[int, dict] | None = None
         self._directory = storage.path_of(workdir, "checkpoints")
         self._kept, self._set_aside = _NewestAndBest(keep), set_aside
@@ -136,12 +144,15 @@ class TrainCheckpoints:
 
         Raises:
           TransientError: this one, or the one before, cannot be written: a full disk, for example.
+          InputError: the workdir is gone.
         """
         if step == self._saved:
             return
         meta = {"model": info.to_json(), "ema": state.ema is not None, "best": best}
         meta["run"] = self._facts
         with self._saving():
+            if self._hold is not None:
+                self._hold.check()
             self._manager.wait_until_finished()
             meta["checksums"] = checksums.of(state, f"step {step}")
             self._saved, self._kept.best = step, best["step"]
@@ -164,9 +175,22 @@ class TrainCheckpoints:
 
     def close(self) -> None:
         """Waits for saves in progress; raises as `save`."""
-        if self._saved is not None:
-            with self._saving():
-                self._manager.close()
+        try:
+            if self._saved is not None:
+                with self._saving():
+                    self._manager.close()
+        finally:
+            if self._hold is not None and self._hold.lost:
+                self._remove_remnant()
+
+    def _remove_remnant(self) -> None:
+        """Removes what a save under way has made anew of a workdir that was deleted or moved."""
+        workdir = self._directory.parent
+        with contextlib.suppress(FileNotFoundError):
+            only = [path.name for path in workdir.iterdir()] == [self._directory.name]
+            if only and all(p.name.startswith(f"{self._saved}") for p in self._directory.iterdir()):
+                storage.remove_folder(self._directory)
+                workdir.rmdir()
 
     def _save_failed(self, error: BaseException) -> None:
         self._failure = error
@@ -177,6 +201,8 @@ class TrainCheckpoints:
         try:
             yield
         except Exception as error:
+            if self._hold is not None:  # Orbax fails in many ways where the workdir is gone
+                self._hold.check_here(now=True)
             reason = system_reason(error)
             if reason is None:
                 raise

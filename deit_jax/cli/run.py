@@ -89,7 +89,7 @@ def _signals_end_at_once() -> AbstractContextManager:
     From within TensorFlow or JAX it breaks them: one run in four that was interrupted by
     KeyboardInterrupt aborted with "free(): invalid pointer".
     """
-    from deit_jax.parallel import exits, hosts
+    from deit_jax.parallel import exits, hosts, lease
 
     def end(number: int, _: object) -> None:
         status, text = INTERRUPTED, _INTERRUPTED
@@ -98,6 +98,7 @@ def _signals_end_at_once() -> AbstractContextManager:
         exits.claim_the_end()
         report(status, text, hosts.label())
         exits.end(status, text, agreed=False)
+        lease.release_all()
         os._exit(status)
 
     return _handlers(

@@ -16,7 +16,7 @@ import jax
 from deit_jax import couplings
 from deit_jax.console import log, log_error
 from deit_jax.errors import Preempted, TransientError
-from deit_jax.parallel import hosts
+from deit_jax.parallel import hosts, lease
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -119,4 +119,5 @@ def _leave(status: int) -> None:
         # See `console`; a signal's handler may have come in the middle of another line.
         with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
             stream.flush()
+    lease.release_all()
     os._exit(status)

@@ -5,6 +5,7 @@ import json
 from deit_jax.checkpoints import model_folder
 from deit_jax.console import log
 from deit_jax.parallel import hosts
+from deit_jax.parallel.lease import Lease
 from deit_jax.parallel.preemption import StopSignal
 from deit_jax.training import metrics
 from deit_jax.training.evaluate import evaluator, images_digest
@@ -22,7 +23,9 @@ class Evaluations:
       best: the best evaluation so far: `top1` and `step`.
     """
 
-    def __init__(self, run: Run, writer: metrics.MetricWriter, stop: StopSignal, best: dict):
+    def __init__(
+        self, run: Run, writer: metrics.MetricWriter, stop: StopSignal, best: dict, hold: Lease
+    ):
         """Evaluates nothing yet.
 
         Args:
@@ -30,8 +33,9 @@ class Evaluations:
           writer: of its metrics.
           stop: an evaluation under way is left between two batches.
           best: that of the checkpoint.
+          hold: the lease of the workdir.
         """
-        self.best = best
+        self.best, self._hold = best, hold
         self._run, self._writer, self._stop = run, writer, stop
         self._evaluate = evaluator(run, stop)
         self._data = images_digest(run, run.network.info, run.config.input.image_size)
@@ -53,6 +57,7 @@ class Evaluations:
         config, first = self._run.config, hosts.is_first()
         results = self._evaluate(state)
         if self._count(step, results):
+            self._hold.check()
             model_folder.write_model(
                 f"{self._run.workdir}/best", state.model, self._run.network.info
             )

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 
 from deit_jax import storage
 from deit_jax.errors import TransientError, brief
@@ -16,9 +17,9 @@ class LogFile:
     loses stand after the checkpoint from which the run goes on, and so are written again.
     """
 
-    def __init__(self, path: storage.Path):
-        """Opens the file, which may exist."""
-        self._path, self._file = path, None
+    def __init__(self, path: storage.Path, check: Callable[[], None] = lambda: None):
+        """Opens the file, which may exist; `check` raises where it must not be written any more."""
+        self._path, self._file, self._check = path, None, check
         if storage.is_remote(path):
             self._content = path.read_bytes() if path.exists() else b""
             self._due = 0.0
@@ -49,6 +50,7 @@ class LogFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             return
+        self._check()
         try:
             self._path.write_bytes(self._content)
         except Exception as error:  # gcsfs raises those of several libraries

@@ -18,7 +18,7 @@ from deit_jax.config.files import changed_fields, write_config
 from deit_jax.console import doing, log
 from deit_jax.errors import InputError, NonFiniteLoss, Preempted
 from deit_jax.models.network import Network, Variables
-from deit_jax.parallel import hosts, preemption
+from deit_jax.parallel import hosts, lease, preemption
 from deit_jax.parallel.mesh import batch_sharding, replicated, to_global
 from deit_jax.training import checks, continuation, metrics, pmap, summary
 from deit_jax.training.complete import as_trained, complete
@@ -55,8 +55,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[str, float]:
     run = check(config, workdir)
     with (
+        lease.held(workdir) as hold,
         matmuls(run.config),
-        contextlib.closing(open_checkpoints(run, training=True)) as checkpoints,
+        contextlib.closing(open_checkpoints(run, training=True, hold=hold)) as checkpoints,
     ):
         folder = run.teacher_folder
         stop.check_alone()
@@ -65,7 +66,7 @@ def _run(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[
             _run(teacher_config(run.config), folder, stop)
             stop.saves_first = False
             log("The teacher is ready; training the student.", on=hosts.is_first())
-        return _train(run, checkpoints, stop)
+        return _train(run, checkpoints, stop, hold)
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -102,7 +103,10 @@ def _evaluate(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> 
             teacher = load_teacher(run)
         _, facts = checkpoints.found or (0, {})
         writer = metrics.MetricWriter(
-            workdir, steps_per_epoch=facts.get("steps_per_epoch", 0), on=hosts.is_first()
+            workdir,
+            steps_per_epoch=facts.get("steps_per_epoch", 0),
+            beside=lease.is_held(workdir),
+            on=hosts.is_first(),
         )
         with contextlib.closing(writer):
             final = evaluator(run, stop)(state) | teacher_accuracy(run, *teacher, stop)
@@ -110,7 +114,7 @@ def _evaluate(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> 
 
 
 def _train(
-    run: Run, checkpoints: TrainCheckpoints, stop: preemption.StopSignal
+    run: Run, checkpoints: TrainCheckpoints, stop: preemption.StopSignal, hold: lease.Lease
 ) -> dict[str, float]:
     from deit_jax import data
 
@@ -137,10 +141,11 @@ def _train(
         resume_step=step,
         steps_per_epoch=plan.steps_per_epoch,
         tensorboard=config.train.tensorboard,
+        check=hold.check_here,
         on=first,
     )
     progress = metrics.Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
-    window, evaluations = _Window(run), Evaluations(run, writer, stop, best)
+    window, evaluations = _Window(run), Evaluations(run, writer, stop, best, hold)
     if step >= plan.total_steps:
         log(f"Already finished at step {step}.", on=first)
         if int(state.nonfinite_steps) >= config.train.max_nonfinite_steps:
@@ -204,6 +209,7 @@ def _train(
                     save()
             progress.pause(time.perf_counter() - begin)
 
+        hold.check()
         _write_final_models(run, state)
         return _report(writer, step, results | teacher_report)
 
@@ -308,7 +314,9 @@ def holds_checkpoint(workdir: str) -> bool:
     return any(is_step(path.name) for path in storage.path_of(workdir, "checkpoints").glob("*"))
 
 
-def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
+def open_checkpoints(
+    run: Run, *, training: bool, hold: lease.Lease | None = None
+) -> TrainCheckpoints:
     """Opens the checkpoints of the run's workdir and checks that they are of its model.
 
     Raises:
@@ -323,6 +331,7 @@ def open_checkpoints(run: Run, *, training: bool) -> TrainCheckpoints:
         keep=run.config.checkpoint.keep,
         set_aside=training,
         facts=continuation.facts(run) if training else None,
+        hold=hold,
     )
     checkpoints.check(run.network.info, ema=run.config.train.ema_decay > 0)
     if training and checkpoints.found is not None:

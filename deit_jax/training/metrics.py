@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from types import ModuleType
 
 from deit_jax import storage
@@ -18,9 +19,9 @@ class MetricWriter:
     `metrics.jsonl` holds one object a line: `step`, `epoch` where it is known, `seconds` since this
     start, `split` ("train", "eval", "final") and the values; that of an evaluation also `data`, a
     digest of what it showed. A run that resumes at `resume_step` first drops the later lines, since
-    it writes them again. Without `resume_step` lines are only
-    appended, which is safe beside a running training; in a bucket, which cannot append, they go to
-    a file of their own, metrics.TIME.jsonl.
+    it writes them again. Without `resume_step` lines are only appended. `beside` a training run,
+    whose lines they must not touch (NFS and buckets cannot append from two hosts), they go to a
+    file of their own, metrics.TIME.jsonl.
 
     Attributes:
       evaluation: the line of the evaluation at `resume_step`; {} where there is none.
@@ -33,11 +34,17 @@ class MetricWriter:
         resume_step: int | None = None,
         steps_per_epoch: int = 0,
         tensorboard: bool = False,
+        beside: bool = False,
+        check: Callable[[], None] = lambda: None,
         on: bool = True,
     ):
-        """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is wanted but missing."""
+        """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is wanted but missing.
+
+        `check` raises where the run must not write any more; it is asked at each line.
+        """
         self._file = self._events = None
         self.evaluation: dict = {}
+        self._check = check
         self._begin, self._steps_per_epoch = time.monotonic(), steps_per_epoch
         if tensorboard:
             import_tensorboard()
@@ -48,16 +55,17 @@ class MetricWriter:
             for line in _drop_lines_after(path, resume_step):
                 if (line["step"], line.get("split")) == (resume_step, "eval"):
                     self.evaluation = line
-        if resume_step is None and storage.is_remote(path):
+        if resume_step is None and (beside or storage.is_remote(path)):
             path = path.with_name(f"metrics.{time.time_ns()}.jsonl")
-        self._file = LogFile(path)
+        self._file = LogFile(path, check)
         if tensorboard:
-            self._events = _EventFile(workdir, resume_step or 0)
+            self._events = _EventFile(workdir, resume_step or 0, check)
 
     def write(self, step: int, split: str, values: dict[str, float], *, data: str = "") -> None:
         """Appends one line; non-finite values become null, which JSON can hold."""
         if self._file is None:
             return
+        self._check()
         numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
         line = {"step": step, "seconds": round(time.monotonic() - self._begin, 1), "split": split}
         if self._steps_per_epoch:
@@ -209,12 +217,12 @@ def _drop_lines_after(path: storage.Path, step: int) -> list[dict]:
 class _EventFile:
     """Writes TensorBoard events with the tensorboard package's record writer, no TensorFlow."""
 
-    def __init__(self, workdir: str, step: int):
+    def __init__(self, workdir: str, step: int, check: Callable[[], None]):
         event_pb2, summary_pb2, record_writer = import_tensorboard()
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # Nanoseconds: a run that resumes within a second must not overwrite the earlier file.
         path = storage.path_of(workdir, f"events.out.tfevents.{time.time_ns()}")
-        self._file = LogFile(path)
+        self._file = LogFile(path, check)
         self._writer = record_writer.RecordWriter(self._file)
         self._put(file_version="brain.Event:2")
         # Makes TensorBoard drop what a killed run wrote for the steps from the next one on.

@@ -11,6 +11,7 @@ import deit_jax
 from configs import digits, folder
 from deit_jax.config.files import load_config
 from deit_jax.errors import InputError, NonFiniteLoss
+from deit_jax.parallel import lease
 from deit_jax.training import loop
 from tests import kill_and_resume, several
 
@@ -106,10 +107,18 @@ def test_a_folder_of_images_trains_teacher_and_student(
 
 
 def _evaluates_by_its_split_alone(config, workdir, images, trained):
-    """Without a train split, and with fields that no training on it could have."""
+    """Without a train split, and with fields that no training on it could have.
+
+    Beside a run that trains there it leaves that one's file alone.
+    """
     shutil.rmtree(images / "train")
     config.train.accumulate_steps, config.mixing.group_size = 7, 5
-    assert loop.evaluate(config, str(workdir)) == trained
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with lease.held(str(workdir)):
+        assert loop.evaluate(config, str(workdir)) == trained
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    (own,) = workdir.glob("metrics.*.jsonl")
+    assert trained.items() <= json.loads(own.read_text()).items()
     first = min((images / "val").iterdir())
     first.rename(first.with_name("another"))
     with pytest.raises(InputError, match=r"class 0 .*'another'"):
