@@ -1,13 +1,15 @@
 """Fills in what a config leaves to the model that it fine-tunes, and checks the config."""
 
+import contextlib
+
 from ml_collections import ConfigDict
 
 from deit_jax.checkpoints import model_folder
+from deit_jax.checkpoints.training import saved_info
 from deit_jax.config.files import recorded_fields
 from deit_jax.config.structure import check_structure
 from deit_jax.config.validate import validate
 from deit_jax.errors import InputError
-from deit_jax.models.info import ModelInfo
 
 
 def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
@@ -43,21 +45,37 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
     return config
 
 
-def as_trained(config: ConfigDict, info: ModelInfo) -> tuple[ConfigDict, list[str]]:
-    """Returns the config with the evaluation preprocessing of a model, and a line a change.
+def as_trained(config: ConfigDict, workdir: str, *, training: bool) -> tuple[ConfigDict, list[str]]:
+    """Returns the config with the preprocessing of the weights it starts from, and notes on that.
 
     Mean, std, crop and interpolation belong to the weights: with others, a model loses accuracy
-    without a word. The image size may be chosen.
+    without a word. Training keeps mean and std, and evaluates with the recipe's crop and
+    interpolation, with which it trains. The image size may be chosen.
+
+    Args:
+      config: of the run.
+      workdir: of the run, whose checkpoint counts, or else `init_from`.
+      training: whether it is to train, not to be evaluated alone.
     """
+    info = saved_info(workdir)
+    if info is None and config.init_from:
+        with contextlib.suppress(InputError):  # `setup.check_start` says what is wrong
+            info = model_folder.read_info(config.init_from)
+    if info is None:
+        return config, []
     chosen = config.input
-    own = {"mean": tuple(info.mean), "std": tuple(info.std), "interpolation": info.interpolation}
-    if info.crop_ratio is not None:
-        own["crop_ratio"] = info.crop_ratio
-    if (info.crop_ratio is None) != (chosen.train_crop == "small"):  # which resizes whole images
-        own["train_crop"] = "small" if info.crop_ratio is None else "random_resized"
+    own = {"mean": tuple(info.mean), "std": tuple(info.std)}
+    if not training:
+        own["interpolation"] = info.interpolation
+        if info.crop_ratio is not None:
+            own["crop_ratio"] = info.crop_ratio
+        whole = info.crop_ratio is None
+        if whole != (chosen.train_crop == "small"):  # which resizes whole images
+            own["train_crop"] = "small" if whole else "random_resized"
     changed = {name: value for name, value in own.items() if chosen[name] != value}
+    doing = "training" if training else "evaluating"
     notes = [
-        f"evaluating with input.{name} {value}, as the model was trained, not {chosen[name]}"
+        f"{doing} with input.{name} {value}, as the model was trained, not {chosen[name]}"
         for name, value in changed.items()
     ]
     config = config.copy_and_resolve_references()

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from deit_jax import storage
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.recovery import is_step
-from deit_jax.checkpoints.training import TrainCheckpoints, saved_info
+from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.config.files import changed_fields, write_config
 from deit_jax.console import doing, log
 from deit_jax.errors import InputError, NonFiniteLoss, Preempted
@@ -21,7 +21,6 @@ from deit_jax.models.network import Network, Variables
 from deit_jax.parallel import hosts, lease, preemption
 from deit_jax.parallel.mesh import batch_sharding, replicated, to_global
 from deit_jax.training import checks, continuation, metrics, pmap, summary
-from deit_jax.training.complete import as_trained, complete
 from deit_jax.training.evaluate import evaluator, make_attention_probe, skipped
 from deit_jax.training.evaluations import Evaluations
 from deit_jax.training.run import Run, matmuls
@@ -80,11 +79,6 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def _evaluate(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> dict[str, float]:
-    info = saved_info(workdir) if workdir else None
-    if info is None and config.init_from:
-        with contextlib.suppress(InputError):  # `check` says what is wrong
-            info = model_folder.read_info(config.init_from)
-    config, notes = (config, []) if info is None else as_trained(complete(config, workdir), info)
     run = check(config, workdir, mode="eval")
     if not holds_checkpoint(workdir) and not config.init_from:
         raise InputError(
@@ -95,8 +89,6 @@ def _evaluate(config: ConfigDict, workdir: str, stop: preemption.StopSignal) -> 
     with matmuls(run.config), opened as checkpoints:
         state, _, _, origin = initial_state(run, checkpoints)
         stop.check_alone()
-        for note in notes:
-            log(f"note: {note}", on=hosts.is_first())
         log(summary.describe_evaluation(run, origin), on=hosts.is_first())
         teacher = None, None
         if run.teacher_folder is not None and model_folder.find_model(run.teacher_folder):

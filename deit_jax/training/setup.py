@@ -17,7 +17,7 @@ from deit_jax.models.network import Variables, split_model
 from deit_jax.parallel import cpu_memory, hosts
 from deit_jax.parallel.mesh import make_mesh, state_shardings, to_host, with_shardings
 from deit_jax.training import checks, optim
-from deit_jax.training.complete import complete
+from deit_jax.training.complete import as_trained, complete
 from deit_jax.training.metrics import import_tensorboard
 from deit_jax.training.run import Run, build_model
 from deit_jax.training.state import TrainState, init_key, new_state
@@ -38,13 +38,13 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     if not workdir:
         raise InputError("--workdir is empty, expected the folder of the run")
     storage.check_name(storage.path_of(workdir))
-    config = complete(config, workdir)
+    training = mode != "eval"
+    config, notes = as_trained(complete(config, workdir), workdir, training=training)
     if config.train.tensorboard:
         import_tensorboard()
     hosts.start(config.distributed)
     cpu_memory.keep_memory()
     checks.check_processes(config, workdir, mode=mode)
-    training = mode != "eval"
     devices = {"num_devices": jax.device_count(), "num_processes": jax.process_count()}
     check_batch(config, **devices, training=training)
     check_model(config)
@@ -55,7 +55,7 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
         train_source = data.open_source(config.dataset, "train") if training else None
         eval_source = data.open_source(config.dataset, "eval")
     sources = [source for source in (train_source, eval_source) if source is not None]
-    for note in dict.fromkeys(note for source in sources for note in source.notes):
+    for note in dict.fromkeys([*notes, *(note for source in sources for note in source.notes)]):
         log(f"note: {note}", on=hosts.is_first())
     teacher = teacher_folder(config, workdir)
     teacher_is_there = None if teacher is None else model_folder.find_model(teacher) is not None
@@ -158,9 +158,10 @@ def initial_state(run: Run, checkpoints: TrainCheckpoints) -> tuple[TrainState, 
     checks.check_weights(folder, variables)
     fresh = lambda: to_host(start(key).model)  # noqa: E731
     variables, changes = fit(variables, source.info, run.abstract, run.network.info, fresh=fresh)
-    own, ours = ((info.mean, info.std) for info in (source.info, run.network.info))
-    if own != ours:
-        changes.append(f"warning: its images had mean and std {own}, config.input says {ours}")
+    for name in ("interpolation", "crop_ratio"):
+        own, ours = getattr(source.info, name), getattr(run.network.info, name)
+        if own != ours:
+            changes.append(f"its images had {name} {own}, this run's have {ours}")
     begin = jax.jit(lambda v: _new_state(run, v), out_shardings=shardings)
     return begin(variables), shardings, none_yet, "; ".join([f"weights of {folder}", *changes])
 

@@ -1,6 +1,8 @@
 """A run goes on as what it was: changes of what a step means are refused, or accepted by name."""
 
+import contextlib
 import json
+import re
 import shutil
 
 import pytest
@@ -9,6 +11,7 @@ from configs import digits
 from deit_jax.config.validate import CHANGEABLE
 from deit_jax.errors import InputError
 from deit_jax.training import continuation, loop
+from deit_jax.training.setup import check, initial_state
 
 
 def config_of(**changes):
@@ -66,6 +69,64 @@ def test_more_epochs_and_accepted_changes_go_on(finished, tmp_path, capsys):
 
 def test_every_consequence_can_be_accepted():
     assert set(continuation._CONSEQUENCES) == set(CHANGEABLE)
+
+
+def swap_two_classes(file, *keys):
+    content = json.loads(file.read_text())
+    found = content[keys[0]] if keys else content
+    found["class_names"][3:5] = reversed(found["class_names"][3:5])
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [loop.train, loop.evaluate])
+@pytest.mark.parametrize("source", ["checkpoint", "init_from", "teacher"])
+def test_class_names_are_compared_where_weights_meet_data(finished, tmp_path, capsys, act, source):
+    """The same ten names in another order: every label would mean something else."""
+    shutil.copytree(finished, tmp_path / "old")
+    swap_two_classes(tmp_path / "old" / "checkpoints" / "11" / "meta" / "metadata", "model")
+    swap_two_classes(tmp_path / "old" / "model" / "model.json")
+    config, workdir = config_of(**{"schedule.epochs": 2}), tmp_path / "run"
+    words = "class 3 '4', but the data set calls it '3'; its labels mean something else"
+    if source == "checkpoint":
+        workdir = tmp_path / "old"
+        words = "class 3 is '4', but in the data set it is '3'; its labels would mean something"
+    elif source == "teacher":
+        config.model.name, config.distill.kind = "deit_testing_distilled", "hard"
+        config.distill.teacher = str(tmp_path / "old")
+    else:
+        config.init_from = str(tmp_path / "old")
+        words = "10 classes as before, but other ones: '4' is now '3'"
+    if source == "init_from" and act is loop.train:
+        act(config_of(init_from=config.init_from), str(workdir))  # it may learn other classes
+        assert f"head newly initialised: {words}" in capsys.readouterr().out
+        return
+    with pytest.raises(InputError, match=re.escape(words)):
+        act(config, str(workdir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["checkpoint", "init_from"])
+def test_a_model_is_trained_on_with_its_own_mean_and_std(finished, tmp_path, capsys, source):
+    """What the weights expect; crop and interpolation are the recipe's choice, and said."""
+    fields = {"input.mean": (0.4, 0.5, 0.6), "input.std": (0.2, 0.2, 0.2)}
+    fields |= {"input.interpolation": "bilinear", "schedule.epochs": 2}
+    workdir = tmp_path / "run"
+    if source == "checkpoint":
+        shutil.copytree(finished, workdir)
+    else:
+        fields["init_from"] = str(finished)
+    run = check(config_of(**fields), str(workdir))
+    printed = capsys.readouterr().out
+    for name, theirs in (("mean", (0.4, 0.5, 0.6)), ("std", (0.2, 0.2, 0.2))):
+        assert run.config.input[name] == getattr(run.network.info, name) == (0.5, 0.5, 0.5)
+        note = f"note: training with input.{name} (0.5, 0.5, 0.5), as the model was trained, not "
+        assert f"{note}{theirs}\n" in printed
+    assert run.network.info.interpolation == "bilinear"
+    with contextlib.closing(loop.open_checkpoints(run, training=True)) as checkpoints:
+        _, _, _, origin = initial_state(run, checkpoints)
+    if source == "init_from":
+        assert "its images had interpolation bicubic, this run's have bilinear" in origin
 
 
 @pytest.mark.slow
