@@ -67,6 +67,17 @@ def one_or_more(text: str, most: float = math.inf) -> int:
     return int(text)
 
 
+def fraction(text: str) -> float:
+    """Reads a number from 0 to 1; the `type` of a flag."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 1")
+    return number
+
+
 def a_path(text: str) -> storage.Path:
     """Reads the path of a file or folder, which may be in a bucket; the `type` of a flag."""
     try:

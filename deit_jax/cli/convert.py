@@ -6,7 +6,9 @@ deit-jax convert --src hf:OWNER/NAME --dst DIR --num_classes 10 --image_size 384
 
 Reads files of the reference, timm, Hugging Face and torchvision (.pth, .bin, .safetensors, folders
 with a config.json), and finds out which model it is. With another --model, --image_size or
---num_classes than the file's, the weights are made to fit; what is new or dropped is printed.
+--num_classes than the file's, the weights are made to fit; what is new or dropped is printed. So is
+how images are prepared where the file does not say it (--mean, --std, --crop_ratio,
+--interpolation).
 """
 
 from argparse import ArgumentParser, Namespace
@@ -15,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from deit_jax import storage
-from deit_jax.cli.arguments import a_path, one_or_more
+from deit_jax.cli.arguments import a_path, fraction, one_or_more
 from deit_jax.console import log
 from deit_jax.errors import InputError, brief
 
@@ -40,6 +42,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--weights", choices=("raw", "ema"), default="raw", help="which of a training checkpoint")
     add("--class_names", type=Path, metavar="FILE", help="text file, one class name a line")
     add("--allow_nonfinite", action="store_true", help="take NaN and infinity as they are")
+    colours = {"type": fraction, "nargs": 3, "metavar": ("R", "G", "B")}
+    add("--mean", **colours, help="of training pixels from 0 to 1, if not the file's or the usual")
+    add("--std", **colours, help="likewise")
+    whole = "evaluation: centre crop / resized short side; 0: resizes the whole image"
+    add("--crop_ratio", type=fraction, metavar="N", help=whole)
+    add("--interpolation", choices=("bicubic", "bilinear"), help="of evaluation")
     add("--overwrite", action="store_true", help="replace a model folder at --dst")
 
 
@@ -60,6 +68,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     if exists and not arguments.overwrite:
         raise InputError(f"--dst {target} exists; choose another path, or add --overwrite")
     names = _class_names(arguments.class_names) if arguments.class_names else None
+    asked = _asked(arguments)
     source = download.fetch(arguments.src)
     if not storage.is_remote(target) and target.resolve() in [
         source.resolve(),
@@ -68,7 +77,10 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         raise InputError(f"--dst {target} is or holds the source; choose another path")
 
     converted = from_torch.read(
-        source, weights=arguments.weights, allow_nonfinite=arguments.allow_nonfinite
+        source,
+        weights=arguments.weights,
+        allow_nonfinite=arguments.allow_nonfinite,
+        asked=asked,
     )
     log(f"{arguments.src}: {converted.info.name}, {converted.layout} names")
     converted = from_torch.adapt(
@@ -93,6 +105,18 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     )
     result = {"dst": str(target), "parameters": parameters, "notes": list(converted.notes)}
     emit(result | {key: getattr(info, key) for key in ("name", "num_classes", "image_size")})
+
+
+def _asked(arguments: Namespace) -> dict[str, object]:
+    """Returns how images are to be prepared, as far as the flags say."""
+    from deit_jax.convert.preprocessing import FIELDS
+
+    asked = {name: getattr(arguments, name) for name in FIELDS}
+    asked = {name: tuple(x) if isinstance(x, list) else x for name, x in asked.items()}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if 0 in asked.get("std", ()):
+        raise InputError("--std has a 0, expected three numbers above 0 and at most 1")
+    return asked | ({"crop_ratio": None} if asked.get("crop_ratio") == 0 else {})
 
 
 def _class_names(file: Path) -> tuple[str, ...]:

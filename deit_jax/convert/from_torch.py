@@ -12,7 +12,7 @@ from flax import nnx
 
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.fit import fit
-from deit_jax.convert import detect, huggingface, mapping, torch_files
+from deit_jax.convert import detect, huggingface, mapping, preprocessing, torch_files
 from deit_jax.errors import InputError, brief
 from deit_jax.models import imagenet, registry
 from deit_jax.models.info import ModelInfo
@@ -42,7 +42,11 @@ class Converted:
 
 
 def read(
-    path: str | os.PathLike, *, weights: str = "raw", allow_nonfinite: bool = False
+    path: str | os.PathLike,
+    *,
+    weights: str = "raw",
+    allow_nonfinite: bool = False,
+    asked: Mapping[str, Any] | None = None,
 ) -> Converted:
     """Reads a `.pth`, a `.safetensors`, or a folder of transformers or timm.
 
@@ -53,6 +57,7 @@ def read(
       path: the file or folder.
       weights: "raw" or, of a training checkpoint, "ema".
       allow_nonfinite: takes NaN and infinity as they are.
+      asked: how images are prepared (`preprocessing.FIELDS`), whatever the file says or not.
 
     Raises:
       InputError: see `torch_files.read`, `huggingface.read_description` and `from_tensors`.
@@ -74,6 +79,7 @@ def read(
         described=described,
         notes=notes,
         allow_nonfinite=allow_nonfinite,
+        asked=asked,
     )
 
 
@@ -84,6 +90,7 @@ def from_tensors(
     described: Mapping[str, Any] | None = None,
     notes: Iterable[str] = (),
     allow_nonfinite: bool = False,
+    asked: Mapping[str, Any] | None = None,
 ) -> Converted:
     """Turns a state dict into a model.
 
@@ -93,6 +100,7 @@ def from_tensors(
       described: what the source says, as `huggingface.read_description` returns it.
       notes: to be passed on.
       allow_nonfinite: takes NaN and infinity as they are.
+      asked: as in `read`.
 
     Raises:
       InputError: unknown names or structure, a tensor too many, too few or of another shape, a
@@ -118,8 +126,12 @@ def from_tensors(
         names, more = _class_names(described.pop("class_names", ()), info.num_classes)
         notes += more
         source = f"{Path(what).name} ({layout.name} names)"
-        info = dataclasses.replace(info, source=source, class_names=names, **described)
-    info = dataclasses.replace(info, num_batches_tracked=counts)
+        info = dataclasses.replace(info, source=source, class_names=names)
+    else:
+        described |= {name: getattr(known, name) for name in preprocessing.FIELDS}
+    prepared, more = preprocessing.settle(described, dict(asked or {}), info, what)
+    info = dataclasses.replace(info, num_batches_tracked=counts, **described | prepared)
+    notes += more
     try:
         ModelInfo.from_json(info.to_json())
     except InputError as error:
@@ -159,6 +171,13 @@ def adapt(
         class_names = old.class_names if classes == old.num_classes else ()
     elif len(class_names) != classes:
         raise InputError(f"{len(class_names)} class names for {classes} classes")
+    elif class_names != old.class_names and sorted(class_names) == sorted(old.class_names):
+        pairs = enumerate(zip(old.class_names, class_names, strict=True))
+        place, (own, given) = next((i, pair) for i, pair in pairs if len(set(pair)) > 1)
+        raise InputError(
+            f"the class names are the model's in another order: its class {place} is {own!r}, not "
+            f"{given!r}; leave them out, or give them in its order"
+        )
     target = dataclasses.replace(
         old,
         name=name,

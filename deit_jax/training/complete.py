@@ -57,7 +57,9 @@ def as_trained(config: ConfigDict, workdir: str, *, training: bool) -> tuple[Con
       workdir: of the run, whose checkpoint counts, or else `init_from`.
       training: whether it is to train, not to be evaluated alone.
     """
-    info = saved_info(workdir)
+    info = None
+    with contextlib.suppress(NotADirectoryError):  # `checks.check_writing` says so
+        info = saved_info(workdir)
     if info is None and config.init_from:
         with contextlib.suppress(InputError):  # `setup.check_start` says what is wrong
             info = model_folder.read_info(config.init_from)

@@ -32,6 +32,7 @@ class Run:
     train_source: object  # deit_jax.data.Source; None for an evaluation
     eval_source: object
     teacher_folder: str | None  # where the recipe's teacher is or will be; None without one
+    notes: tuple[str, ...] = ()  # where the run is not as its config asks; the summary has them
 
     def input_plan(self) -> object:
         """Returns the `deit_jax.data.InputPlan` of this process."""

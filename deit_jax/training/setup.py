@@ -1,5 +1,7 @@
 """Everything before the first step: checks, data, model, teacher, initial state."""
 
+from collections.abc import Iterable
+
 import jax
 from flax import nnx
 from jax.sharding import Mesh
@@ -55,7 +57,7 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
         train_source = data.open_source(config.dataset, "train") if training else None
         eval_source = data.open_source(config.dataset, "eval")
     sources = [source for source in (train_source, eval_source) if source is not None]
-    for note in dict.fromkeys([*notes, *(note for source in sources for note in source.notes)]):
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
         log(f"note: {note}", on=hosts.is_first())
     teacher = teacher_folder(config, workdir)
     teacher_is_there = None if teacher is None else model_folder.find_model(teacher) is not None
@@ -66,7 +68,7 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     else:
         plan = plan_evaluation(eval_source)
     mesh = make_mesh(config.parallel.fsdp)
-    run = assemble(config, workdir, plan, mesh, sources=(train_source, eval_source))
+    run = assemble(config, workdir, plan, mesh, sources=(train_source, eval_source), notes=notes)
     if not config.init_from:
         _check_new_heads(run, run.abstract)
     check_teacher(run)
@@ -95,6 +97,7 @@ def assemble(
     mesh: Mesh,
     *,
     sources: tuple[object, object] = (None, None),
+    notes: Iterable[str] = (),
 ) -> Run:
     """Puts a run together from a checked config; without `sources` it can only be compiled."""
     network, abstract = split_model(build_model(config, plan))
@@ -109,6 +112,7 @@ def assemble(
         train_source=sources[0],
         eval_source=sources[1],
         teacher_folder=teacher_folder(config, workdir),
+        notes=tuple(notes),
     )
 
 

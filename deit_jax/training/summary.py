@@ -49,8 +49,7 @@ def describe_run(run: Run, origin: str) -> str:
     }
     if run.teacher_folder is not None:
         lines["teacher"] = _teacher(run)
-    rows = [*lines.items(), *(("warning", text) for text in plan.warnings)]
-    return "\n".join(f"  {name:<9} {text}" for name, text in rows)
+    return _table(lines, note=run.notes, warning=plan.warnings)
 
 
 def describe_evaluation(run: Run, origin: str) -> str:
@@ -62,7 +61,13 @@ def describe_evaluation(run: Run, origin: str) -> str:
         "batch": f"{batch}; {run.config.train.dtype} matmuls",
         "devices": describe_mesh(run.mesh),
     }
-    return "\n".join(f"  {name:<9} {text}" for name, text in lines.items())
+    return _table(lines, note=run.notes)
+
+
+def _table(lines: dict[str, str], **more: tuple[str, ...]) -> str:
+    """Returns a row for each line, and one for each text in `more` under its name."""
+    rows = [*lines.items(), *((name, text) for name, texts in more.items() for text in texts)]
+    return "\n".join(f"  {name:<9} {text}" for name, text in rows)
 
 
 def _untaught(run: Run) -> str:

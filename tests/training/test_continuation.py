@@ -12,6 +12,7 @@ from deit_jax.config.validate import CHANGEABLE
 from deit_jax.errors import InputError
 from deit_jax.training import continuation, loop
 from deit_jax.training.setup import check, initial_state
+from deit_jax.training.summary import describe_run
 
 
 def config_of(**changes):
@@ -107,7 +108,7 @@ def test_class_names_are_compared_where_weights_meet_data(finished, tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["checkpoint", "init_from"])
-def test_a_model_is_trained_on_with_its_own_mean_and_std(finished, tmp_path, capsys, source):
+def test_a_model_is_trained_on_with_its_own_mean_and_std(finished, tmp_path, source):
     """What the weights expect; crop and interpolation are the recipe's choice, and said."""
     fields = {"input.mean": (0.4, 0.5, 0.6), "input.std": (0.2, 0.2, 0.2)}
     fields |= {"input.interpolation": "bilinear", "schedule.epochs": 2}
@@ -117,14 +118,16 @@ def test_a_model_is_trained_on_with_its_own_mean_and_std(finished, tmp_path, cap
     else:
         fields["init_from"] = str(finished)
     run = check(config_of(**fields), str(workdir))
-    printed = capsys.readouterr().out
-    for name, theirs in (("mean", (0.4, 0.5, 0.6)), ("std", (0.2, 0.2, 0.2))):
-        assert run.config.input[name] == getattr(run.network.info, name) == (0.5, 0.5, 0.5)
-        note = f"note: training with input.{name} (0.5, 0.5, 0.5), as the model was trained, not "
-        assert f"{note}{theirs}\n" in printed
-    assert run.network.info.interpolation == "bilinear"
     with contextlib.closing(loop.open_checkpoints(run, training=True)) as checkpoints:
         _, _, _, origin = initial_state(run, checkpoints)
+    summary = describe_run(run, origin)
+    for name, theirs in (("mean", (0.4, 0.5, 0.6)), ("std", (0.2, 0.2, 0.2))):
+        assert run.config.input[name] == getattr(run.network.info, name) == (0.5, 0.5, 0.5)
+        words = (
+            f"training with input.{name} (0.5, 0.5, 0.5), as the model was trained, not {theirs}"
+        )
+        assert f"  note      {words}" in summary.splitlines()
+    assert run.network.info.interpolation == "bilinear"
     if source == "init_from":
         assert "its images had interpolation bicubic, this run's have bilinear" in origin
 
@@ -141,4 +144,4 @@ def test_a_model_is_evaluated_with_the_images_it_was_trained_on(finished, tmp_pa
     assert loop.evaluate(config_of(**other), str(workdir)) == want
     printed = capsys.readouterr().out
     for name in ("mean", "std", "interpolation", "train_crop"):
-        assert f"note: evaluating with input.{name} " in printed
+        assert f"  note      evaluating with input.{name} " in printed

@@ -157,7 +157,7 @@ def test_the_folder_recipe_starts_from_any_model(base, five_classes, tmp_path, c
     for words in ("deit_testing, ", " 32×32, 5 classes", "head newly initialised", "4 of 8 epochs"):
         assert words in printed
     for name in ("mean", "std"):
-        assert f"note: training with input.{name} (0.5, 0.5, 0.5), as the model was" in printed
+        assert f"note      training with input.{name} (0.5, 0.5, 0.5), as the model was" in printed
     assert "its images had crop_ratio None, this run's have 0.875" in printed
     assert model_folder.read_info(run).mean == (0.5, 0.5, 0.5)
     assert load_config(run).input.std == (0.5, 0.5, 0.5)
