@@ -31,6 +31,8 @@ SUFFIXES = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
 )
 FIRST_BYTES = 18  # so many tell the kind
+MOST_RESIZED = 2**25  # pixels, 100 MB: a picture of 4000×1 would become one of 1,024,000×256
+USUAL_ASPECT = 16  # up to which only the model's size decides
 
 
 def kind(first: bytes) -> str | None:
@@ -70,6 +72,25 @@ def read(file: IO[bytes]) -> Image.Image:
         raise InputError(f"cannot be read as {found}: Pillow makes nothing of its header") from None
     except Exception as error:  # Pillow's decoders raise all sorts for damaged files
         raise InputError(f"cannot be read as {found}: {brief(error)}") from error
+
+
+def check_resized(width: int, height: int, short: int) -> None:
+    """Refuses a picture that is nearly a line, of which resizing makes gigabytes.
+
+    Args:
+      width: in pixels.
+      height: in pixels.
+      short: what its short side is resized to.
+
+    Raises:
+      InputError: it would have more than `MOST_RESIZED` pixels and `USUAL_ASPECT`.
+    """
+    long = short * max(width, height) // min(width, height)
+    if long > USUAL_ASPECT * short and long * short > MOST_RESIZED:
+        raise InputError(
+            f"a picture of {width:,}×{height:,} pixels, which would be resized to a side of "
+            f"{long:,}; cut it"
+        )
 
 
 def _check_jpeg(image: JpegImageFile, file: IO[bytes]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 
@@ -231,10 +232,30 @@ def read_network(
       InputError: not a model folder, or its `model.json` is damaged.
     """
     info = read_info(path)
+    _check_depth(path, info)
     try:
         return split_model(build(info, registry.abstract_model, dtype=dtype))
     except InputError as error:
         raise InputError(f"{find_model(path) / _MODEL_FILE}: {error}") from error
+
+
+def _check_depth(path: str | os.PathLike, info: registry.ModelInfo) -> None:
+    """Compares an unusual depth with the weights, before hundreds of blocks are built in vain."""
+    depth = dict(info.overrides).get("depth")
+    if depth is None:
+        return
+    model = find_model(path)
+    folder = model / _weights_name(model)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = _read(folder, lambda: _metadata(checkpointer, folder))
+    params = tree.get("params", {})
+    stages = [blocks for name, blocks in params.items() if re.fullmatch(r"blocks|s\d+", name)]
+    found = sum(len(blocks) for blocks in stages)
+    if depth != found:
+        raise InputError(
+            f"{model / _MODEL_FILE} says depth {depth}, but the weights have {found} blocks; "
+            "convert or save the model again"
+        )
 
 
 def load_model(path: str | os.PathLike, *, dtype: jax.typing.DTypeLike = np.float32) -> nnx.Module:

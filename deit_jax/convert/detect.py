@@ -65,14 +65,20 @@ def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
     return shape
 
 
+def depth_of(tensors: Tensors, layout: layouts.Layout) -> int:
+    """Returns the number of blocks that the tensors are of."""
+    first = {"vit": "blocks.0.norm1.weight", "regnet": "s1.b1.conv1.conv.weight"}[layout.family]
+    last = re.split(r"(?:\.0|\.b1|-0)\.", layout.key(first), maxsplit=1)[1]
+    return sum(key.endswith(f".{last}") for key in tensors)
+
+
 def _identify_vit(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:
     classes = _shape(tensors, layout.key("head.weight"), 2, what)[0]
     patch = _shape(tensors, layout.key("patch_embed.proj.weight"), 4, what)[2]
     _, positions, dim = _shape(tensors, layout.key("pos_embed"), 3, what)
-    block = re.escape(layout.key("blocks.0.norm1.weight")).replace("0", r"\d{1,4}", 1)
     traits = {
         "embed_dim": dim,
-        "depth": sum(re.fullmatch(block, key) is not None for key in tensors),
+        "depth": depth_of(tensors, layout),
         "distilled": layout.key("dist_token") in tensors,
         "layer_scale": layout.key("blocks.0.ls1.gamma") in tensors,
     }

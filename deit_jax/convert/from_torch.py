@@ -112,8 +112,13 @@ def from_tensors(
     layout = detect.layout_of(tensors, what)
     info = known or detect.identify(tensors, layout, what=what)
     try:
+        depth, found = registry.options(info)["depth"], detect.depth_of(tensors, layout)
+        if depth != found:  # before hundreds of blocks are built in vain
+            raise InputError(f"it says depth {depth}, the tensors are of {found} blocks")
         _, like = split_model(model_folder.build(info, registry.abstract_model))
     except (ValueError, TypeError, ArithmeticError) as error:
+        if known is None:
+            raise
         raise InputError(f"{what}: its description fits no model ({brief(error)})") from error
     ours = registry.model_options(info.name).get("num_heads")
     if num_heads not in (None, ours):

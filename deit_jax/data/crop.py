@@ -4,8 +4,10 @@ DeiT trains on random boxes, DeiT III on simple random crops, small images are p
 evaluation crops the centre. Of a resized image only the crop is computed.
 """
 
+import numpy as np
 import tensorflow as tf
 
+from deit_jax import pictures
 from deit_jax.data.decode import open_image
 from deit_jax.data.draws import fold, integer, uniform
 from deit_jax.data.pillow.resize import plan_resize, resize
@@ -138,10 +140,29 @@ def centre_crop(data: tf.Tensor, *, size: int, crop_ratio: float, interpolation:
     """
 
     shape, cut = open_image(data)
+    shape = without_lines(shape, int(size / crop_ratio))
     resized, corner = _centre(shape, size, int(size / crop_ratio))
     how = {"interpolation": interpolation, "window": (*tf.unstack(corner), size, size)}
     box, resample = plan_resize(shape, tf.unstack(resized), **how)
     return resample(cut(box))
+
+
+@tf.function(autograph=False)
+def without_lines(shape: tf.Tensor, short: int) -> tf.Tensor:
+    """Returns an image's shape (int32 [2] or [3]); raises where prediction refuses the image.
+
+    Only the crop is computed here, which takes no memory, but all must see the same pictures.
+    """
+
+    def refuse(shape: np.ndarray) -> np.ndarray:
+        pictures.check_resized(int(shape[1]), int(shape[0]), short)
+        return shape
+
+    sides = tf.cast(shape[:2], tf.int64)
+    long = short * tf.reduce_max(sides) // tf.reduce_min(sides)
+    usual = (long <= pictures.USUAL_ASPECT * short) | (long * short <= pictures.MOST_RESIZED)
+    checked = tf.cond(usual, lambda: shape, lambda: tf.numpy_function(refuse, [shape], tf.int32))
+    return tf.ensure_shape(checked, shape.shape)
 
 
 @compiled

@@ -65,7 +65,8 @@ def _crops(
         image, how = decode(data), how | {"size": size, "pad": config.pad}
 
         def simple_crop(seed: tf.Tensor) -> tf.Tensor:
-            offset = crop.draw_offset(seed, tf.shape(image)[:2], size=size, pad=config.pad)
+            shape = crop.without_lines(tf.shape(image)[:2], size)
+            offset = crop.draw_offset(seed, shape, size=size, pad=config.pad)
             return crop.simple_random_crop(image, offset, **how)
 
         return simple_crop

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deit_jax.errors import InputError, brief
+from deit_jax.errors import InputError
 from deit_jax.inference.preprocess import preprocess
 from deit_jax.models import imagenet
 from deit_jax.models.info import ModelInfo
@@ -68,8 +68,6 @@ def _read(info: ModelInfo, file: Path) -> np.ndarray | InputError:
         return preprocess(info, file)[0]
     except InputError as error:
         return error
-    except Exception as error:  # Pillow's decoders raise all sorts for damaged files
-        return InputError(f"{file}: cannot be read as an image ({brief(error)})")
 
 
 def _result(info: ModelInfo, file: Path, heads: list[np.ndarray], topk: int) -> Result:

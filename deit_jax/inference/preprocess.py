@@ -49,7 +49,11 @@ def preprocess(
     if info.crop_ratio is None:
         picture = picture.resize((info.image_size, info.image_size), resample)
     elif 0 < info.crop_ratio <= 1:
-        picture = _resize_and_crop(picture, info.image_size, info.crop_ratio, resample)
+        try:
+            picture = _resize_and_crop(picture, info.image_size, info.crop_ratio, resample)
+        except InputError as error:
+            name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else "image"
+            raise InputError(f"{name}: {error}") from error
     else:
         raise InputError(f"crop_ratio is {info.crop_ratio}: expected None or a number in (0, 1]")
     mean, std = (np.asarray(v, np.float32) for v in (info.mean, info.std))
@@ -62,6 +66,7 @@ def _resize_and_crop(
 ) -> Image.Image:
     width, height = picture.size
     short = int(size / crop_ratio)
+    pictures.check_resized(width, height, short)
     if width <= height:
         width, height = short, int(short * height / width)
     else:

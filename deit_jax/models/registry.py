@@ -112,6 +112,11 @@ def model_options(name: str) -> dict[str, Any]:
     return entry.options | {"image_size": entry.image_size}
 
 
+def options(info: ModelInfo) -> dict[str, Any]:
+    """Returns the arguments of the constructor of the model that `info` describes."""
+    return model_options(info.name) | dict(info.overrides)
+
+
 def is_distilled(name: str) -> bool:
     """Tells whether a registered model has a distillation token and head."""
     return _entry(name).options.get("distilled", False)

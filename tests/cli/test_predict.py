@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 import deit_jax
 from deit_jax.cli.predict import find_images
@@ -186,14 +187,21 @@ def test_unreadable_pictures_are_named(predict_command, plain, photos, tmp_path)
 
 
 def test_any_failure_of_a_decoder_is_a_line(predict_command, plain, photos, monkeypatch):
-    def broken(image):
-        if isinstance(image, np.ndarray):
-            return Image.fromarray(image)
+    def broken(*_):
         raise ValueError("bad\ndata")
 
-    monkeypatch.setattr("deit_jax.inference.preprocess._load", broken)
-    line = f"{photos / 'b.jpg'}: cannot be read as an image (bad data)\n"
+    monkeypatch.setattr(JpegImageFile, "load", broken)
+    line = f"{photos / 'b.jpg'}: cannot be read as JPEG: bad data\n"
     assert predict_command(plain[0], photos / "b.jpg") == (1, "", line)
+
+
+def test_a_bug_is_no_line_about_a_picture(predict_command, plain, photos, monkeypatch):
+    def broken(*_):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("deit_jax.inference.preprocess._resize_and_crop", broken)
+    with pytest.raises(KeyError, match="ours"):
+        predict_command(plain[0], photos / "b.jpg")
 
 
 def test_linked_folders_are_searched_and_files_stay_in_order(photos, tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from deit_jax.checkpoints import model_folder
 from deit_jax.convert import to_torch
+from deit_jax.models import registry
 from tests.convert.conftest import (
     command,
     numpy_state,
@@ -189,6 +190,7 @@ def described(state, folder, **changes):
     "changes",
     [
         {"overrides": [["depth", 1_000_000_000]]},
+        {"overrides": [["depth", 256]]},
         {"overrides": [["depth", "x"]]},
         {"overrides": [["num_heads", 0]]},
         {"overrides": [["patch_size", 0]]},
@@ -209,6 +211,25 @@ def described(state, folder, **changes):
 )
 def test_a_lying_description(tmp_path, state, converted, changes):
     assert "described.safetensors" in converted(described(state, tmp_path, **changes))
+
+
+@pytest.mark.parametrize("name", ["deit_testing", "regnety_testing"])
+def test_a_description_of_256_blocks_builds_none(tmp_path, monkeypatch, refused, name):
+    folder = random_folder(tmp_path / "model", name)
+    fields = json.loads((folder / "model.json").read_text()) | {"overrides": [["depth", 256]]}
+    fields.pop("digest", None)
+    (folder / "model.json").write_text(json.dumps(fields))
+    source = tmp_path / "a.safetensors"
+    description = random_variables(name)[1].to_json() | {"overrides": [["depth", 256]]}
+    metadata = {"deit_jax": json.dumps(description)}
+    safetensors.numpy.save_file(numpy_state(timm_twin(name)), source, metadata)
+    monkeypatch.setattr(model_folder, "build", lambda *_, **__: pytest.fail("was built"))
+    blocks = registry.model_options(name)["depth"]
+    found = refused("export-torch", folder, tmp_path / "b.safetensors", "--format", "timm")
+    assert f"says depth 256, but the weights have {blocks} blocks" in found
+    assert f"says depth 256, the tensors are of {blocks}" in refused(
+        "convert", source, tmp_path / "b"
+    )
 
 
 def test_a_true_description(tmp_path, state):

@@ -8,10 +8,14 @@ import tensorflow as tf
 from PIL import Image
 from scipy import stats
 
-from deit_jax.data.crop import draw_offset, simple_random_crop
+from deit_jax.data.crop import centre_crop, draw_offset, simple_random_crop, without_lines
+from deit_jax.data.failures import reason_of
 from deit_jax.errors import InputError
+from deit_jax.inference.preprocess import preprocess
+from deit_jax.models.info import ModelInfo
 from tests.data.conftest import drawn, graph, picture
 from tests.oracles.torchvision_ops import import_torchvision
+from tests.refusal import refusal
 
 transforms = import_torchvision().transforms
 _MODES = {
@@ -95,3 +99,31 @@ def test_a_border_wider_than_the_image_is_refused():
     image, offset = tf.constant(picture(4, 8, 8)), tf.constant([0, 0])
     with pytest.raises(InputError, match=r"image_size is 4 .*pad 4"):
         simple_random_crop(image, offset, size=4, interpolation="bicubic", pad=4)
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (1, 200_000)])
+def test_a_line_is_refused_by_evaluation_and_prediction_alike(tmp_path, shape):
+    """92 bytes, of which resizing makes 262 million pixels."""
+    path = tmp_path / "line.png"
+    Image.new("RGB", shape[::-1]).save(path)
+    info = ModelInfo("any", num_classes=3, image_size=224)
+    said = refusal(preprocess, info, path)
+    long = 256 * max(shape)
+    assert f"{path}: a picture of {shape[1]:,}×{shape[0]:,} pixels" in said
+    assert f"a side of {long:,}" in said
+    how = {"size": 224, "crop_ratio": 0.875, "interpolation": "bicubic"}
+    with pytest.raises(tf.errors.OpError) as caught:
+        centre_crop(tf.constant(path.read_bytes()), **how)
+    assert said.partition(": ")[2] in reason_of(caught.value)
+    with pytest.raises(tf.errors.OpError):
+        without_lines(tf.constant(shape), 224)
+
+
+@pytest.mark.parametrize("size", [(20_000, 50), (50, 20_000), (5000, 16)])
+def test_what_is_no_line_is_read(size):
+    picture = Image.new("RGB", size, (10, 20, 30))
+    info = ModelInfo("any", num_classes=3, image_size=224, mean=(0,) * 3, std=(1,) * 3)
+    want = np.full((224, 224, 3), (10, 20, 30))
+    assert (np.round(255 * preprocess(info, picture)[0]) == want).all()
+    how = {"size": 224, "crop_ratio": 0.875, "interpolation": "bicubic"}
+    assert (centre_crop(tf.constant(np.asarray(picture)), **how).numpy() == want).all()
