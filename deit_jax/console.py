@@ -4,12 +4,21 @@ import atexit
 import contextlib
 import functools
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
 from typing import TextIO
 
 _PATIENCE = 2.0  # seconds
+# What a terminal obeys, or takes for another line or another direction; not tab and newline.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str, *, one_line: bool = False) -> str:
+    """Returns text whose control characters, of foreign names say, do nothing to a terminal."""
+    text = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return text.replace("\n", "\\n").replace("\t", "\\t") if one_line else text
 
 
 def log(text: str, *, on: bool = True) -> None:
@@ -27,7 +36,7 @@ def _print(text: str, stream: TextIO | None) -> None:
     if stream is None:  # closed before Python started
         return
     try:
-        print(text, file=stream, flush=True)
+        print(escaped(text), file=stream, flush=True)
     except UnicodeEncodeError:  # not to be lost where the terminal knows ASCII alone
         _print(text.encode("ascii", "backslashreplace").decode(), stream)
     except (ValueError, RuntimeError):  # closed since; or a signal's handler within another line

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from deit_jax import pictures, storage
+from deit_jax.console import escaped
 from deit_jax.errors import InputError, TransientError
 
 # What operating systems, NAS boxes and notebooks leave in folders, besides hidden files.
@@ -194,10 +195,7 @@ def normalise(name: str) -> str:
 
 def printable(name: str) -> str:
     """Returns a name as one line: bytes that are not UTF-8 and control characters escaped."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" else c for c in text
-    )
+    return escaped(os.fsencode(name).decode("utf-8", "backslashreplace"), one_line=True)
 
 
 def describe(passed_over: Mapping[str, Sequence[str]]) -> str:

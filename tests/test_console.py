@@ -15,3 +15,15 @@ def test_what_takes_long_is_named(monkeypatch, capsys):
     with console.doing("compiling"):
         time.sleep(0.5)
     assert capsys.readouterr().out == "compiling …\n"
+
+
+ODD = "a\x1b[2Jb\rc\x9bd\x07\u202ee\x7f"
+
+
+def test_control_characters_do_nothing_to_a_terminal(capsys):
+    console.log(f"{ODD}\n\tü 鳥 ×")
+    console.log_error(ODD)
+    out, err = capsys.readouterr()
+    harmless = r"a\x1b[2Jb\rc\x9bd\x07\u202ee\x7f"
+    assert (out, err) == (f"{harmless}\n\tü 鳥 ×\n", f"{harmless}\n")
+    assert console.escaped("a\nb\tc", one_line=True) == r"a\nb\tc"

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deit_jax.cli.arguments import one_or_more
+from deit_jax.console import escaped
 from deit_jax.folders import printable
 from deit_jax.parallel import cpus
 
@@ -49,10 +50,11 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     sources = {split: data.open_source(config.dataset, split) for split in SPLITS}
     for split, source in sources.items():
         names = [" ".join(dict.fromkeys((n, imagenet.readable(n)))) for n in source.class_names]
+        names = [escaped(name, one_line=True) for name in names]
         _say(f"{split}: {source.description}, {source.num_examples:,} images")
         _say(f"  {source.num_classes} classes: {_some(names) or 'without names'}")
         for note in source.notes:
-            _say(f"  note: {note}")
+            _say(f"  note: {escaped(note, one_line=True)}")
         for reason, passed in source.passed_over.items():
             _say(f"  not data, {len(passed):,} {reason}: {_some(list(map(printable, passed)))}")
     begin = time.perf_counter()
@@ -62,7 +64,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
 
             def seen(problem: dict[str, str] | None, bar: tqdm = bar) -> None:
                 if problem:
-                    _say(f"{problem['name']}: {problem['reason']}")
+                    _say(escaped(f"{problem['name']}: {problem['reason']}", one_line=True))
                 bar.update()
 
             splits[split], tables[split] = scan.survey(
@@ -110,6 +112,5 @@ def _some(names: Sequence[str]) -> str:
 
 def _say(text: str) -> None:
     """Writes to stdout above the progress bar, a name with odd characters too on its one line."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-    tqdm.write(shown, file=sys.stdout)
+    tqdm.write(escaped(text), file=sys.stdout)
     sys.stdout.flush()

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import json
+import re
 import shlex
 import sys
 import types
@@ -88,7 +89,10 @@ def run_command(
     def emit(document: object) -> None:
         if arguments.json:
             strict = json.loads(json.dumps(document), parse_constant=lambda _: None)  # no NaN
-            print(json.dumps(strict, ensure_ascii=False), file=stdout, flush=True)
+            text = json.dumps(strict, ensure_ascii=False)
+            # JSON itself lets through what some terminals obey.
+            text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
+            print(text, file=stdout, flush=True)
 
     with contextlib.redirect_stdout(sys.stderr if arguments.json else stdout):
         return module.run(arguments, emit)

@@ -6,7 +6,8 @@ deit-jax predict --model runs/mine/model photos --csv found.csv --topk 1 --batch
 deit-jax predict --model runs/mine/model photos --json       # a JSON object a line
 
 A distilled model predicts with the mean of its two heads' logits; what each head alone says stands
-beside it. Text shows percent, CSV and JSON hold probabilities from 0 to 1. A picture that cannot be
+beside it. Text shows percent, CSV and JSON hold probabilities from 0 to 1. Control characters in
+names are escaped on stdout; --csv and --json have the names themselves. A picture that cannot be
 read is named on stderr and left out, and the exit status is then 1.
 """
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from deit_jax import pictures, storage
 from deit_jax.cli.arguments import new_file, one_or_more
-from deit_jax.console import log_error
+from deit_jax.console import escaped, log_error
 from deit_jax.errors import InputError
 from deit_jax.folders import describe, printable, walk
 
@@ -61,7 +62,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
             bar.update()
             if isinstance(result, InputError):
                 status = 1
-                tqdm.write(str(result), file=sys.stderr)
+                tqdm.write(escaped(str(result), one_line=True), file=sys.stderr)
                 continue
             emit(result)
             if arguments.csv:
@@ -114,15 +115,17 @@ def find_images(paths: list[str]) -> list[Path]:
 
 def _say(text: str) -> None:
     """Writes to stdout above the progress bar, which may share the terminal."""
-    tqdm.write(text, file=sys.stdout, end="")
+    tqdm.write(escaped(text), file=sys.stdout, end="")
 
 
 def _text(result: dict[str, Any]) -> str:
-    lines = [result["file"]]
+    lines = [printable(result["file"])]
     for rank, found in enumerate(result["predictions"], 1):
-        lines.append(f"{rank:4} {100 * found['probability']:7.2f} %  {found['name']}")
+        lines.append(f"{rank:4} {100 * found['probability']:7.2f} %  {printable(found['name'])}")
     for head, (found, *_) in result.get("heads", {}).items():
-        lines.append(f"     {100 * found['probability']:6.2f} %  {found['name']}  ({head} head)")
+        lines.append(
+            f"     {100 * found['probability']:6.2f} %  {printable(found['name'])}  ({head} head)"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-from deit_jax.cli.status import INTERRUPTED, outcome, report
+from deit_jax.cli import crash
+from deit_jax.cli.status import INTERRUPTED, is_expected, outcome, report
 from deit_jax.console import log_error
 from deit_jax.errors import Preempted
 
@@ -64,6 +65,10 @@ def _run(arguments: Namespace, emit: Callable[[object], None]) -> None:
             emit(result)
     except BaseException as error:
         status, text = outcome(error, system=1)  # the disk may have room later
+        if not is_expected(error) and arguments.command != "plan":  # which writes nothing
+            kept = crash.keep(error, arguments.workdir, arguments.command_line, hosts.label())
+            if kept is not None:
+                log_error(f"{hosts.label()}the traceback is also in {kept}")
         if status == 1:  # it may be a failure of another process that this one met
             exits.let_others_end_it()
         exits.claim_the_end()

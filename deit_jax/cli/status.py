@@ -52,9 +52,13 @@ def outcome(
         status = InputError.exit_status
     if status is None:
         return 1, None
-    text = " ".join((str(error) or type(error).__name__).split())
-    # Names from foreign files may hold control characters.
-    return status, "".join(c if c.isprintable() else "?" for c in text)
+    return status, " ".join((str(error) or type(error).__name__).split())
+
+
+def is_expected(error: BaseException) -> bool:
+    """Returns whether an error's line says all: one of this package's own, or Ctrl-C."""
+    ours = getattr(error, "exit_status", None) is not None
+    return ours or isinstance(error, (KeyboardInterrupt, SystemExit))
 
 
 def report(status: int, text: str, label: str = "") -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from deit_jax import storage, trees
+from deit_jax.console import log_error
 from deit_jax.convert.huggingface import CONFIGS, WEIGHTS
 from deit_jax.convert.shards import INDICES
 from deit_jax.errors import InputError, TransientError, brief, is_bug
@@ -206,7 +207,7 @@ def _from_hub(src: str, cache: str | os.PathLike | None) -> Path:
         with contextlib.suppress(Exception):  # of any type, as above
             folder = Path(snapshot(local_files_only=True))
             if any((folder / name).is_file() for name in (*WEIGHTS, *INDICES)):
-                print(f"{src}: no answer from the hub; using the cached copy", file=sys.stderr)
+                log_error(f"{src}: no answer from the hub; using the cached copy")
                 return folder
         raise TransientError(
             f"{src}: no answer from the hub ({brief(error)}); check the name and the network"

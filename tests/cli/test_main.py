@@ -102,7 +102,7 @@ def test_a_mistake_is_one_line(deit_jax_command, line, words):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (InputError("a\nb \x1b"), 2, "error: a b ?\n"),
+        (InputError("a\nb \x1b"), 2, "error: a b \\x1b\n"),
         (TransientError("later"), 1, "error: later\n"),
         (NonFiniteLoss("nan"), 2, "error: nan\n"),
         (Preempted("saved"), 75, "deit-jax: saved\n"),

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,25 @@ def test_a_bug_is_no_line_about_a_picture(predict_command, plain, photos, monkey
     monkeypatch.setattr("deit_jax.inference.preprocess._resize_and_crop", broken)
     with pytest.raises(KeyError, match="ours"):
         predict_command(plain[0], photos / "b.jpg")
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+@pytest.mark.parametrize("many", [False, True])
+def test_names_do_nothing_to_the_terminal(predict_command, photos, tmp_path, flags, many):
+    """Of classes and of files; also of one that is no picture."""
+    odd = "\x1b[2J\x9b\x07\r"
+    folder, _ = _save(tmp_path / "model", "deit_testing", (f"a{odd}", f"b{odd}\nc"))
+    place = tmp_path / "pictures"
+    place.mkdir()
+    shutil.copy(photos / "b.jpg", place / f"{odd}.jpg")
+    (place / f"{odd}.png").write_bytes(b"no picture")
+    (place / f"{odd}.txt").touch()
+    images = [place] if many else sorted(place.glob("*.[jp]*"))
+    status, out, err = predict_command(folder, *images, *flags)
+    assert status == 1
+    assert "begins with" in err
+    for text in ("\x1b[2J", "\x9b", "\x07"):
+        assert text not in out + err
 
 
 def test_linked_folders_are_searched_and_files_stay_in_order(photos, tmp_path):
