@@ -2,9 +2,10 @@
 
 python -m tests.chaos --rounds=50 --seed=0 --workdir=DIR
 
-Each round sends SIGKILL or SIGTERM to one process or to both, in set-up, in a step or in a save
-(which is every third step), and reads the checkpoint that is the newest then. A process whose
-fellow is killed should end by itself; after a grace this script kills it, as a scheduler would.
+Each round sends SIGKILL or SIGTERM to one process or to both, in set-up, in a step, in a save
+(after every third step) or in an evaluation (after every fifth), and reads the checkpoint that is
+the newest then. A process whose fellow is killed should end by itself; after a grace this script
+kills it, as a scheduler would.
 Prints what every round did and what the next start recovered, and every array and figure that
 differs by a bit; exits non-zero if one does, or if a checkpoint was unreadable.
 """
@@ -22,8 +23,15 @@ from pathlib import Path
 from tests import kill_and_resume, several
 
 PROCESSES = 2
-STEPS_PER_EPOCH = 22  # of a quarter of the digits, 16 at a time
+STEPS_PER_EPOCH = 5  # of a sixteenth of the digits, 16 at a time; each epoch is evaluated
+STEPS_PER_SAVE = 3
 STEPS_A_ROUND = 5
+MOMENTS = {  # how often one of five blows falls there, after which steps, and seconds after that
+    "set-up": (1, None, 20),
+    "a step": (2, 1, 1),
+    "a save": (1, STEPS_PER_SAVE, 0.1),
+    "an evaluation": (1, STEPS_PER_EPOCH, 0.3),
+}
 GRACE_SECONDS = 5
 STOP_SECONDS = 120  # for a stop by SIGTERM, with everything it may wait for
 
@@ -34,36 +42,38 @@ class Blow:
 
     signal: signal.Signals
     targets: tuple[int, ...]  # processes
-    steps: int | None  # new ones to wait for before; None: in set-up
+    moment: str
+    steps: int  # new ones to wait for before, but in set-up
     delay: float  # seconds from then on, or from the start of the processes
 
 
 def draw(rng: random.Random) -> Blow:
-    """A random blow; three of four fall into training, where a save is nearly always under way."""
-    training = rng.random() < 0.75
+    """A random blow."""
+    moment = rng.choices(list(MOMENTS), [weight for weight, _, _ in MOMENTS.values()])[0]
     return Blow(
         signal=rng.choice([signal.SIGKILL, signal.SIGTERM]),
         targets=rng.choice([(0,), (1,), (0, 1)]),
-        steps=rng.randint(1, STEPS_A_ROUND) if training else None,
-        delay=rng.uniform(0, 1) if training else rng.uniform(0, 20),
+        moment=moment,
+        steps=rng.randint(1, STEPS_A_ROUND),
+        delay=rng.uniform(0, MOMENTS[moment][2]),
     )
 
 
 def flags(rounds: int) -> list[str]:
     """The recipe: long enough for so many rounds, with everything random in it."""
-    epochs = max(1, -(-rounds * (STEPS_A_ROUND + 1) // STEPS_PER_EPOCH))
+    epochs = -(-(rounds + 1) * 2 * STEPS_A_ROUND // STEPS_PER_EPOCH)
     return [
         "--config=configs/digits.py",
-        "--config.dataset.train_fraction=0.25",
+        "--config.dataset.train_fraction=0.0625",
         "--config.train.batch_size=16",
         f"--config.schedule.epochs={epochs}",
         "--config.schedule.warmup_epochs=0",
         "--config.mixing.random_erasing=0.25",
         "--config.model.drop_path_rate=0.1",
         "--config.train.log_every_steps=1",
-        "--config.train.eval_every_epochs=0",
+        "--config.train.eval_every_epochs=1",
         "--config.checkpoint.every_epochs=0",
-        "--config.checkpoint.every_steps=3",
+        f"--config.checkpoint.every_steps={STEPS_PER_SAVE}",
         # Less than a round waits: SIGTERM may end a process before it connects.
         "--config.distributed.start_timeout=90",
     ]
@@ -97,11 +107,11 @@ class Chaos:
                 self._resumed == before, f"round {number}: resumed at {recovered[0]}, not {before}"
             )
         newest = self._read_newest(number)
-        steps = re.findall(r"^step (\d+)/", log, re.MULTILINE)
+        steps = _steps(log)
         print(
             f"round {number}: {recovered[0] if recovered else 'in set-up'}, "
-            f"{blow.signal.name} to {' and '.join(map(str, blow.targets))} after "
-            f"{'step ' + steps[-1] if steps else 'no step'}, {how}; newest checkpoint: {newest}",
+            f"{blow.signal.name} to {' and '.join(map(str, blow.targets))} in {blow.moment} after "
+            f"{f'step {steps[-1]}' if steps else 'no step'}, {how}; newest checkpoint: {newest}",
             flush=True,
         )
         return struck
@@ -137,11 +147,14 @@ class Chaos:
     def _wait(self, processes: list[several.Process], blow: Blow) -> bool:
         """Until the moment of the blow; False if the run comes to its end before."""
         begin = time.monotonic()
-        if blow.steps is not None:
-            while processes[0].stdout.count("\nstep ") < blow.steps:
+        if (every := MOMENTS[blow.moment][1]) is not None:
+            while True:
+                steps = _steps(processes[0].stdout)
+                if len(steps) >= blow.steps and steps[-1] % every == 0:
+                    break
                 if "Final report" in processes[0].stdout or not processes[0].running:
                     return False
-                time.sleep(0.02)
+                time.sleep(0.005)
             begin = time.monotonic()
         while time.monotonic() < begin + blow.delay:
             if "Final report" in processes[0].stdout:
@@ -164,7 +177,7 @@ class Chaos:
             # A process that does not listen yet dies of the signal, and the other one of its loss.
             allowed = (
                 {75}
-                if struck and blow.steps is not None
+                if struck and blow.moment != "set-up" and "Final report" not in processes[0].stdout
                 else {0, 75, 1, -signal.SIGTERM, -signal.SIGABRT}
             )
             self._expect(
@@ -192,6 +205,10 @@ class Chaos:
             return f"{step}, unreadable"
         self._expect(int(arrays["step"]) == step, f"round {number}: {step} holds another step")
         return f"{step}, readable"
+
+
+def _steps(log: str) -> list[int]:
+    return [int(step) for step in re.findall(r"^step (\d+)/", log, re.MULTILINE)]
 
 
 def run(

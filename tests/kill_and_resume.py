@@ -77,7 +77,15 @@ def newest_step(workdir: storage.Path) -> int:
 
 def final_arrays(workdir: storage.Path) -> dict[str, np.ndarray]:
     """Every array of the run's last checkpoint: weights, EMA, optimiser state and counters."""
-    folder = storage.path_of(workdir, "checkpoints", str(newest_step(workdir)), "state")
+    return _arrays(storage.path_of(workdir, "checkpoints", str(newest_step(workdir)), "state"))
+
+
+def model_arrays(folder: storage.Path) -> dict[str, np.ndarray]:
+    """Every array of a model folder."""
+    return _arrays(folder / json.loads((folder / "model.json").read_text())["folder"])
+
+
+def _arrays(folder: storage.Path) -> dict[str, np.ndarray]:
     with ocp.PyTreeCheckpointer() as checkpointer:
         # As NumPy arrays: those of a run with more devices or processes fit nowhere else.
         names = checkpointer.metadata(folder).item_metadata.tree
@@ -100,14 +108,27 @@ def final_report(workdir: storage.Path) -> dict:
 
 
 def compare(left: storage.Path, right: storage.Path) -> list[str]:
-    """What differs between the ends of two runs, down to the last bit."""
-    ours, theirs = final_arrays(left), final_arrays(right)
-    problems = [f"only in one run: {name}" for name in ours.keys() ^ theirs.keys()]
-    for name in ours.keys() & theirs.keys():
-        if ours[name].tobytes() != theirs[name].tobytes():
-            problems.append(f"{name}: {np.sum(ours[name] != theirs[name])} elements differ")
+    """What differs between two runs, down to the last bit: state, models, evaluations, report."""
+    both = (left, right)
+    problems = _differences("", *map(final_arrays, both))
+    for name in ("model", "model_ema", "best"):
+        if any((run / name).exists() for run in both):
+            problems += _differences(f"{name}: ", *(model_arrays(run / name) for run in both))
     if final_report(left) != final_report(right):
         problems.append(f"final report: {final_report(left)} and {final_report(right)}")
+    ours, theirs = ([x for x in metrics(run) if x["split"] == "eval"] for run in both)
+    if ours != theirs:
+        problems.append(f"evaluations: {ours} and {theirs}")
+    return problems
+
+
+def _differences(
+    what: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
+) -> list[str]:
+    problems = [f"{what}only in one run: {name}" for name in ours.keys() ^ theirs.keys()]
+    for name in ours.keys() & theirs.keys():
+        if ours[name].tobytes() != theirs[name].tobytes():
+            problems.append(f"{what}{name}: {np.sum(ours[name] != theirs[name])} elements differ")
     return problems
 
 

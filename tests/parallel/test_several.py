@@ -19,11 +19,11 @@ NUM_EVAL = 1003  # neither two nor three processes divide it, nor does the batch
 
 @pytest.mark.slow
 def test_chaos_changes_no_bit(tmp_path, capsys):
-    """Kill one process in training; stop one, and both with it."""
-    assert chaos.run(2, 90, tmp_path, small_main.SCRIPT) == ([], 2)
+    """Stop one process in an evaluation, and both with it; kill one in a save."""
+    assert chaos.run(2, 487, tmp_path, small_main.SCRIPT) == ([], 2)
     printed = capsys.readouterr().out
-    assert "SIGKILL to 1 after step" in printed
-    assert re.search(r"SIGTERM to 1 after step .* with \[75, 75\]", printed)
+    assert re.search(r"SIGTERM to 1 in an evaluation after step \d+, .* with \[75, 75\]", printed)
+    assert "SIGKILL to 1 in a save after step" in printed
 
 
 @pytest.fixture(scope="module")
