@@ -10,13 +10,13 @@ from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
 from deit_jax.models.layers import (
-    BatchNorm,
     Layer,
     Linear,
     normal_param,
     precision_of,
     product,
 )
+from deit_jax.models.norms import BatchNorm
 
 
 def stage_plan(

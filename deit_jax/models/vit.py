@@ -11,13 +11,13 @@ from deit_jax.models.layers import (
     Dropout,
     DropPath,
     Layer,
-    LayerNorm,
     LayerScale,
     Linear,
     Mlp,
     PatchEmbed,
     normal_param,
 )
+from deit_jax.models.norms import LayerNorm
 
 
 class Block(Layer):

@@ -8,15 +8,13 @@ from numpy.testing import assert_array_equal
 
 from deit_jax.errors import InputError
 from deit_jax.models.layers import (
-    BatchNorm,
     Dropout,
     DropPath,
-    LayerNorm,
     gelu,
-    layer_norm,
     product,
 )
 from deit_jax.models.network import split_model
+from deit_jax.models.norms import BatchNorm, LayerNorm, layer_norm
 from deit_jax.models.registry import create_model
 
 

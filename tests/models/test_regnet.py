@@ -9,7 +9,7 @@ from flax import nnx
 
 from deit_jax import trees
 from deit_jax.errors import InputError
-from deit_jax.models.layers import BatchNorm
+from deit_jax.models.norms import BatchNorm
 from deit_jax.models.regnet import RegNetY, conv3x3
 from tests.models.test_vit import assert_close, to_torch
 from tests.oracles import timm_models
