@@ -15,16 +15,20 @@ Status: 0 finished; 75 stopped and saved, run me again; 2 a mistake; 1 what a re
 import contextlib
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 
 from deit_jax.cli import crash
 from deit_jax.cli.status import INTERRUPTED, is_expected, outcome, report
 from deit_jax.console import log_error
 from deit_jax.errors import Preempted
+
+_HANDLER_SECONDS = 1  # in which a handler comes, unless the main thread is in compiled code
 
 RECIPE = "required"  # or that of the run in --workdir
 _INTERRUPTED = "interrupted; the last checkpoint stays, run the same command to go on"
@@ -88,7 +92,8 @@ def _stop_alone(*_: object) -> None:
     os._exit(Preempted.exit_status)
 
 
-def _signals_end_at_once() -> AbstractContextManager:
+@contextlib.contextmanager
+def _signals_end_at_once() -> Iterator[None]:
     """Ends on Ctrl-C, and on SIGTERM while a run has nothing to save, without an exception.
 
     From within TensorFlow or JAX it breaks them: one run in four that was interrupted by
@@ -106,12 +111,43 @@ def _signals_end_at_once() -> AbstractContextManager:
         lease.release_all()
         os._exit(status)
 
-    return _handlers(
-        {
-            signal.SIGINT: (signal.default_int_handler, end),
-            signal.SIGTERM: (_stop_alone, end),
-        }
-    )
+    ours = {
+        signal.SIGINT: (signal.default_int_handler, end),
+        signal.SIGTERM: (_stop_alone, end),
+    }
+    with _handlers(ours), _heard_in_compiled_code(end):
+        yield
+
+
+@contextlib.contextmanager
+def _heard_in_compiled_code(end: Callable[[int, object], None]) -> Iterator[None]:
+    """Hears signals while the main thread is in compiled code, for which Python's handlers wait.
+
+    A compilation may take minutes.
+    """
+    from deit_jax.parallel.preemption import StopSignal
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def listen() -> None:
+        while received := reader.recv(1):
+            time.sleep(_HANDLER_SECONDS)
+            stop = StopSignal.current
+            nothing_to_save = stop is None or not stop.saves_first
+            if signal.getsignal(received[0]) is end or (
+                received[0] == signal.SIGTERM and nothing_to_save
+            ):
+                end(received[0], None)
+        reader.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 @contextlib.contextmanager

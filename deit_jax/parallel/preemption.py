@@ -3,7 +3,7 @@
 import itertools
 import signal
 import threading
-from typing import Self
+from typing import ClassVar, Self
 
 from deit_jax import couplings
 from deit_jax.console import log
@@ -22,7 +22,10 @@ class StopSignal:
     Attributes:
       saves_first: there is something to save. Until then whoever listened before hears the signal,
         too: the command line, which ends at once.
+      current: the one that listens, of this process.
     """
+
+    current: ClassVar["StopSignal | None"] = None
 
     def __init__(self) -> None:
         self.saves_first = False
@@ -34,11 +37,13 @@ class StopSignal:
         self._before = None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._tell)
+            StopSignal.current = self
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+            StopSignal.current = None
 
     def _tell(self, *signal_and_frame: object) -> None:
         first, self._told = not self._told, True

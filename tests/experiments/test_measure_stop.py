@@ -44,6 +44,6 @@ def test_a_long_evaluation_is_left_after_a_batch(tmp_path):
     """And the step that was not due for a save is saved."""
     stop = measure_stop.stop(tmp_path / "stop", "an evaluation", random.Random(0))
     assert (stop.moment, stop.status) == ("an evaluation", 75)
-    assert stop.batches <= 1
+    assert stop.batches <= 2  # one may end just then
     assert stop.steps == 0
     assert (tmp_path / "stop" / "run" / "checkpoints" / "45").is_dir()

@@ -114,3 +114,32 @@ def test_sigterm_with_nothing_to_save_ends_at_once(tmp_path, mode, processes):
     assert f"deit-jax: {said}stopped with nothing new to save" in running[0].stdout
     assert [process.stderr for process in running] == [""] * processes
     assert kill_and_resume.newest_step(tmp_path / "run") == 0
+
+
+IN_COMPILED_CODE = """
+import hashlib, sys
+from deit_jax.cli import main
+from deit_jax.training import loop
+
+def train(*_):
+    print("compiling", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+loop.train = train
+main.main(sys.argv[1:], by_mode=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_compiled_code_does_not_keep_a_signal_waiting(tmp_path, number):
+    """Python's own handlers would come when it returns, here after a quarter of an hour."""
+    script = tmp_path / "main.py"
+    script.write_text(
+        f"import signal\nsignal.signal(2, signal.default_int_handler){IN_COMPILED_CODE}"
+    )
+    flags = [*SHORT, f"--workdir={tmp_path / 'run'}"]
+    with several.started(flags, processes=1, script=script) as (process,):
+        process.wait_for("compiling")
+        process.send(number)
+        assert process.wait(20) == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
