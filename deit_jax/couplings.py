@@ -33,6 +33,13 @@ def is_no_cluster(error: BaseException) -> bool:
     return "coordinator_address should be defined" in str(error)
 
 
+def count_tpus() -> int:
+    """The number of TPU chips of this machine, as JAX counts them before it asks libtpu."""
+    from jax._src.hardware_utils import num_available_tpu_chips_and_device_id
+
+    return num_available_tpu_chips_and_device_id()[0]
+
+
 def system_errno(error: BaseException | None) -> int | None:
     """The number of the system's refusal to read or write, behind an error or its causes; or None.
 

@@ -45,6 +45,10 @@ def test_names_of_jax(run_python):
     assert ended.returncode == 0, ended.stderr
 
 
+def test_tpus_are_counted():
+    assert couplings.count_tpus() >= 0
+
+
 def test_the_system_s_refusals_behind_other_errors():
     number = 20  # ENOTDIR
     with pytest.raises(ValueError) as caught:

@@ -17,6 +17,7 @@ import sys
 import types
 from argparse import Namespace
 
+from deit_jax.cli import startup
 from deit_jax.cli.arguments import Parser
 from deit_jax.cli.status import exit_status
 from deit_jax.errors import InputError, did_you_mean
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None, *, by_mode: bool = False) -> int:
     # every 700 new ones, as Python does, is a tenth of the start, and at the end a second.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
+    startup.quieten()
     argv = sys.argv[1:] if argv is None else argv
     return exit_status(lambda: _run(_named_by_mode(argv) if by_mode else argv))
 

@@ -23,7 +23,7 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 
-from deit_jax.cli import crash
+from deit_jax.cli import crash, startup
 from deit_jax.cli.status import INTERRUPTED, is_expected, outcome, report
 from deit_jax.console import log_error
 from deit_jax.errors import Preempted
@@ -63,6 +63,9 @@ def _run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         # A mistake is found before the others are waited for.
         config = complete(arguments.config, arguments.workdir)
         exits.connect(config.distributed)
+        startup.quieten_absent_tpu()
+        if note := startup.use_compilation_cache():
+            log_error(f"{hosts.label()}note: {note}")
         with _signals_end_at_once():
             result = modes[arguments.command](config, arguments.workdir)
         if hosts.is_first():

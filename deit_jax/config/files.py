@@ -36,6 +36,8 @@ def load_config(recipe: str | os.PathLike) -> ConfigDict:
     Raises:
       InputError: there is no such recipe, run or file, or it is damaged.
     """
+    if not os.fspath(recipe):
+        raise InputError("the name of the recipe is empty; name one, as in --config=deit_b")
     text = find_recipe(os.fspath(recipe), ".")
     match = _FILE_AND_RUN.fullmatch(text)
     name, colon, run = text.partition(":")
@@ -51,6 +53,11 @@ def load_config(recipe: str | os.PathLike) -> ConfigDict:
             return _read_config(path / CONFIG_FILE)
         raise InputError(f"{recipe} is no run folder: it holds no {CONFIG_FILE}")
     names = sorted(packaged_recipes())
+    if path.exists():
+        raise InputError(
+            f"{recipe} is no recipe; expected a FILE.py that defines get_config(), the "
+            f"{CONFIG_FILE} of a run, or one of {', '.join(names)}"
+        )
     close = difflib.get_close_matches(Path(match[1]).stem if match else name, names)
     meant = f" (did you mean {', '.join(close)}?)" if close else ""
     raise InputError(
@@ -128,6 +135,9 @@ def _run_recipe(file: Path, recipe: str, run: str | None) -> ConfigDict:
         raise
     except Exception as error:  # a recipe is a program, which may fail in any way
         at = traceback.extract_tb(error.__traceback__)[-1]
+        ours, place = Path(__file__).resolve().parents[1], Path(at.filename)
+        if place.is_relative_to(ours) and not place.is_relative_to(ours / "configs"):
+            raise  # a bug of ours, and no mistake in the recipe
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"recipe {recipe} fails at {at.filename}:{at.lineno}: {reason}") from error
     finally:

@@ -56,7 +56,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what must hold of wh
     ),
     "below 2^32": (lambda value: value < 2**32, "train.seed"),
     "at most 16384": (lambda value: value <= 2**14, "input.image_size"),
-    "at most 1000000": (lambda value: value <= 10**6, "schedule.epochs"),
+    "at most 1000000": (
+        lambda value: value <= 10**6,
+        "schedule.epochs distill.teacher_epochs distributed.start_timeout",
+    ),
+    "at most 4096": (lambda value: value <= 2**12, "input.read_threads input.repeats"),
     "fractions of the brightest pixel, from 0 to 1": (
         lambda value: 0 <= min(value) <= max(value) <= 1,
         "input.mean",
@@ -86,6 +90,8 @@ def validate(config: ConfigDict) -> None:
         if _get(config, name) not in choices:
             refuse(config, name, f"one of {', '.join(choices)}")
     for name, value in flatten(config.to_dict()).items():
+        if type(value) is int and value >= 2**31 and name != "train.seed":
+            refuse(config, name, "below 2^31")
         if not all(map(math.isfinite, _floats(value))):
             refuse(config, name, "finite")
     for expected, (holds, names) in RANGES.items():

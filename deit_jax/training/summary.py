@@ -46,6 +46,7 @@ def describe_run(run: Run, origin: str) -> str:
         "batch": _batch(config.train),
         "devices": describe_mesh(run.mesh) + pmap,
         "state": _state(run),
+        **_compiled(),
     }
     if run.teacher_folder is not None:
         lines["teacher"] = _teacher(run)
@@ -60,8 +61,15 @@ def describe_evaluation(run: Run, origin: str) -> str:
         "data": f"{run.eval_source.description}: {run.plan.num_eval:,} images",
         "batch": f"{batch}; {run.config.train.dtype} matmuls",
         "devices": describe_mesh(run.mesh),
+        **_compiled(),
     }
     return _table(lines, note=run.notes)
+
+
+def _compiled() -> dict[str, str]:
+    """Says where programs are kept for the next start, if anywhere; the command line decides it."""
+    folder = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+    return {"compiled": f"programs are kept in {folder}"} if folder else {}
 
 
 def _table(lines: dict[str, str], **more: tuple[str, ...]) -> str:

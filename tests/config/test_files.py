@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 import deit_jax
+from deit_jax.config import files
 from deit_jax.config.fields import default_config
 from deit_jax.config.files import changed_fields, load_config, packaged_recipes, write_config
 from deit_jax.config.validate import validate
@@ -153,14 +154,28 @@ def test_changed_fields_lists_what_differs_from_the_first_run(tmp_path):
         ("own/shared.py", ["shared.py defines no get_config"]),
         ("own/broken.py", ["broken.py:2: ZeroDivisionError"]),
         ("own/wrong.py", ["wrong.py", "returns 3"]),
+        ("own/README.md", ["own/README.md is no recipe; expected a FILE.py"]),
+        ("own/no_name", ["own/no_name is no recipe"]),
+        ("/dev/null", ["/dev/null is no recipe"]),
+        ("", ["the name of the recipe is empty"]),
     ],
 )
 def test_recipes_that_are_not_there_or_fail(own_recipes, name, words):
     (own_recipes / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     (own_recipes / "wrong.py").write_text("def get_config():\n    return 3\n")
+    (own_recipes / "README.md").write_text("# A run\n")
+    (own_recipes / "no_name").write_bytes(b"\0" * 99)
     message = refusal(load_config, name)
     for word in words:
         assert word in message
+
+
+def test_a_bug_of_ours_is_no_mistake_in_a_recipe(own_recipes, monkeypatch):
+    files_code = compile("def upgrade(config):\n    return {}['a bug']\n", files.__file__, "exec")
+    exec(files_code, space := {})
+    monkeypatch.setattr(files, "upgrade", space["upgrade"])
+    with pytest.raises(KeyError, match="a bug"):
+        load_config("digits")
 
 
 @pytest.mark.slow
