@@ -37,10 +37,17 @@ def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
       model: any model of the registry; `model.info` goes to `model.json`.
 
     Raises:
-      InputError: `path` exists and is not a model folder.
+      InputError: `path` exists and is not a model folder, or the weights are not those of the model
+        that `model.info` describes: `load_model` could not read them.
       TransientError: it cannot be written: a full disk, for example.
     """
+    if not isinstance(getattr(model, "info", None), registry.ModelInfo):
+        raise InputError(
+            f"a {type(model).__name__} without `info` cannot be saved; build models by create_model"
+        )
     network, variables = split_model(model)
+    _, like = split_model(build(network.info, registry.abstract_model))
+    trees.check_like(variables, like, "the weights to be saved")
     write_model(path, variables, network.info)
 
 

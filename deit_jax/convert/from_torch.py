@@ -130,15 +130,13 @@ def from_tensors(
     if known is None:
         names, more = _class_names(described.pop("class_names", ()), info.num_classes)
         notes += more
-        source = f"{Path(what).name} ({layout.name} names)"
-        info = dataclasses.replace(info, source=source, class_names=names)
+        described |= {"source": f"{Path(what).name} ({layout.name} names)", "class_names": names}
     else:
         described |= {name: getattr(known, name) for name in preprocessing.FIELDS}
     prepared, more = preprocessing.settle(described, dict(asked or {}), info, what)
-    info = dataclasses.replace(info, num_batches_tracked=counts, **described | prepared)
     notes += more
     try:
-        ModelInfo.from_json(info.to_json())
+        info = dataclasses.replace(info, num_batches_tracked=counts, **described | prepared)
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
     return Converted(variables, info, layout.name, tuple(notes))
@@ -204,7 +202,8 @@ def adapt(
             f"--config.init_from=DIR --config.model.name={name}"
         )
     # Other names alone replace no head here: the user knows what the classes are.
-    renamed = dataclasses.replace(old, class_names=class_names)
+    named = class_names if classes == old.num_classes else ()
+    renamed = dataclasses.replace(old, class_names=named)
     variables, changes = fit(converted.variables, renamed, like, target, fresh=fresh, kernel=kernel)
     notes = (*converted.notes, *changes)
     return dataclasses.replace(converted, variables=variables, info=target, notes=notes)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from deit_jax.errors import InputError
 
@@ -37,9 +37,18 @@ class ModelInfo:
     num_batches_tracked: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for field in ("class_names", "mean", "std", "num_batches_tracked"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        object.__setattr__(self, "overrides", tuple(tuple(pair) for pair in self.overrides))
+        """Takes NumPy's numbers and arrays and any sequences, and keeps what JSON gives back.
+
+        Raises:
+          InputError: a field or an override that no model could have.
+        """
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, checked(name, getattr(self, name), check))
+        for option, value in self.overrides:
+            checked(option, value)
+        names, classes = self.class_names, self.num_classes
+        if len(names) not in (0, classes):
+            raise InputError(f"there are {len(names)} class names for {classes} classes")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON knows them."""
@@ -64,66 +73,106 @@ class ModelInfo:
         for field in dataclasses.fields(cls):
             if field.name not in fields and field.default is dataclasses.MISSING:
                 raise InputError(f'the model\'s description lacks "{field.name}"')
-        for name, value in fields.items():
-            if not _CHECKS[name](value):
-                raise InputError(f'the model\'s description has {value!r:.60} as "{name}"')
-        names, classes = fields.get("class_names", ()), fields["num_classes"]
-        if len(names) not in (0, classes):
-            raise InputError(
-                f"the model's description has {len(names)} class names for {classes} classes"
-            )
         return cls(**fields)
 
 
-def _integer(largest: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and 1 <= value <= largest
+class Check(NamedTuple):
+    """What a value may be: the test of it, and in words."""
+
+    passes: Callable[[Any], bool]
+    expected: str
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e6
+def checked(name: str, value: Any, check: Check | None = None) -> Any:
+    """Returns a field or an option as JSON gives it back, but for tuples.
+
+    Args:
+      name: of the field or the structural option.
+      value: its value; also of NumPy's types.
+      check: what it may be; by default that of the option.
+
+    Raises:
+      InputError: the value is not what it may be.
+    """
+    check = check or _OPTIONS.get(name)
+    if check is None:
+        raise InputError(f"{name!r:.40} is no structural option, only {', '.join(_OPTIONS)}")
+    value = _plain(value)
+    if not check.passes(value):
+        raise InputError(f"{name} is {value!r:.60}, expected {check.expected}")
+    return value
 
 
-def _positive(value: Any) -> bool:
-    return _number(value) and value > 0
+def _plain(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
+def _integer(largest: int, least: int = 1) -> Check:
+    return Check(
+        lambda value: type(value) is int and least <= value <= largest,
+        f"a whole number from {least} to {largest}",
+    )
 
 
-def _list(of: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+def number(passes: Callable[[float], bool], expected: str) -> Check:
+    """Returns a check of a finite number that is not huge, and that passes another one."""
+
     def check(value: Any) -> bool:
-        right = isinstance(value, list) and length in (None, len(value))
-        return right and all(map(of, value))
+        usable = type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e6
+        return usable and passes(value)
 
-    return check
+    return Check(check, expected)
 
 
-def _override(pair: Any) -> bool:
-    if not (_list(lambda _: True, 2)(pair) and isinstance(pair[0], str)):
-        return False
-    return pair[0] in _OVERRIDES and _OVERRIDES[pair[0]](pair[1])
+def _or_none(check: Check) -> Check:
+    return Check(lambda value: value is None or check.passes(value), f"{check.expected}, or None")
 
+
+def _tuple(of: Check, length: int | None = None) -> Check:
+    def check(value: Any) -> bool:
+        right = isinstance(value, tuple) and length in (None, len(value))
+        return right and all(map(of.passes, value))
+
+    return Check(
+        check, f"a list of {'any length' if length is None else length}, each {of.expected}"
+    )
+
+
+_ANY = number(lambda _: True, "a finite number")
+_POSITIVE = number(lambda value: value > 0, "a finite number above 0")
+_TEXT = Check(
+    # Surrogates stand for bytes of a file's name that are no UTF-8, and cannot be written.
+    lambda value: isinstance(value, str) and value == value.encode("utf-8", "ignore").decode(),
+    "a text that UTF-8 can encode",
+)
+BOOL = Check(lambda value: isinstance(value, bool), "True or False")
+_PAIR = Check(
+    lambda pair: isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str),
+    "an option and its value",
+)
 
 # What each structural option may be, and what each field.
-_OVERRIDES: dict[str, Callable[[Any], bool]] = {
+_OPTIONS: dict[str, Check] = {
     **dict.fromkeys(("patch_size", "embed_dim", "w0", "group_width", "stem_width"), _integer(8192)),
     **dict.fromkeys(("depth", "num_heads"), _integer(256)),
-    **dict.fromkeys(("mlp_ratio", "wa", "wm", "se_ratio"), _positive),
-    **dict.fromkeys(("distilled", "no_embed_class"), lambda value: isinstance(value, bool)),
-    "layer_scale_init": lambda value: value is None or _number(value),
+    **dict.fromkeys(("mlp_ratio", "se_ratio"), _POSITIVE),
+    **dict.fromkeys(("distilled", "no_embed_class"), BOOL),
+    "wa": number(lambda value: value >= 0, "a finite number of at least 0"),
+    "wm": number(lambda value: value > 1, "a finite number above 1"),
+    "layer_scale_init": _or_none(_ANY),
 }
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "name": _text,
+_CHECKS: dict[str, Check] = {
+    "name": _TEXT,
     "num_classes": _integer(2**24),
     "image_size": _integer(2**14),
-    "class_names": _list(_text),
-    "mean": _list(_number, 3),
-    "std": _list(_positive, 3),
-    "crop_ratio": lambda value: value is None or (_positive(value) and value <= 1),
-    "interpolation": _text,
-    "overrides": _list(_override),
-    "source": _text,
-    "weights": _text,
-    "num_batches_tracked": _list(lambda value: type(value) is int and 0 <= value < 2**63),
+    "class_names": _tuple(_TEXT),
+    "mean": _tuple(_ANY, 3),
+    "std": _tuple(_POSITIVE, 3),
+    "crop_ratio": _or_none(number(lambda value: 0 < value <= 1, "a number above 0 and up to 1")),
+    "interpolation": _TEXT,
+    "overrides": _tuple(_PAIR),
+    "source": _TEXT,
+    "weights": _TEXT,
+    "num_batches_tracked": _tuple(_integer(2**63 - 1, least=0)),
 }

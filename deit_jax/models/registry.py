@@ -12,12 +12,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
-from deit_jax.models.info import ModelInfo
+from deit_jax.models.info import BOOL, Check, ModelInfo, checked, number
 from deit_jax.models.regnet import RegNetY
 from deit_jax.models.vit import VisionTransformer
 
 # Options that change training only, not weights or predictions: no part of a model's description.
-_TRAINING_OPTIONS = frozenset({"drop_rate", "drop_path_mode", "remat"})
+_RATE = number(lambda value: 0 <= value < 1, "a number from 0 to below 1")
+_MODE = Check(lambda value: value in ("linear", "constant"), '"linear" or "constant"')
+_TRAINING_OPTIONS = {"drop_rate": _RATE, "drop_path_mode": _MODE, "remat": BOOL}
 # Arguments of the constructors that create_model sets itself.
 _GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
 
@@ -150,6 +152,9 @@ def create_model(
 ) -> nnx.Module:
     """Creates a randomly initialised model.
 
+    `save_model` and `load_model` keep all of it but `dtype` and what only training uses: drop rates
+    and `remat`.
+
     Args:
       name: one of `list_models()`.
       num_classes: of each head.
@@ -174,17 +179,22 @@ def create_model(
         if option not in constructor:
             suggestion = _suggest(option, constructor | own)
             raise InputError(f'model {name} has no option "{option}"{suggestion}')
-    if num_classes < 1:
-        raise InputError(f"num_classes is {num_classes}, expected at least 1")
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise InputError(f"dtype is {jnp.dtype(dtype)}, expected float32 or bfloat16")
+    overrides = {
+        option: checked(option, value, _TRAINING_OPTIONS.get(option))
+        for option, value in overrides.items()
+    }
+    dtype, drop_path_rate = _dtype(dtype), checked("drop_path_rate", drop_path_rate, _RATE)
+    if getattr(rngs, "params", None) is None:
+        raise InputError(
+            f"rngs is a {type(rngs).__name__} that draws no params, expected nnx.Rngs(seed)"
+        )
 
     structural = sorted(pair for pair in overrides.items() if pair[0] not in _TRAINING_OPTIONS)
     size = entry.image_size if image_size is None else image_size
     info = model_info(name, num_classes=num_classes, image_size=size, overrides=structural)
-    arguments = entry.options | overrides | {"num_classes": num_classes, "dtype": dtype}
+    arguments = entry.options | overrides | {"num_classes": info.num_classes, "dtype": dtype}
     if entry.build is VisionTransformer:
-        arguments |= {"image_size": size, "drop_path_rate": drop_path_rate}
+        arguments |= {"image_size": info.image_size, "drop_path_rate": drop_path_rate}
     elif drop_path_rate:
         raise InputError(
             f"drop_path_rate is {drop_path_rate}, but {name} has no stochastic depth: set it to 0"
@@ -199,9 +209,19 @@ def abstract_model(name: str, **options: Any) -> nnx.Module:
     return nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options))
 
 
+def _dtype(dtype: DTypeLike) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = dtype
+    if found not in (jnp.float32, jnp.bfloat16):
+        raise InputError(f"dtype is {found}, expected float32 or bfloat16")
+    return found
+
+
 def _entry(name: str) -> _Entry:
-    if name not in _MODELS:
-        raise InputError(f'unknown model "{name}"{_suggest(name, _MODELS)}')
+    if not isinstance(name, str) or name not in _MODELS:
+        raise InputError(f'unknown model "{name}"{_suggest(str(name), _MODELS)}')
     return _MODELS[name]
 
 

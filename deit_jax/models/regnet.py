@@ -31,6 +31,8 @@ def stage_plan(
     ideal = w0 + wa * np.arange(depth)
     exponents = np.round(np.log(ideal / w0) / np.log(wm))
     quantised = (np.round(w0 * wm**exponents / 8) * 8).astype(int)
+    if quantised.min() < 1:
+        raise InputError(f"w0 is {w0}, which leaves a stage without channels; expected at least 5")
     plan = []
     for width, blocks in zip(*np.unique(quantised, return_counts=True), strict=True):
         group = min(group_width, int(width))
@@ -129,6 +131,8 @@ class SqueezeExcite(Layer):
     """Scales channels by a sigmoid gate computed from their means over the image."""
 
     def __init__(self, channels: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        if hidden < 1:
+            raise InputError(f"se_ratio leaves no hidden unit for {channels} channels; raise it")
         # 1×1 convolutions on a 1×1 map, initialised as such.
         kind = {"dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
         self.fc1 = Linear(channels, hidden, std=math.sqrt(2.0 / hidden), **kind)

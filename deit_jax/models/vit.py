@@ -95,6 +95,10 @@ class VisionTransformer(Layer):
             raise InputError(
                 f"image_size {image_size} is smaller than one patch of {patch_size} pixels"
             )
+        if int(embed_dim * mlp_ratio) < 1:
+            raise InputError(
+                f"mlp_ratio {mlp_ratio} of embed_dim {embed_dim} leaves no hidden unit"
+            )
         if embed_dim % num_heads:
             raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
 

@@ -187,8 +187,11 @@ def test_no_model_folder(tmp_path):
         (lambda text: "[1, 2]", "model.json is damaged"),
         (lambda text: text.replace('"num_classes"', '"classes"'), "model.json is damaged"),
         (lambda text: text.replace('"format": 2', '"format": 99'), "has format 99, expected 2"),
-        (lambda text: text.replace('"image_size": 32', '"image_size": "32"'), "'32' as"),
-        (lambda text: text.replace('"std": [', '"std": [0.1, '), 'as "std"'),
+        (
+            lambda text: text.replace('"image_size": 32', '"image_size": "32"'),
+            "image_size is '32', expected a whole",
+        ),
+        (lambda text: text.replace('"std": [', '"std": [0.1, '), "std is (0.1, "),
         (
             lambda text: text.replace('"deit_testing"', '"deit_tasting"'),
             "not agree with its digest",

@@ -138,7 +138,8 @@ def test_info_defaults_and_json():
     ):
         info = model_info(name)
         assert (info.image_size, info.crop_ratio) == (size, crop_ratio)
-    info = model_info("deit_testing", class_names=("a", "b"), overrides=(("depth", 2),))
+    options = {"num_classes": 2, "class_names": ("a", "b"), "overrides": (("depth", 2),)}
+    info = model_info("deit_testing", **options)
     restored = ModelInfo(**json.loads(json.dumps(dataclasses.asdict(info))))
     assert restored == info
     assert hash(restored) == hash(info)
@@ -166,7 +167,7 @@ def test_deit3_and_deit_drop_paths_differ():
         ("deit_testing", {"image_size": 3}, "smaller than one patch"),
         ("deit_testing", {"num_heads": 5}, "embed_dim 64 is not divisible by num_heads 5"),
         ("deit_testing", {"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
-        ("deit_testing", {"drop_path_mode": "cosine"}, 'drop_path_mode is "cosine"'),
+        ("deit_testing", {"drop_path_mode": "cosine"}, "drop_path_mode is 'cosine'"),
     ],
 )
 def test_bad_arguments_are_named(name, arguments, message):
