@@ -40,7 +40,7 @@ def recipe(epochs):
 def base(tmp_path_factory):
     """A plain DeiT of digits at 32 pixels: its run folder and its final report."""
     workdir = tmp_path_factory.mktemp("base")
-    return workdir, loop.train(recipe(epochs=10), str(workdir))
+    return workdir, loop.train(recipe(epochs=14), str(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def weights(workdir):
 @pytest.mark.slow
 def test_the_given_weights_are_the_start_unless_there_is_a_checkpoint(base, tmp_path, capsys):
     folder, report = base
-    config = recipe(epochs=10)
+    config = recipe(epochs=14)
     config.init_from = str(folder)
     assert loop.evaluate(config, str(tmp_path))["loss"] == report["loss"]
     config.init_from = "gone"
