@@ -53,6 +53,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     """Converts; --dst is whole or absent."""
+    import numpy as np
+
     from deit_jax import trees
     from deit_jax.checkpoints import model_folder
     from deit_jax.convert import download, from_torch
@@ -99,10 +101,8 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{target} cannot be written ({brief(error)})") from error
     parameters = trees.param_count(variables.params)
-    log(
-        f"{target}: {info.name}, {parameters:,} parameters, "
-        f"{info.image_size}×{info.image_size}, {info.num_classes} classes"
-    )
+    sides = "×".join(map(str, np.broadcast_to(info.image_size, 2)))
+    log(f"{target}: {info.name}, {parameters:,} parameters, {sides}, {info.num_classes} classes")
     result = {"dst": str(target), "parameters": parameters, "notes": list(converted.notes)}
     emit(result | {key: getattr(info, key) for key in ("name", "num_classes", "image_size")})
 

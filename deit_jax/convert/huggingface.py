@@ -161,7 +161,7 @@ def layout(info: ModelInfo) -> layouts.Layout:
     Raises:
       InputError: transformers has no such model (DeiT III, RegNetY).
     """
-    options = _options(info)
+    _, options = info.side, _options(info)
     unknown = options.get("layer_scale_init") is not None or options.get("no_embed_class", False)
     if "embed_dim" not in options or unknown:
         raise InputError(
@@ -235,7 +235,7 @@ def _config(info: ModelInfo) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
-        "image_size": info.image_size,
+        "image_size": info.side,
         "patch_size": options["patch_size"],
         "num_channels": 3,
         "dtype": "float32",
@@ -247,7 +247,7 @@ def _config(info: ModelInfo) -> dict[str, Any]:
 
 def _processor(info: ModelInfo) -> dict[str, Any]:
     """Describes our evaluation: resize the short side, cut the centre."""
-    size = info.image_size
+    size = info.side
     whole = info.crop_ratio is None
     return {
         "image_processor_type": "CLIPImageProcessor",  # DeiT's resizes both sides

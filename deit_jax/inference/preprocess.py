@@ -47,10 +47,10 @@ def preprocess(
     resample = _INTERPOLATIONS[info.interpolation]
     picture = _load(image)
     if info.crop_ratio is None:
-        picture = picture.resize((info.image_size, info.image_size), resample)
+        picture = picture.resize((info.side, info.side), resample)
     elif 0 < info.crop_ratio <= 1:
         try:
-            picture = _resize_and_crop(picture, info.image_size, info.crop_ratio, resample)
+            picture = _resize_and_crop(picture, info.side, info.crop_ratio, resample)
         except InputError as error:
             name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else "image"
             raise InputError(f"{name}: {error}") from error

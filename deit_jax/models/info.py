@@ -20,12 +20,13 @@ class ModelInfo:
     `overrides` holds the structural options that differ from the registry's, as (option, value)
     pairs sorted by option. `source` says where the weights come from, `weights` which: "raw" or
     "ema". `num_batches_tracked` is PyTorch's count of updates of each BatchNorm layer, kept for the
-    way back: sorted by the layers' names, or one number where all agree.
+    way back: sorted by the layers' names, or one number where all agree. An `image_size` is a side,
+    or (height, width) where they differ.
     """
 
     name: str
     num_classes: int
-    image_size: int
+    image_size: int | tuple[int, int]
     class_names: tuple[str, ...] = ()
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -44,11 +45,27 @@ class ModelInfo:
         """
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, checked(name, getattr(self, name), check))
+        if isinstance(self.image_size, tuple) and len(set(self.image_size)) == 1:
+            object.__setattr__(self, "image_size", self.image_size[0])
         for option, value in self.overrides:
             checked(option, value)
         names, classes = self.class_names, self.num_classes
         if len(names) not in (0, classes):
             raise InputError(f"there are {len(names)} class names for {classes} classes")
+
+    @property
+    def side(self) -> int:
+        """Returns the side of the images.
+
+        Raises:
+          InputError: they are not square, which most commands expect.
+        """
+        if isinstance(self.image_size, tuple):
+            raise InputError(
+                f"images of {self.name} are {self.image_size}, height and width; only square ones "
+                "can be prepared, trained and exported: use model(images) from Python"
+            )
+        return self.image_size
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON knows them."""
@@ -147,6 +164,11 @@ _TEXT = Check(
     "a text that UTF-8 can encode",
 )
 BOOL = Check(lambda value: isinstance(value, bool), "True or False")
+_SIDE = _integer(2**14)
+_SIZE = Check(
+    lambda value: _SIDE.passes(value) or _tuple(_SIDE, 2).passes(value),
+    f"{_SIDE.expected}, or two of them (height and width)",
+)
 _PAIR = Check(
     lambda pair: isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str),
     "an option and its value",
@@ -165,7 +187,7 @@ _OPTIONS: dict[str, Check] = {
 _CHECKS: dict[str, Check] = {
     "name": _TEXT,
     "num_classes": _integer(2**24),
-    "image_size": _integer(2**14),
+    "image_size": _SIZE,
     "class_names": _tuple(_TEXT),
     "mean": _tuple(_ANY, 3),
     "std": _tuple(_POSITIVE, 3),

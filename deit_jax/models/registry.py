@@ -126,7 +126,7 @@ def is_distilled(name: str) -> bool:
 
 def fixed_size(info: ModelInfo) -> int | None:
     """Returns the side of the only images that a model takes, or None where it takes any."""
-    return info.image_size if _entry(info.name).build is VisionTransformer else None
+    return info.side if _entry(info.name).build is VisionTransformer else None
 
 
 def model_info(name: str, **fields: Any) -> ModelInfo:
@@ -144,7 +144,7 @@ def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     drop_path_rate: float = 0.0,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
@@ -158,7 +158,7 @@ def create_model(
     Args:
       name: one of `list_models()`.
       num_classes: of each head.
-      image_size: side of the square input in pixels; None takes the one in the name.
+      image_size: side of the input in pixels, or (height, width); None takes the one in the name.
       drop_path_rate: stochastic depth of vision transformers, of the last block or (DeiT III) of
         all.
       dtype: of the matmuls, float32 or bfloat16; parameters and logits are float32.

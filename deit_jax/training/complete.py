@@ -35,7 +35,7 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
                 info = model_folder.read_info(config.init_from)
             except InputError as error:
                 raise InputError(f"--config.init_from={config.init_from}: {error}") from error
-            known = {"input.image_size": info.image_size, "model.name": info.name}
+            known = {"input.image_size": info.side, "model.name": info.name}
             known["model.patch_size"] = dict(info.overrides).get("patch_size", 0)
         if not config.model.name:
             config.model.name = known["model.name"]

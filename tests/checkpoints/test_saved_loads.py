@@ -14,6 +14,9 @@ from flax import nnx
 
 from deit_jax import trees
 from deit_jax.checkpoints.model_folder import load_model, save_model
+from deit_jax.convert import to_torch
+from deit_jax.inference.preprocess import preprocess
+from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.models.registry import create_model
 from tests.refusal import refusal
@@ -30,6 +33,9 @@ OPTIONS = [
     ),
     ("deit_testing", {"depth": np.int16(2), "mlp_ratio": np.float32(1.3)}),
     ("deit_testing", {"image_size": 19}),  # not a multiple of the patch
+    ("deit_testing", {"image_size": (16, np.int64(24))}),
+    ("deit3_testing", {"image_size": [32, 32]}),
+    ("regnety_testing", {"image_size": np.array([32, 64])}),
     ("deit_testing", {"mlp_ratio": 2, "distilled": np.bool_(True), "no_embed_class": np.True_}),
     ("deit_testing", {"layer_scale_init": np.float32(0.1)}),
     ("deit_testing", {"layer_scale_init": 0, "distilled": True}),
@@ -74,8 +80,8 @@ def _assert_loads(folder, model, dtype):
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array, err_msg=name)
-    size = model.info.image_size
-    images = jax.random.normal(jax.random.key(1), (1, size, size, 3))
+    size = np.broadcast_to(model.info.image_size, 2)
+    images = jax.random.normal(jax.random.key(1), (1, *size, 3))
     np.testing.assert_array_equal(loaded(images), model(images))
 
 
@@ -106,7 +112,7 @@ def test_weights_of_another_type(tmp_path, dtype):
     [
         *(("deit_testing", {"num_classes": value}, "num_classes is") for value in (0, 2.0, "3")),
         *(("deit_testing", {"num_classes": value}, "num_classes is") for value in (True, 2**30)),
-        *(("deit_testing", {"image_size": x}, "image_size is") for x in ((16, 24), [16], 16.0)),
+        *(("deit_testing", {"image_size": x}, "image_size is") for x in ((16, 24, 3), [16], 16.0)),
         *(("deit_testing", {"image_size": x}, "image_size is") for x in (0, -1, 2**20, "16")),
         *(("deit_testing", {"depth": x}, "depth is") for x in (0, 1.0, True, "1", 1000, None)),
         *(("deit_testing", {"embed_dim": x}, "embed_dim is") for x in (0, 10_000, (8,))),
@@ -148,7 +154,7 @@ def test_options_that_no_model_has_are_refused_at_creation(name, options, words)
         ({"std": (1, 1, 0)}, "std is"),
         ({"crop_ratio": 0}, "crop_ratio is"),
         ({"crop_ratio": 1.1}, "crop_ratio is"),
-        ({"image_size": (32, 32)}, "image_size is"),
+        ({"image_size": (32, 0)}, "image_size is"),
         ({"num_classes": 0}, "num_classes is"),
         ({"source": b"bytes"}, "source is"),
         ({"interpolation": 3}, "interpolation is"),
@@ -176,3 +182,14 @@ def test_weights_that_are_not_the_described_model_s_are_refused_at_saving(tmp_pa
             save_model, tmp_path / "model", wrong
         )
     assert not (tmp_path / "model").exists()
+
+
+def test_who_wants_square_images_says_so(tmp_path):
+    model = _created("deit_testing", {"image_size": (16, 24)})
+    save_model(tmp_path / "model", model)
+    for action in (
+        lambda: preprocess(model, np.zeros((40, 40, 3), np.uint8)),
+        lambda: to_torch.write(tmp_path / "model", tmp_path / "hf", "hf"),
+        lambda: registry.fixed_size(model.info),
+    ):
+        assert "images of deit_testing are (16, 24), height and width" in refusal(action)
