@@ -98,7 +98,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     info, variables = converted.info, converted.variables
     try:
         model_folder.write_model(target, variables, info)
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         raise InputError(f"{target} cannot be written ({brief(error)})") from error
     parameters = trees.param_count(variables.params)
     sides = "×".join(map(str, np.broadcast_to(info.image_size, 2)))

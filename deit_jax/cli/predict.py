@@ -106,8 +106,10 @@ def find_images(paths: list[str]) -> list[Path]:
                 expected = " ".join(pictures.SUFFIXES)
                 raise InputError(f"{path} holds no image: expected files {expected}")
             files += images
-        elif path.exists():
+        elif path.is_file():
             files.append(path)
+        elif path.exists():  # a pipe, which may never say anything
+            raise InputError(f"{path} is neither a file nor a folder")
         else:
             raise InputError(f"{path}: no such image file or folder; check the path")
     return files

@@ -10,7 +10,7 @@ from PIL import Image
 
 from deit_jax import storage
 from deit_jax.convert import layouts, torch_files
-from deit_jax.convert.shards import INDICES
+from deit_jax.convert.shards import INDICES, MOST_BYTES
 from deit_jax.errors import InputError, brief
 from deit_jax.models import imagenet, registry
 from deit_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
@@ -66,6 +66,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError("larger than any such file")
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({brief(error)}); download it again") from error

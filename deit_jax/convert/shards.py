@@ -8,7 +8,7 @@ from deit_jax.errors import InputError, brief
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
-_MOST_BYTES = 2**26
+MOST_BYTES = 2**26  # of a JSON file beside weights
 
 
 def files_of(path: Path, notes: list[str]) -> dict[Path, list[str]]:
@@ -43,7 +43,7 @@ def files_of(path: Path, notes: list[str]) -> dict[Path, list[str]]:
 def _read_index(index: Path) -> dict[Path, list[str]]:
     files: dict[Path, list[str]] = {}
     try:
-        if index.stat().st_size > _MOST_BYTES:
+        if index.stat().st_size > MOST_BYTES:
             raise ValueError("larger than any index")
         for name, file in json.loads(index.read_bytes())["weight_map"].items():
             if Path(file).name != file or file in ("", ".", ".."):

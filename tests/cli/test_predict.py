@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,12 @@ def test_names_do_nothing_to_the_terminal(predict_command, photos, tmp_path, fla
     assert "begins with" in err
     for text in ("\x1b[2J", "\x9b", "\x07"):
         assert text not in out + err
+
+
+def test_a_pipe_is_not_waited_for(predict_command, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    line = f"error: {tmp_path / 'pipe'} is neither a file nor a folder\n"
+    assert predict_command(tmp_path, tmp_path / "pipe") == (2, "", line)
 
 
 def test_linked_folders_are_searched_and_files_stay_in_order(photos, tmp_path):

@@ -171,6 +171,16 @@ def test_a_full_disk_leaves_nothing(tmp_path, state, monkeypatch, converted):
     assert "No space left on device" in converted(save(tmp_path / "a.safetensors", state))
 
 
+@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), TypeError("ours")])
+def test_a_bug_in_writing_is_no_line(tmp_path, state, monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(model_folder, "write_model", broken)
+    with pytest.raises(type(error), match="ours"):
+        command("convert", save(tmp_path / "a.safetensors", state), tmp_path / "model")
+
+
 def test_mutated_files():
     """`python tests/convert/fuzz.py --files=2000` is the long form."""
     counts = fuzz(files=30, seed=1)
@@ -264,6 +274,7 @@ def test_nothing_of_other_people_is_replaced(tmp_path, refused):
     [
         *(("config.json", text, "config.json") for text in (b"{", b"[]", b"\xff\xfe")),
         ("config.json", b'{"id2label": 5}', "config.json"),
+        ("config.json", None, "larger than any such file"),
         ("config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("config.json", {"model_type": "beit"}, "model_type is 'beit'"),
         ("preprocessor_config.json", {"size": {"shortest_edge": 1e999}}, "damaged"),
@@ -274,6 +285,10 @@ def test_nothing_of_other_people_is_replaced(tmp_path, refused):
 def test_odd_folders_of_transformers(tmp_path, converted, file, content, words):
     folder = tmp_path / "hf"
     to_torch.write(random_folder(tmp_path / "sound", "deit_testing"), folder, "hf")
+    if content is None:  # a sparse file of a gigabyte
+        os.truncate(folder / file, 2**30)
+        assert words in converted(folder)
+        return
     if isinstance(content, dict):
         sound = json.loads((folder / file).read_text()) | {"do_center_crop": True}
         sound.pop("deit_jax", None)
