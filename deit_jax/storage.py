@@ -84,9 +84,11 @@ def check_name(path: Path) -> None:
     """Raises InputError for a folder in which Orbax writes arrays that nobody can read.
 
     It takes brackets and backslashes of the path for a pattern when it merges what the processes
-    have written, finds nothing, and leaves a checkpoint without index.
+    have written, finds nothing, and leaves a checkpoint without index. In a bucket it takes * and ?
+    for patterns, too, and the path for an address that ends at # and ?: all checkpoints below would
+    share one place.
     """
-    if found := re.search(r"[\[\]\\]", os.fspath(path)):
+    if found := re.search(r"[\[\]\\#?*]" if is_remote(path) else r"[\[\]\\]", os.fspath(path)):
         raise InputError(
             f"{path} cannot hold checkpoints or models: Orbax cannot read what it writes below a "
             f"name with {found[0]}; choose another"

@@ -38,14 +38,15 @@ def list_steps(directory: storage.Path) -> list[int]:
     """Returns the steps with a checkpoint; a directory that is not there has none.
 
     Raises:
-      InputError: other processes find other ones.
+      InputError: other processes find other ones, or it is no folder.
       TransientError: the disk does not answer, or a permission is missing.
     """
     try:
         steps = steps_in(directory)
     except OSError as error:
         reason = error.strerror or brief(error)
-        raise TransientError(f"{directory} cannot be read now ({reason})") from error
+        kind = InputError if error.errno in (errno.ELOOP, errno.ENOTDIR) else TransientError
+        raise kind(f"{directory} cannot be read now ({reason})") from error
     hosts.compare("the list of checkpoints", {f"steps in {directory}": steps})
     return steps
 

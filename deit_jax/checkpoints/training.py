@@ -230,8 +230,10 @@ class _NewestAndBest(policy.PreservationPolicy):
 
 def saved_info(workdir: str) -> registry.ModelInfo | None:
     """Returns the description of the model in the newest checkpoint whose description is whole."""
-    directory = storage.path_of(workdir, "checkpoints")
-    for step in reversed(recovery.steps_in(directory)):
+    directory, steps = storage.path_of(workdir, "checkpoints"), []
+    with contextlib.suppress(OSError):  # opening the checkpoints says why
+        steps = recovery.steps_in(directory)
+    for step in reversed(steps):
         with contextlib.suppress(Exception):  # restoring says why, and takes the one before
             return registry.ModelInfo.from_json(_read_meta(directory / str(step))["model"])
     return None

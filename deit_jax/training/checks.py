@@ -92,7 +92,7 @@ def check_place(workdir: str) -> None:
     folder = storage.path_of(workdir)
     if storage.is_remote(folder):
         return
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         problem = "read-only" if folder.is_dir() else "no folder"

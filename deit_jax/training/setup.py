@@ -40,6 +40,8 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     if not workdir:
         raise InputError("--workdir is empty, expected the folder of the run")
     storage.check_name(storage.path_of(workdir))
+    if mode != "plan":  # of a run that may be read-only
+        checks.check_place(workdir)
     training = mode != "eval"
     config, notes = as_trained(complete(config, workdir), workdir, training=training)
     if config.train.tensorboard:

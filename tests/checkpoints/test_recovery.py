@@ -222,7 +222,7 @@ def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     line = _error(run_main(*flags), status=2)
     assert line.startswith(f"error: --workdir={small_disk / 'run'} cannot be written (")
-    assert "Read-only" in line
+    assert "run is read-only)" in line
 
     subprocess.run(["mount", "-o", "remount,rw,size=200m", str(small_disk)], check=True)
     finished = run_main(*flags)

@@ -193,6 +193,29 @@ def test_workdir_that_cannot_be_made(refused, tmp_path):
     assert f"--workdir={workdir} cannot be written" in refused(workdir=workdir)
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "plan"])
+def test_workdir_that_is_a_link_to_itself(refused, tmp_path, command):
+    (tmp_path / "run").symlink_to("run")
+    workdir = tmp_path / "run"
+    line = refused(command=command)
+    assert f"--workdir={workdir} cannot be written ({workdir} is no folder)" in line
+
+
+def test_checkpoints_that_are_a_link_to_themselves(refused, tmp_path):
+    link = tmp_path / "run" / "checkpoints"
+    link.parent.mkdir()
+    link.symlink_to("checkpoints")
+    assert f"{link} cannot be read now (Too many levels of symbolic links)" in refused()
+
+
+@pytest.mark.parametrize("field", ["dataset.source=folder dataset.root", "init_from"])
+def test_links_to_themselves_in_place_of_folders(refused, tmp_path, field):
+    (tmp_path / "loop").symlink_to("loop")
+    line = refused(*(f"--config.{f}" for f in f"{field}={tmp_path / 'loop'}".split()))
+    assert str(tmp_path / "loop") in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensorboard_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer", None)
     assert "config.train.tensorboard" in refused("--config.train.tensorboard=True")
