@@ -24,7 +24,7 @@ from configs import digits_distill
 from deit_jax import data, trees
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.training import TrainCheckpoints
-from deit_jax.models import layers, registry
+from deit_jax.models import norms, registry
 from deit_jax.parallel import axis
 from deit_jax.parallel.mesh import batch_sharding, to_global, to_host
 from deit_jax.planning.collectives import read
@@ -183,7 +183,7 @@ def batch_norm() -> float:
     weights = jax.random.normal(jax.random.key(1), images.shape)
 
     def run(x: jax.Array, weights: jax.Array) -> tuple:
-        norm = layers.BatchNorm(3)
+        norm = norms.BatchNorm(3)
         out = norm(x, nnx.Rngs(dropout=jax.random.key(0)))
         return (out * weights).sum(), (norm.mean[...], norm.var[...])
 
