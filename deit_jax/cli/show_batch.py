@@ -156,7 +156,7 @@ def _picture(config: ConfigDict, image: str | None) -> np.ndarray:
 
         image = decode(data.open_source(config.dataset, "train").fetch(0)[0]).numpy()
     info = SimpleNamespace(
-        image_size=config.input.image_size,
+        side=config.input.image_size,
         crop_ratio=None if config.input.train_crop == "small" else config.input.crop_ratio,
         interpolation=config.input.interpolation,
         mean=(0, 0, 0),
