@@ -118,6 +118,24 @@ def test_a_suspended_holder_finds_its_lease_taken(kind, workdir, tmp_path):
             hold.check()
 
 
+@pytest.mark.parametrize("kind", ["disk", pytest.param("bucket", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_start_that_has_not_seen_the_other_yields(kind, workdir, monkeypatch, number):
+    """It looked just before, or its host remembers an empty folder; also under a free name."""
+    look = holders.wait_until_dead
+    dead = {workdir / f".lease.{number - 1}.json": None}
+    monkeypatch.setattr(holders, "wait_until_dead", lambda *_: dead)
+    with lease.held(workdir) as hold:
+        seen = [{}]
+        monkeypatch.setattr(
+            holders, "wait_until_dead", lambda *place: seen.pop() if seen else look(*place)
+        )
+        with pytest.raises(TransientError, match="in use by process"), lease.held(workdir):
+            pass
+        hold.check()
+        assert [path.name for path in holders.files(workdir)] == [f".lease.{number}.json"]
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_signals_that_end_at_once_give_it_back(tmp_path, number, status):
     with _started(tmp_path / "run", "disk", tmp_path, 1) as (holder,):
