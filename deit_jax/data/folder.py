@@ -54,19 +54,23 @@ class FolderSource(Source):
     """Image files of one split, read when fetched."""
 
     folder: str
-    files: tf.Tensor  # string [n], paths in the folder
+    files: list[bytes]  # paths in the folder
     labels: tf.Tensor  # int32 [n]
+
+    def __post_init__(self) -> None:
+        # For fetch alone: to take one from it in Python costs as much as ten reads.
+        self._files = tf.constant(self.files, tf.string)
 
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See Source."""
         folder = os.fsencode(self.folder)
-        path = tf.strings.join([folder, tf.gather(self.files, index)], separator="/")
+        path = tf.strings.join([folder, tf.gather(self._files, index)], separator="/")
         read = buckets.read_file if storage.is_remote(self.folder) else tf.io.read_file
         return self.parse(read(path), index)
 
     def read(self, index: int) -> bytes:
         """See Source."""
-        path = os.path.join(os.fsencode(self.folder), self.files[index].numpy())
+        path = os.path.join(os.fsencode(self.folder), self.files[index])
         if storage.is_remote(self.folder):
             return buckets.read(path.decode())
         with open(path, "rb") as file:
@@ -78,12 +82,12 @@ class FolderSource(Source):
 
     def fingerprint(self) -> str:
         """See Source."""
-        names = b"\n".join(self.files.numpy().tolist())
+        names = b"\n".join(self.files)
         return digest(np.frombuffer(names, np.uint8), self.labels)
 
     def example_id(self, index: int) -> str:
         """Returns the path of the file; what cannot be printed in it is escaped."""
-        return printable(f"{self.folder}/{os.fsdecode(self.files[index].numpy())}")
+        return printable(f"{self.folder}/{os.fsdecode(self.files[index])}")
 
 
 def open_folder(dataset: ConfigDict, split: str) -> FolderSource:
@@ -139,7 +143,7 @@ def open_folder(dataset: ConfigDict, split: str) -> FolderSource:
         notes=tuple(map(printable, notes)),
         passed_over=listing.passed_over,
         folder=folder,
-        files=tf.constant([os.fsencode(listing.files[i]) for i in chosen], tf.string),
+        files=[os.fsencode(listing.files[i]) for i in chosen],
         labels=tf.constant(labels[chosen], tf.int32),
     )
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from deit_jax import storage
-from deit_jax.data.source import Source, count_classes, fixed_fraction
+from deit_jax.data.source import Source, count_classes, fixed_fraction, in_python
 from deit_jax.errors import InputError, TransientError, brief
 from deit_jax.trees import digest
 
@@ -39,7 +39,7 @@ class HfSource(Source):
         """See Source."""
         from pyarrow import BufferReader
 
-        row = self.chosen[index].numpy()
+        row = in_python(self.chosen)[index]
         part = int(np.searchsorted(self.starts, row, side="right")) - 1
         cell = self.files[part].slice(int(row - self.starts[part]), 1)
         if cell.null_count:

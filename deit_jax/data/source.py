@@ -54,6 +54,11 @@ class Source(abc.ABC):
         """Returns the name by which a person finds the example: its file, or split and record."""
 
 
+def in_python(numbers: tf.Tensor) -> np.ndarray:
+    """Returns a tensor's numbers without a copy: TensorFlow takes 0.1 ms to give one of them."""
+    return np.asarray(memoryview(numbers))
+
+
 def read_threads(place: str) -> int:
     """Returns how many reads at a time keep the processors fed: in a bucket many, on disks none.
 

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from deit_jax import storage
-from deit_jax.data.source import Source, count_classes, fixed_fraction, read_threads
+from deit_jax.data.source import Source, count_classes, fixed_fraction, in_python, read_threads
 from deit_jax.data.tfrecord import Part, TfRecords
 from deit_jax.errors import InputError
 from deit_jax.trees import digest
@@ -33,7 +33,8 @@ class TfdsSource(Source):
 
     def read(self, index: int) -> bytes:
         """See Source."""
-        return self.records.read_bytes(int(self._number(index)))
+        number = index if self.chosen is None else in_python(self.chosen)[index]
+        return self.records.read_bytes(int(number))
 
     def parse(self, record: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See Source."""

@@ -16,6 +16,7 @@ import tensorflow as tf
 from deit_jax import storage
 from deit_jax.console import log_error
 from deit_jax.data import buckets
+from deit_jax.data.source import in_python
 from deit_jax.errors import InputError, brief
 from deit_jax.trees import digest
 
@@ -97,7 +98,7 @@ class TfRecords:
         if not self._remote:
             return self.read(tf.constant(index, tf.int64)).numpy()
         part = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        begin, end = self._bounds[index + part : index + part + 2].numpy().tolist()
+        begin, end = in_python(self._bounds)[index + part : index + part + 2].tolist()
         return buckets.read_record(self._paths[part], begin, end)
 
 
