@@ -173,7 +173,7 @@ def teacher_accuracy(
     digest = trees.digest(shown, *names, *jax.tree.leaves(weights))
     file, kept = storage.path_of(run.workdir, "teacher_accuracy.json"), ""
     if hosts.is_first() and file.exists():
-        kept = file.read_text(encoding="utf-8", errors="replace")
+        kept = file.read_bytes().decode(errors="replace")
     kept = hosts.gather("the teacher's accuracy", kept)[0]
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # damaged: anew
         saved = json.loads(kept)
