@@ -6,7 +6,10 @@ be spread over them, which costs a fifth of the CPU time.
 
 import collections
 import itertools
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
 
 import numpy as np
 import tensorflow as tf
@@ -24,8 +27,14 @@ class Ahead:
     def __init__(self, source: Source, threads: int) -> None:
         """Starts the threads; they end with the last reference to this object."""
         self._source, self._threads = source, threads
-        self._pool = ThreadPoolExecutor(threads, "read")
-        self._groups: collections.OrderedDict[int, list[Future | None]] = collections.OrderedDict()
+        # Not ThreadPoolExecutor, which holds a lock of the whole process while it takes a task: its
+        # garbage collection may end another pipeline, and wait for a thread that wants that lock.
+        self._tasks: SimpleQueue = SimpleQueue()
+        for number in range(threads):
+            work = (self._tasks, source.read)
+            threading.Thread(target=_work, args=work, name=f"read_{number}", daemon=True).start()
+        weakref.finalize(self, _end, self._tasks, threads)
+        self._groups: collections.OrderedDict[int, _Group] = collections.OrderedDict()
         self._numbers = itertools.count()
 
     def read(self, entries: tf.data.Dataset) -> tf.data.Dataset:
@@ -54,24 +63,47 @@ class Ahead:
 
     def _begin(self, indices: np.ndarray) -> int:
         number = next(self._numbers)
-        self._groups[number] = [
-            self._pool.submit(self._source.read, index) if index >= 0 else None  # a row without
-            for index in indices.tolist()
-        ]
+        group = self._groups[number] = _Group(indices)
+        for place, index in enumerate(indices.tolist()):
+            if index >= 0:  # else a row without example
+                self._tasks.put((group, place, index))
         if len(self._groups) > _GROUPS:  # the oldest is of a stream that was given up
-            for read in self._groups.popitem(last=False)[1]:
-                _ = read is None or read.cancel()
+            self._groups.popitem(last=False)[1].wanted = False
         return number
 
     def _take(self, number: int) -> np.ndarray:
-        return np.array([_result(read) for read in self._groups.pop(int(number))], object)
+        return self._groups.pop(int(number)).wait()
 
 
-def _result(read: Future | None) -> bytes:
-    try:
-        return b"" if read is None else read.result()
-    except Exception:  # as of every example that cannot be used: it is read again, alone
-        return b""
+class _Group:
+    """Reads that begin together."""
+
+    def __init__(self, indices: np.ndarray):
+        self.wanted = True
+        self.done: SimpleQueue = SimpleQueue()  # a place for each that has ended
+        self.data = np.full(len(indices), b"", object)
+        self._count = int((indices >= 0).sum())
+
+    def wait(self) -> np.ndarray:
+        for _ in range(self._count):
+            self.done.get()
+        return self.data
+
+
+def _work(tasks: SimpleQueue, read: Callable[[int], bytes]) -> None:
+    while (task := tasks.get()) is not None:
+        group, place, index = task
+        try:
+            if group.wanted:
+                group.data[place] = read(index)
+        except Exception:  # as of every example that cannot be used: it is read again, alone
+            pass
+        group.done.put(place)
+
+
+def _end(tasks: SimpleQueue, threads: int) -> None:
+    for _ in range(threads):
+        tasks.put(None)
 
 
 def ahead_of(source: Source, threads: int) -> Ahead | None:
