@@ -21,6 +21,8 @@ SCRIPT = Path(__file__).resolve()
 
 def main(workdir: str, machine: str, go: str) -> None:
     """Prints "held", and the line with which it ends."""
+    # What starts the tests may ignore Ctrl-C, as a shell does for its background jobs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lease.RENEW_SECONDS, holders.WATCH_SECONDS, holders.LOOK_SECONDS = TIMES.values()
     if machine:
         holders.machine = lambda: machine
