@@ -93,15 +93,11 @@ class _Function:
 
 
 def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: object) -> Any:
-    import torch
-
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+    return sys.modules["torch"]._utils._rebuild_tensor(storage, offset, size, stride)
 
 
 def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
+    return sys.modules["torch"].uint8
 
 
 def _dictionary(items: Any = (), *_: object) -> Inert:
