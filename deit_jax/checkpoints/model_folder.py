@@ -307,7 +307,7 @@ def load_checkpoint(
         averaged = meta["ema"]
     except OSError as error:
         raise InputError(
-            f"{path} is no training checkpoint ({error.strerror}); expected a folder "
+            f"{path} is not a training checkpoint ({error.strerror}); expected a folder "
             "WORKDIR/checkpoints/STEP"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -38,7 +38,7 @@ def list_steps(directory: storage.Path) -> list[int]:
     """Returns the steps with a checkpoint; a directory that is not there has none.
 
     Raises:
-      InputError: other processes find other ones, or it is no folder.
+      InputError: other processes find other ones, or it is not a folder.
       TransientError: the disk does not answer, or a permission is missing.
     """
     try:

@@ -63,7 +63,7 @@ def _underscored(flag: str) -> str:
 def one_or_more(text: str, most: float = math.inf) -> int:
     """Reads a whole number from 1 to `most`; the `type` of a flag."""
     if not text.isdecimal() or not 1 <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to {most}")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {most}")
     return int(text)
 
 
@@ -74,7 +74,7 @@ def fraction(text: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
     return number
 
 

@@ -11,7 +11,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit status; an error that is no bug becomes one line.
+    """Runs a command and returns its exit status; an error that is not a bug becomes one line.
 
     Raises:
       Exception: a bug, for Python to print with its traceback.

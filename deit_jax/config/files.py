@@ -51,11 +51,11 @@ def load_config(recipe: str | os.PathLike) -> ConfigDict:
     if path.is_dir():
         if (path / CONFIG_FILE).is_file():
             return _read_config(path / CONFIG_FILE)
-        raise InputError(f"{recipe} is no run folder: it holds no {CONFIG_FILE}")
+        raise InputError(f"{recipe} is not a run folder: it holds no {CONFIG_FILE}")
     names = sorted(packaged_recipes())
     if path.exists():
         raise InputError(
-            f"{recipe} is no recipe; expected a FILE.py that defines get_config(), the "
+            f"{recipe} is not a recipe; expected a FILE.py that defines get_config(), the "
             f"{CONFIG_FILE} of a run, or one of {', '.join(names)}"
         )
     close = difflib.get_close_matches(Path(match[1]).stem if match else name, names)

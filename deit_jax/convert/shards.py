@@ -47,7 +47,7 @@ def _read_index(index: Path) -> dict[Path, list[str]]:
             raise ValueError("larger than any index")
         for name, file in json.loads(index.read_bytes())["weight_map"].items():
             if Path(file).name != file or file in ("", ".", ".."):
-                raise ValueError(f"{file!r:.60} is no name of a file beside it")
+                raise ValueError(f"{file!r:.60} is not the name of a file beside it")
             files.setdefault(index.with_name(file), []).append(name)
         if not files:
             raise ValueError("it names no file")

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from deit_jax.data.source import Source
+from deit_jax.errors import InputError
 
 _GROUPS = 8  # more than tf.data holds of those that have begun and are not taken
 
@@ -79,14 +80,17 @@ class _Group:
     """Reads that begin together."""
 
     def __init__(self, indices: np.ndarray):
-        self.wanted = True
+        self.wanted, self.bug = True, None
         self.done: SimpleQueue = SimpleQueue()  # a place for each that has ended
         self.data = np.full(len(indices), b"", object)
         self._count = int((indices >= 0).sum())
 
     def wait(self) -> np.ndarray:
+        """Returns what was read, "" where nothing could be; raises what is our own bug."""
         for _ in range(self._count):
             self.done.get()
+        if self.bug is not None:
+            raise self.bug
         return self.data
 
 
@@ -96,8 +100,10 @@ def _work(tasks: SimpleQueue, read: Callable[[int], bytes]) -> None:
         try:
             if group.wanted:
                 group.data[place] = read(index)
-        except Exception:  # as of every example that cannot be used: it is read again, alone
-            pass
+        except (InputError, OSError, ValueError):
+            pass  # as of every example that cannot be used: it is read again, alone
+        except Exception as error:
+            group.bug = error
         group.done.put(place)
 
 

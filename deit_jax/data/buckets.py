@@ -5,23 +5,14 @@ no address but Google's, so that no test could reach it.
 """
 
 import errno
-import functools
 import os
 import struct
 
 import tensorflow as tf
-import tensorstore
+
+from deit_jax import storage
 
 _RECORD = struct.Struct("<Q4x")  # a TFRecord starts with its length and the length's checksum
-_MOST_READS = 1 << 14
-
-
-@functools.cache
-def _store(bucket: str) -> tensorstore.KvStore:
-    # `input.read_threads` says how many reads wait at a time; TensorStore's own limit is 32, or 640
-    # images a second where a read takes 50 ms.
-    context = tensorstore.Context({"gcs_request_concurrency": {"limit": _MOST_READS}})
-    return tensorstore.KvStore.open(f"gs://{bucket}/", context=context).result()
 
 
 def read(path: str, begin: int | None = None, end: int | None = None) -> bytes:
@@ -33,7 +24,7 @@ def read(path: str, begin: int | None = None, end: int | None = None) -> bytes:
     """
     bucket, _, name = path.removeprefix("gs://").partition("/")
     try:
-        found = _store(bucket).read(name, byte_range=slice(begin, end)).result()
+        found = storage.objects(bucket).read(name, byte_range=slice(begin, end)).result()
     except Exception as error:  # TensorStore has no types for its errors
         message = f"{os.strerror(errno.EIO)}: {' '.join(str(error).split())}"
         raise OSError(errno.EIO, message, path) from error

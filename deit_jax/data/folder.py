@@ -27,7 +27,7 @@ from deit_jax.folders import (
 from deit_jax.trees import digest
 
 EVAL_NAMES = ("val", "valid", "validation", "test")  # tried in this order
-# A folder of such a name is no class where ROOT holds the class folders itself.
+# A folder of such a name is not a class where ROOT holds the class folders itself.
 _SPLIT_NAMES = {
     *EVAL_NAMES,
     *("train", "training", "trainset", "valset", "testing", "testset", "eval"),

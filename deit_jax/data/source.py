@@ -22,7 +22,7 @@ class Source(abc.ABC):
     num_classes: int  # labels are 0 … num_classes-1
     class_names: tuple[str, ...]  # one a class, or () where unknown
     notes: tuple[str, ...] = ()  # lines for whoever starts a run: what was assumed or left out
-    # What is no data, by reason: names.
+    # What is not data, by reason: names.
     passed_over: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     # Reads at a time, ahead of decoding, where `input.read_threads` is 0; 0: none.
     read_threads: int = 0

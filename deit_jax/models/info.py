@@ -113,7 +113,7 @@ def checked(name: str, value: Any, check: Check | None = None) -> Any:
     """
     check = check or _OPTIONS.get(name)
     if check is None:
-        raise InputError(f"{name!r:.40} is no structural option, only {', '.join(_OPTIONS)}")
+        raise InputError(f"{name!r:.40} is not a structural option, only {', '.join(_OPTIONS)}")
     value = _plain(value)
     if not check.passes(value):
         raise InputError(f"{name} is {value!r:.60}, expected {check.expected}")

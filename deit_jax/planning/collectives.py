@@ -1,6 +1,6 @@
 """Reads from the optimised HLO text of a compiled program what its devices send one another.
 
-The text is no interface: another XLA may write it in another way. tests/planning has every form
+The text is not an interface: another XLA may write it in another way. tests/planning has every form
 that the compilers for CPU, GPU and TPU have printed so far.
 """
 

@@ -1,6 +1,6 @@
 """Sums the TPU compiler's own estimates of how many cycles the operations of a program take.
 
-They rank programs; they are no measurement. On v5e they put large products in bfloat16 at 88 to
+They rank programs; they are not a measurement. On v5e they put large products in bfloat16 at 88 to
 96 % of the stated peak and element-wise work at 81 % of the memory's bandwidth, and count
 reductions double. Of what runs beside the arithmetic they say nothing: it is named, with its bytes.
 """
@@ -81,7 +81,7 @@ def table(operations: list[Operation]) -> list[dict]:
 
 
 def uncounted(operations: list[Operation]) -> list[dict]:
-    """Sums by kind what has no estimate and is no scalar: how often it runs, and its bytes."""
+    """Sums by kind what has no estimate and is not a scalar: how often it runs, and its bytes."""
     count, size = Counter(), Counter()
     for one in operations:
         if one.cycles is None and one.bytes > _SCALARS:

@@ -1,6 +1,6 @@
 """Reads the optimised HLO text of a compiled program: its computations, loops and arrays.
 
-The text is no interface: another XLA may write it in another way.
+The text is not an interface: another XLA may write it in another way.
 """
 
 import math

@@ -95,7 +95,7 @@ def check_place(workdir: str) -> None:
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problem = "read-only" if folder.is_dir() else "no folder"
+        problem = "read-only" if folder.is_dir() else "not a folder"
         raise InputError(f"--workdir={workdir} cannot be written ({folder} is {problem})")
 
 

@@ -76,7 +76,7 @@ class Evaluations:
         told = hosts.gather("the last evaluation", json.dumps(self._writer.evaluation))[0]
         recorded = json.loads(told)
         results = metrics.values_of(recorded)
-        # With other images it was another evaluation; null stands for a loss that is no number.
+        # With other images it was another evaluation; null stands for a loss that is not a number.
         if recorded.get("data") != self._data or None in results.values():
             return self.after(step, state)
         log(f"step {step}: eval {metrics.eval_line(results)} (recorded)", on=hosts.is_first())

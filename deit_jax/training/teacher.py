@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deit_jax import storage, trees
-from deit_jax.checkpoints import model_folder
+from deit_jax.checkpoints import checksums, model_folder
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import Network, Variables, split_model
@@ -168,9 +168,8 @@ def teacher_accuracy(
     if teacher is None:
         return {}
     size = registry.fixed_size(teacher.info) or run.config.input.image_size
-    shown, weights = images_digest(run, teacher.info, size), jax.device_get(variables)
-    names = [json.dumps(teacher.info.to_json()), *trees.leaf_names(weights)]
-    digest = trees.digest(shown, *names, *jax.tree.leaves(weights))
+    facts = [teacher.info.to_json(), checksums.part(variables)]
+    digest = trees.digest(images_digest(run, teacher.info, size), json.dumps(facts))
     file, kept = storage.path_of(run.workdir, "teacher_accuracy.json"), ""
     if hosts.is_first() and file.exists():
         kept = file.read_bytes().decode(errors="replace")

@@ -167,7 +167,9 @@ def test_the_weights_alone_of_a_training_checkpoint(tmp_path):
         assert model.info == dataclasses.replace(info, weights="ema" if ema else info.weights)
         _assert_equal(split_model(model)[1], kept)
     for wrong in (tmp_path, tmp_path / "checkpoints" / "8"):
-        assert f"{wrong} is no training checkpoint (No such file" in refusal(load_checkpoint, wrong)
+        assert f"{wrong} is not a training checkpoint (No such file" in refusal(
+            load_checkpoint, wrong
+        )
     (step / "state" / "_METADATA").write_bytes(b"{")
     assert f"{step} cannot be read" in refusal(load_checkpoint, step)
     (step / "meta" / "metadata").write_text("{}")

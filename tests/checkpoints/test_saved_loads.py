@@ -159,7 +159,7 @@ def test_options_that_no_model_has_are_refused_at_creation(name, options, words)
         ({"source": b"bytes"}, "source is"),
         ({"interpolation": 3}, "interpolation is"),
         ({"overrides": {"depth": 3}}, "overrides is"),
-        ({"overrides": [("dephts", 3)]}, "'dephts' is no structural option"),
+        ({"overrides": [("dephts", 3)]}, "'dephts' is not a structural option"),
         ({"overrides": [("depth", 3.0)]}, "depth is"),
         ({"num_batches_tracked": (1.5,)}, "num_batches_tracked is"),
     ],

@@ -198,7 +198,7 @@ def test_workdir_that_is_a_link_to_itself(refused, tmp_path, command):
     (tmp_path / "run").symlink_to("run")
     workdir = tmp_path / "run"
     line = refused(command=command)
-    assert f"--workdir={workdir} cannot be written ({workdir} is no folder)" in line
+    assert f"--workdir={workdir} cannot be written ({workdir} is not a folder)" in line
 
 
 def test_checkpoints_that_are_a_link_to_themselves(refused, tmp_path):

@@ -209,7 +209,7 @@ def test_a_bug_is_no_line_about_a_picture(predict_command, plain, photos, monkey
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 @pytest.mark.parametrize("many", [False, True])
 def test_names_do_nothing_to_the_terminal(predict_command, photos, tmp_path, flags, many):
-    """Of classes and of files; also of one that is no picture."""
+    """Of classes and of files; also of one that is not a picture."""
     odd = "\x1b[2J\x9b\x07\r"
     folder, _ = _save(tmp_path / "model", "deit_testing", (f"a{odd}", f"b{odd}\nc"))
     place = tmp_path / "pictures"

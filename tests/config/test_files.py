@@ -72,7 +72,7 @@ def test_a_run_folder_and_its_config_are_the_config_again(tmp_path):
         assert again.to_dict() == config.to_dict()
     assert load_config("digits").dataset.source == "digits"  # the packaged name wins
     (tmp_path / "empty").mkdir()
-    assert "empty is no run folder" in refusal(load_config, "empty")
+    assert "empty is not a run folder" in refusal(load_config, "empty")
 
 
 def test_a_file_in_the_folder_wins_over_the_packaged_recipe(own_recipes, monkeypatch):
@@ -154,9 +154,9 @@ def test_changed_fields_lists_what_differs_from_the_first_run(tmp_path):
         ("own/shared.py", ["shared.py defines no get_config"]),
         ("own/broken.py", ["broken.py:2: ZeroDivisionError"]),
         ("own/wrong.py", ["wrong.py", "returns 3"]),
-        ("own/README.md", ["own/README.md is no recipe; expected a FILE.py"]),
-        ("own/no_name", ["own/no_name is no recipe"]),
-        ("/dev/null", ["/dev/null is no recipe"]),
+        ("own/README.md", ["own/README.md is not a recipe; expected a FILE.py"]),
+        ("own/no_name", ["own/no_name is not a recipe"]),
+        ("/dev/null", ["/dev/null is not a recipe"]),
         ("", ["the name of the recipe is empty"]),
     ],
 )

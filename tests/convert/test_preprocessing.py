@@ -141,9 +141,9 @@ def test_a_description_counts_more_than_a_name_and_less_than_a_flag(tmp_path, ca
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--mean", "123", "116", "103"], "123 is no number from 0 to 1"),
+        (["--mean", "123", "116", "103"], "123 is not a number from 0 to 1"),
         (["--std", "0.5", "0", "0.5"], "--std has a 0"),
-        (["--crop_ratio", "nan"], "nan is no number from 0 to 1"),
+        (["--crop_ratio", "nan"], "nan is not a number from 0 to 1"),
     ],
 )
 def test_other_numbers_are_refused(tmp_path, capsys, flags, words):

@@ -92,7 +92,7 @@ def _special():
         "CMYK JPEG of noise": cmyk,
         "CMYK JPEG without Adobe's marker": cmyk[:adobe] + cmyk[adobe + 16 :],
         "YCCK JPEG": cmyk[: adobe + 15] + b"\2" + cmyk[adobe + 16 :],
-        "RGB JPEG that is no YCbCr": encode(colour, "JPEG", keep_rgb=True),
+        "RGB JPEG that is not YCbCr": encode(colour, "JPEG", keep_rgb=True),
         "progressive JPEG": encode(colour, "JPEG", progressive=True),
         "progressive grey JPEG": encode(grey, "JPEG", progressive=True),
         "JPEG of 4:4:4": encode(colour, "JPEG", subsampling=0),

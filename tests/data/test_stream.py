@@ -139,8 +139,9 @@ def test_reads_overlap_by_their_own_number(plain_config, batches):
     _assert_equal(taken(8), taken(0))
 
 
+@pytest.mark.parametrize("threads", [1, 4])  # with one, 37 groups follow one another
 @pytest.mark.parametrize("fails", [1, 99])
-def test_a_read_ahead_that_fails(plain_config, fails):
+def test_a_read_ahead_that_fails(plain_config, fails, threads):
     """One that fails once is read again; one that goes on failing is named."""
     attempts = collections.Counter()
 
@@ -155,13 +156,23 @@ def test_a_read_ahead_that_fails(plain_config, fails):
             data = tf.numpy_function(lambda index: self.read(int(index)), [index], tf.string)
             return self.parse(data, index)
 
-    plain_config.read_threads = 4
+    plain_config.read_threads = threads
     batches = data.eval_batches(Source(37), plan_of(plain_config))
     if fails == 1:
         _assert_equal(list(batches), list(data.eval_batches(Source(37), plan_of(plain_config))))
     else:
         with pytest.raises((InputError, TransientError), match=r"counting:5 cannot be .*no answer"):
             list(batches)
+
+
+def test_a_bug_in_reading_ahead_is_not_taken_for_a_bad_image(plain_config):
+    class Source(AheadSource):
+        def read(self, index):
+            return super().read(index.no_such_attribute)
+
+    plain_config.read_threads = 4
+    with pytest.raises(tf.errors.OpError, match="no_such_attribute"):
+        list(data.eval_batches(Source(37), plan_of(plain_config)))
 
 
 @pytest.mark.parametrize("group_size", [4, 12])
