@@ -234,7 +234,7 @@ def test_weights_in_several_files(tmp_path, twins, form):
         ({"more": shards[0].name}, "more is not in it, although the index says so"),
         ({"more": "other.bin"}, "1 of the 3 files that it names are missing: other.bin"),
         *(
-            ({"more": bad}, "no name of a file beside it")
+            ({"more": bad}, "not the name of a file beside it")
             for bad in ("../a", "/etc/passwd", "", "..")
         ),
         ({"more": 5}, "not a readable index"),
