@@ -67,6 +67,9 @@ class TrainCheckpoints:
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=_SAVE_SECONDS,
                 barrier_sync_fn=couplings.orbax_barrier(self._save_failed),
+                # Where a folder could not be made, its writers would wait for it, and Python's end
+                # for them, up to the timeout.
+                create_directories_asynchronously=False,
             ),
         )
         return ocp.CheckpointManager(self._directory, options=options)
@@ -186,7 +189,7 @@ class TrainCheckpoints:
     def _remove_remnant(self) -> None:
         """Removes what a save under way has made anew of a workdir that was deleted or moved."""
         workdir = self._directory.parent
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             only = [path.name for path in workdir.iterdir()] == [self._directory.name]
             if only and all(p.name.startswith(f"{self._saved}") for p in self._directory.iterdir()):
                 storage.remove_folder(self._directory)
@@ -206,7 +209,9 @@ class TrainCheckpoints:
             reason = system_reason(error)
             if reason is None:
                 raise
-            kept = recovery.steps_in(self._directory)
+            kept = []
+            with contextlib.suppress(OSError):
+                kept = recovery.steps_in(self._directory)
             last = f"the last good state is that of step {max(kept)}" if kept else "none was saved"
             raise TransientError(
                 f"{self._directory / str(self._saved)} cannot be saved ({reason}); {last}; mend "

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -263,6 +264,26 @@ def test_a_process_that_cannot_save_ends_every_one(tmp_path):
         SPOIL["cut"](workdir / "checkpoints" / str(good) / "state" / "manifest.ocdbt")
     assert "using step 10 instead; it stays as 20.unreadable" in both[0].stdout
     assert "warning: " not in both[1].stdout
+
+
+def test_a_folder_that_cannot_be_made_leaves_nobody_waiting(tmp_path):
+    """Orbax's threads would wait for it, and Python's end for them."""
+    info, state = _state()
+    before = threading.enumerate()
+    with _open(tmp_path / "run", keep=3) as checkpoints:
+        _save(checkpoints, info, state, 1)
+        checkpoints._manager.wait_until_finished()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").write_text("")
+        line = refusal(_save, checkpoints, info, state, 2, kind=TransientError)
+    assert "/2 cannot be saved (Not a directory)" in line
+    left = [t for t in threading.enumerate() if t not in before and not t.daemon]
+    assert [thread for thread in left if not _ends(thread)] == []
+
+
+def _ends(thread):
+    thread.join(5)
+    return not thread.is_alive()
 
 
 def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
