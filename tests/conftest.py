@@ -1,6 +1,7 @@
 """What every test shares: the compilation cache, the command line, and a small image folder."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -39,6 +40,17 @@ from PIL import Image  # noqa: E402
 _REAL_SAMPLE = Path(
     os.environ.get("DEIT_JAX_IMAGE_SAMPLE", _ROOT.parent / "shared" / "data" / "imagenet_sample")
 )
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the libraries' million objects out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Gives them back: nanobind reports what outlives the interpreter."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

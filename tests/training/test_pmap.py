@@ -23,12 +23,14 @@ def test_both_backends_train_alike(found):
     assert "pmap" not in found["summary"]["jit"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_under_the_other(found):
     """Saved after ten steps of one backend, ten more of the other."""
     for backend in ("jit", "pmap"):
         assert found["continued"][backend] == pytest.approx(found["losses"]["jit"][10:], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_state_is_donated_and_batch_norm_sees_the_whole_batch(found):
     """Output, gradient and running statistics, where no device's images are like the others'."""
     assert found["donated"]

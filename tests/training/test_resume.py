@@ -6,6 +6,8 @@ import pytest
 
 from tests import kill_and_resume, small_main
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "--config=configs/digits_distill.py",
     "--config.dataset.train_fraction=0.125",
@@ -42,7 +44,6 @@ def runs(tmp_path_factory):
     return workdir, flags, problems, resumed
 
 
-@pytest.mark.slow
 def test_kills_change_no_bit(runs):
     """Weights, EMA, optimiser state and final report, after one of the teacher's and a late one."""
     workdir, _, problems, resumed = runs
@@ -68,7 +69,6 @@ def test_metrics_hold_every_step_once(runs):
     assert [x["step"] for x in lines if x["split"] == "eval"] == [11, 22]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_a_finished_run_repeats_its_figures(runs, run_python, mode):
     """--mode=eval, and the same command again, print the run's final report to the last digit.

@@ -31,6 +31,7 @@ def test_the_mesh_does_not_change_the_losses(trained):
         assert trained["losses"][fsdp] == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_device_holds_its_share_of_the_large_arrays(trained):
     """The MLPs' kernels, which alone are large here: weights, two moments and the EMA."""
     large = [n for name, n in trained["arrays"].items() if re.search(r"fc\d/kernel$", name)]
@@ -45,6 +46,7 @@ def test_every_device_holds_its_share_of_the_large_arrays(trained):
     assert " in all" not in trained["summary"]["1"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_over_another_mesh(trained):
     """Saved on 8 × 1, read on 2 × 4: the same bits, and the losses of the run that went on."""
     assert trained["restored"] == trained["state"]
