@@ -51,6 +51,7 @@ setup(
         "hf": HF,
         "tensorboard": TENSORBOARD,
         "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
+        "gpu-plan": ["jax[cuda13-local]>=0.10.2,<0.13"],  # XLA's compiler for GPUs, not CUDA
         "tpu": TPU,
         "test": [
             *DEMO,

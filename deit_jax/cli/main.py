@@ -31,7 +31,7 @@ COMMANDS = {  # their modules, and their lines of --help
     "export-torch": ("export_torch", "make a PyTorch file of a model folder"),
     "check-data": ("check_data", "decode every image of a data set once"),
     "show-batch": ("show_batch", "draw what a training step sees"),
-    "compile-for": ("compile_for", "plan for a TPU slice that is not here"),
+    "compile-for": ("compile_for", "plan for TPUs or GPUs that are not here"),
     "list-models": ("list_models", "list the models' names and sizes"),
 }
 BY_MODE = ("train", "eval", "plan")  # what main.py's --mode chooses from

@@ -7,30 +7,12 @@ reductions double. Of what runs beside the arithmetic they say nothing: it is na
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from deit_jax.planning import hlo
+from deit_jax.planning import hlo, parts
 
-_OPERATION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_NAME = re.compile(r'\bop_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
-_BODY = re.compile(r"\b(?:body|to_apply)=%?([\w.\-]+)")
-_BRANCHES = re.compile(
-    r"\b(?:true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
-)
-_PARTS = {  # by the scope in an operation's name; the first match counts
-    "teacher": r"/teacher/|\(teacher\)",
-    "augmentation": r"/augment/",
-    "optimiser, EMA, guard": r"/(?:optimizer|ema|guard)/|^jit\(train_step\)/\w+$",
-    "attention": r"/attn/",
-    "MLP": r"/mlp/",
-    "norms": r"/norm\d?/",
-    "embedding": r"/patch_embed/|/pos_embed",
-    "heads and loss": r"/head(?:_dist)?/|\(loss\)|/loss/",
-}
-_MOVING = {"copy", "transpose", "reshape", "reverse", "concatenate"}
 _KERNEL = "tpu_custom_call"
 _NOTHING = {"ConcatBitcast", "AllocateBuffer"}  # names for what is there already
 _NOTHING |= {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "partition-id"}
@@ -67,7 +49,12 @@ def read(text: str) -> tuple[list[Operation], list[str]]:
     """
     bodies, entry = hlo.computations(text)
     loops: list[str] = []
-    return list(_visit(bodies, entry, 1, loops)), loops
+    found = [
+        _operation(one)
+        for one in hlo.walk(bodies, entry, loops)
+        if one.kind not in _NOTHING and not one.kind.endswith("-done")
+    ]
+    return [one for one in found if one.kind not in _NOTHING], loops
 
 
 def table(operations: list[Operation]) -> list[dict]:
@@ -90,45 +77,21 @@ def uncounted(operations: list[Operation]) -> list[dict]:
     return [{"kind": kind, "count": n, "bytes": size[kind]} for kind, n in count.most_common()]
 
 
-def _visit(
-    bodies: dict[str, list[str]], name: str, times: int, loops: list[str]
-) -> Iterator[Operation]:
-    for line in bodies.get(name, ()):
-        match = _OPERATION.match(line)
-        if match is None or match[3] in _NOTHING or match[3].endswith("-done"):
-            continue
-        if match[3] in ("while", "call", "conditional"):
-            often = times
-            if match[3] == "while":
-                trips = hlo.trips(bodies, line)
-                often = times * (trips or 1)
-                if trips is None:
-                    loops.append(match[1])
-            found = _BRANCHES if match[3] == "conditional" else _BODY
-            for called in re.findall(r"[\w.\-]+", " ".join(found.findall(line))):
-                yield from _visit(bodies, called, often, loops)
-        elif (one := _operation(line, match, times)).kind not in _NOTHING:
-            yield one
-
-
-def _operation(line: str, match: re.Match, times: int) -> Operation:
-    name, shape, kind = match.groups()
-    scope, cycles, target = _NAME.search(line), _CYCLES.search(line), _TARGET.search(line)
-    scope = scope[1] if scope else ""
-    part = next((part for part, where in _PARTS.items() if re.search(where, scope)), "other")
-    if kind in _MOVING and part != "teacher":
-        part = "moving data"
-    arrays = hlo.array_bytes(shape)
+def _operation(one: hlo.Operation) -> Operation:
+    line, kind = one.line, one.kind
+    scope, cycles, target = parts.scope(line), _CYCLES.search(line), _TARGET.search(line)
+    part = parts.part_of(scope, kind in parts.MOVING)
+    arrays = hlo.array_bytes(one.shape)
     if kind.endswith("-start"):  # its type holds the operand, too
         kind, arrays = f"{kind.removesuffix('-start')}, asynchronous", [min(arrays[:2])]
     if target:
-        kind = f"kernel {name.rstrip('.0123456789')}" if target[1] == _KERNEL else target[1]
+        kind = f"kernel {one.name.rstrip('.0123456789')}" if target[1] == _KERNEL else target[1]
     return Operation(
-        name,
+        one.name,
         kind,
         part,
-        "transpose(" in scope,
-        times * int(cycles[1]) if cycles else None,
+        parts.is_backward(scope),
+        one.times * int(cycles[1]) if cycles else None,
         sum(arrays),
-        times,
+        one.times,
     )

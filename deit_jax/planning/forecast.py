@@ -17,7 +17,7 @@ from deit_jax.errors import InputError, brief
 from deit_jax.models.network import Network, Variables
 from deit_jax.parallel import hosts
 from deit_jax.parallel.mesh import batch_sharding, device_bytes, replicated, with_shardings
-from deit_jax.planning import chips, collectives, cycles, report
+from deit_jax.planning import chips, collectives, cycles, kernels, report
 from deit_jax.planning.report import GIB, Report
 from deit_jax.training import checks, loop, summary
 from deit_jax.training.run import Run, matmuls
@@ -71,7 +71,8 @@ def forecast(run: Run, *, limit: int | None, teacher: str = "") -> Report:
       What was compiled, and, ready for JSON: `state` (bytes per device by purpose), `memory` (the
       compiler's plan; None if it refused), `fits` (None: not known), `refusal`, `flops` and
       `bytes_accessed` per device and step, `collectives` (rows of `collectives.table`), `bounds`
-      (seconds; {} where they cannot be estimated), `estimate` (see `estimate`), and `host`.
+      (seconds; {} where they cannot be estimated), `estimate` (see `estimate`; of a GPU
+      `kernels.estimate`), and `host`.
 
     Raises:
       InputError: the recipe's backend is pmap, which compiles nothing ahead of time.
@@ -158,7 +159,7 @@ def _program(
     compiled: jax.stages.Compiled, num_devices: int, chip: chips.Chip | None, known: Report
 ) -> Report:
     """What the compiled program says of itself."""
-    plan, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    plan, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     memory = {
         "arguments": plan.argument_size_in_bytes,
         "outputs": plan.output_size_in_bytes - plan.alias_size_in_bytes,  # the rest is in place
@@ -171,6 +172,11 @@ def _program(
     flops, accessed = cost.get("flops"), cost.get("bytes accessed")
     # The compiler counts the work of a loop, such as that over micro-batches, once.
     bounds = chip is not None and known["accumulate_steps"] == 1
+    if chip and chip.products:
+        expected = kernels.estimate(text, chip)
+        flops, accessed, bounds = expected["flops"], expected["bytes"], True
+    else:
+        expected = estimate(chip, text, flops if bounds else None)
     return {
         "memory": memory,
         "refusal": None,
@@ -179,7 +185,7 @@ def _program(
         "bytes_accessed": accessed,
         "collectives": collectives.table(crossing),
         "bounds": roofline(chip, flops, accessed, crossing) if bounds else {},
-        "estimate": estimate(chip, text, flops if bounds else None),
+        "estimate": expected,
     }
 
 

@@ -108,9 +108,10 @@ def _collective_lines(rows: list[dict]) -> Iterator[str]:
 
 
 def _time_lines(report: Report) -> Iterator[str]:
+    by = "its kernels' shapes say" if "rates" in report["estimate"] else "the compiler counts them"
     yield (
         f"{report['flops'] / 1e12:.3g} TFLOP and {report['bytes_accessed'] / 1e9:.3g} GB of memory "
-        "traffic per device and step, as the compiler counts them."
+        f"traffic per device and step, as {by}."
     )
     bounds = report["bounds"]
     if not bounds:
@@ -129,36 +130,51 @@ def _time_lines(report: Report) -> Iterator[str]:
 
 
 def estimate_lines(report: Report) -> Iterator[str]:
-    """Yields what the compiler expects of the step's parts, and what that leaves out."""
+    """Yields what is expected of the step's parts, and what that leaves out."""
     estimate = report["estimate"]
-    seconds = estimate["seconds"]
+    seconds, rates = estimate["seconds"], estimate.get("rates")
     rate = report["batch"] / report["devices"] / seconds
     used = f", {100 * estimate['mfu']:.1f} % of the chip's FLOP/s" if estimate["mfu"] else ""
+    how = "the cycles that the compiler expects of each operation"
+    if rates:
+        how = (
+            f"kernel, the longer of its bytes at {rates['bandwidth'] / 1e12:g} TB/s and its "
+            f"products at {rates['products'] / 1e12:g} TFLOP/s"
+        )
     yield (
-        f"By the cycles that the compiler expects of each operation: {1e3 * seconds:.1f} ms, "
-        f"{rate:,.0f} images/s per device{used}. They rank programs; nothing was measured."
+        f"By {how}: {1e3 * seconds:.1f} ms, {rate:,.0f} images/s per device{used}. They rank "
+        "programs; nothing was measured."
     )
     yield ""
     whole = sum(row["forward"] + row["backward"] for row in estimate["parts"])
 
-    def milliseconds(number: int) -> str:
+    def milliseconds(number: float) -> str:
         return f"{1e3 * seconds * number / whole:.2f}"
+
+    def work(row: dict) -> tuple:
+        return row["kernels"], f"{row['bytes'] / 1e9:.2f}", f"{row['flops'] / 1e12:.3f}"
 
     rows = [
         (
             row["part"],
+            *(work(row) if rates else ()),
             milliseconds(row["forward"]),
             milliseconds(row["backward"]),
             f"{100 * (row['forward'] + row['backward']) / whole:.0f} %",
         )
         for row in estimate["parts"]
     ]
-    yield from table("part", "forward ms", "backward ms", "share", rows=rows)
+    columns = ("kernels", "GB", "TFLOP") if rates else ()
+    yield from table("part", *columns, "forward ms", "backward ms", "share", rows=rows)
     yield ""
     left = [
         f"{row['count']} × {row['kind']} ({row['bytes'] / 1e6:,.0f} MB)"
         for row in estimate["uncounted"]
     ]
+    if rates:
+        left = [f"the products of {one}" for one in left]
+        if report["collectives"]:
+            left.append("the collectives above")
     if estimate["loops"]:
         left.append(f"all but the first round of {estimate['loops']} loops of unknown length")
-    yield f"Not in these cycles: {'; '.join(left) or 'nothing'}."
+    yield f"Not in these {'times' if rates else 'cycles'}: {'; '.join(left) or 'nothing'}."

@@ -1,4 +1,4 @@
-"""Plans for a TPU slice that is not here: the TPU compiler needs no TPU."""
+"""Plans for TPUs and GPUs that are not here: their compilers do not need them."""
 
 import contextlib
 import os
@@ -16,21 +16,19 @@ from deit_jax.config.plan import check_batch, plan_run
 from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
 from deit_jax.parallel.mesh import make_mesh
-from deit_jax.planning import chips, forecast, markdown, report
+from deit_jax.planning import chips, cuda, forecast, markdown, report
 from deit_jax.training.complete import complete
 from deit_jax.training.setup import assemble, check_model
-
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def forecast_slice(
     config: ConfigDict, topology: str, *, teacher: str, num_train: int, num_classes: int
 ) -> report.Report:
-    """Compiles a recipe's training step for a slice; takes minutes and reads no data.
+    """Compiles a recipe's training step for absent devices; takes minutes and reads no data.
 
     Args:
       config: the recipe.
-      topology: "KIND:SHAPE", such as "v5e:4x4".
+      topology: "KIND:SHAPE", such as "v5e:4x4" or "cuda:H200x8".
       teacher: model of the teacher where the recipe names none.
       num_train: images of the train split.
       num_classes: classes of the data.
@@ -41,7 +39,8 @@ def forecast_slice(
     Raises:
       InputError: the recipe is wrong, the slice is unknown, or the compiler is not installed.
     """
-    devices = _devices(topology)
+    on_gpu = topology.startswith("cuda:")
+    devices = cuda.devices(topology) if on_gpu else _devices(topology)
     config = complete(config)
     hosts = len({device.process_index for device in devices})
     check_batch(config, num_devices=len(devices), num_processes=hosts)
@@ -54,7 +53,9 @@ def forecast_slice(
     limit = int(chip.memory * report.GIB) if chip else None
     with _without_cache():
         found = forecast.forecast(run, limit=limit, teacher=teacher)
-    return found | {"topology": topology, **markdown.origin(*_PACKAGES)}
+    compiler = "jax-cuda13-plugin" if on_gpu else "libtpu"
+    packages = ("jax", "jaxlib", compiler, "flax", "optax")
+    return found | {"topology": topology, **markdown.origin(*packages)}
 
 
 @contextlib.contextmanager
@@ -87,18 +88,19 @@ def _devices(topology: str) -> list[jax.Device]:
     except Exception as error:  # jaxlib and libtpu document no type
         raise InputError(
             f"--topology {topology}: the TPU compiler knows no such slice ({brief(error)}); "
-            "expected KIND:SHAPE, such as v5e:4x4, v6e:4x4 or v4:2x2x4"
+            "expected KIND:SHAPE, such as v5e:4x4, v6e:4x4, v4:2x2x4 or cuda:H200x8"
         ) from error
 
 
 def lines(found: report.Report, command: str) -> Iterator[str]:
-    """Yields the Markdown section of a slice's forecast; the first line is the heading."""
-    fsdp, flags = found["mesh"]["fsdp"], os.environ.get("LIBTPU_INIT_ARGS")
+    """Yields the Markdown section of a forecast; the first line is the heading."""
+    variable = "XLA_FLAGS" if found["topology"].startswith("cuda:") else "LIBTPU_INIT_ARGS"
+    fsdp, flags = found["mesh"]["fsdp"], os.environ.get(variable)
     ways = [f"fsdp {fsdp}"] if fsdp > 1 else []
     ways += [*report.memory_savers(found)]
-    if flags:  # the TPU compiler takes them from the environment
+    if flags:  # the compilers take them from the environment
         ways.append("the compiler's flags below")
-        command = f"LIBTPU_INIT_ARGS={shlex.quote(flags)} {command}"
+        command = f"{variable}={shlex.quote(flags)} {command}"
     how = f", with {', '.join(ways)}" if ways else ""
     title = f"{found['model']}, {found['batch']} images, on {found['topology']}{how}"
     yield from markdown.head(title, command, found)
