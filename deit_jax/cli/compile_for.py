@@ -23,7 +23,7 @@ RECIPE = "required"
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the flags."""
     add = parser.add_argument
-    add("--topology", required=True, metavar="KIND:SHAPE", help="v5e:4x4, v4:2x2x4, cuda:H200x8, ...")
+    add("--topology", required=True, metavar="KIND:SHAPE", help="v5e:4x4, v4:2x2x4, cuda:H200x8")
     add("--teacher", default="regnety_160", metavar="NAME", help="where the recipe names none")
     add("--classes", type=one_or_more, default=1000, metavar="N", help="(default: 1000)")
     add("--train_images", type=one_or_more, default=1_281_167, metavar="N", help="(ImageNet's)")

@@ -103,7 +103,7 @@ def test_float32_is_multiplied_more_slowly():
     wide = TEXT.replace("bf16[", "f32[")
     exact = wide.replace(
         "lhs_contracting_dims=", "operand_precision={highest,highest}, lhs_contracting_dims="
-    )  # noqa: E501
+    )
     seconds = [
         next(row for row in kernels.table(kernels.read(text, chip)[0]) if row["part"] == "MLP")
         for text in (TEXT, wide, exact)
