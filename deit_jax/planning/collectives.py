@@ -17,6 +17,7 @@ _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
+_RESULTS = re.compile(r"\(\([^()]*\), (.*)\)$")  # of a type ((operands), results)
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _ONCE = "loop, counted once"  # where the text does not say how often the loop runs
 
@@ -111,6 +112,8 @@ def _visit(
 
 def _collective(match: re.Match, line: str, num_devices: int) -> Collective:
     shape, kind, start = match.groups()
+    if start and (results := _RESULTS.match(shape)):  # as XLA:GPU writes all of them since 2026
+        shape, start = results[1], None
     devices = _group(line) or num_devices
     size = sum(hlo.array_bytes(shape))
     if kind == "reduce-scatter":

@@ -16,8 +16,8 @@ from deit_jax.planning.chips import Chip
 
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
-_CONTRACTED = re.compile(r'lhs_contracting_(?:dims=\{|dimensions":\[)([\d,"]+)')
-_SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\[([\d,"]+)\]')
+_CONTRACTED = re.compile(r'lhs_contracting_(?:dims=\{|dimensions": *\[)([\d,"]+)')
+_SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions": *\[([\d," ]+)\]')
 _FILTER = re.compile(r"dim_labels=\w+_(\w+)->")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _NOTHING = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all"}

@@ -64,7 +64,7 @@ ENTRY %main (a: f32[8,64], b: bf16[64,32]) -> f32[8,32] {{
   %w8 = bf16[8,3,3,4]{{3,2,1,0}} bitcast(%a)
   %conv = (bf16[2,4,4,8]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%x8, %w8), window={{size=3x3 pad=1_1x1_1}}, dim_labels=b01f_o01i->b01f, feature_group_count=2, custom_call_target="__cudnn$convForward", {STEP}/teacher/s1/conv"}}
   %q8 = bf16[2,6,2,8]{{3,2,1,0}} bitcast(%a)
-  %fmha = (bf16[2,6,2,8]{{3,1,2,0}}, u8[512]{{0}}) custom-call(%q8, %q8, %q8), custom_call_target="__cudnn$fmhaSoftmax", {STEP}/jvp(student)/blocks/0/attn/f"}}, backend_config={{"cudnn_fmha_backend_config":{{"intermediate_tensor_shape":{{"element_type":"BF16","dimensions":["2","2","6","6"]}}}}}}
+  %fmha = (bf16[2,6,2,8]{{3,1,2,0}}, u8[512]{{0}}) custom-call(%q8, %q8, %q8), custom_call_target="__cudnn$fmhaSoftmax", {STEP}/jvp(student)/blocks/0/attn/f"}}, backend_config={{"cudnn_fmha_backend_config":{{"intermediate_tensor_shape": {{"element_type": "BF16", "dimensions": ["2", "2", "6", "6"]}}}}}}
   %sort = f32[8,64]{{1,0}} custom-call(%a), custom_call_target="__cub$DeviceRadixSort", {STEP}/loss/sort"}}
   %ars = f32[8,32]{{1,0}} all-reduce-start(%fc1), replica_groups={{{{0,1}}}}
   ROOT %ard = f32[8,32]{{1,0}} all-reduce-done(%ars)

@@ -86,11 +86,13 @@ def test_collectives_are_found_where_they_are():
         Collective("collective-permute", 8, 4, "loop, counted once"),
         Collective("reduce-scatter", 128, 2),
         Collective("all-gather", 64, 2),  # one, spread over two fusions
+        Collective("all-reduce", 24, 4),  # the type names the operands, too
+        Collective("reduce-scatter", 48, 4),
         Collective("collective-permute", 8, 4, "branch"),
     ]
     rows = {(row["kind"], row["where"]): row for row in collectives.table([*found, found[0]])}
-    assert rows["all-reduce", "step"]["count"] == 2
-    assert rows["all-reduce", "step"]["bytes"] == 808
+    assert rows["all-reduce", "step"]["count"] == 3
+    assert rows["all-reduce", "step"]["bytes"] == 832
     assert rows["reduce-scatter", "loop"]["count"] == 3
     assert rows["reduce-scatter", "loop"]["bytes"] == 192
 
