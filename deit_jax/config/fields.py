@@ -23,6 +23,8 @@ def default_config() -> ConfigDict:
     config.model.patch_size = 0  # 0: the model's own
     # Stochastic depth: rises to this over the blocks of DeiT, equal in all blocks of DeiT III.
     config.model.drop_path_rate = 0.1
+    # auto (the fastest that is known to be right where it runs) | xla | pallas (kernels for TPUs)
+    config.model.attention = "auto"
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
 
     config.dataset = ConfigDict()

@@ -29,6 +29,7 @@ mixing.smoothing: label_smoothing
 mixing.random_erasing: reprob erasing
 model.name: arch architecture model_name backbone
 model.drop_path_rate: drop_path stochastic_depth dropout drop_rate drop
+model.attention: attn attention_impl attn_implementation flash_attention fused_attn
 model.remat: checkpointing grad_checkpointing gradient_checkpointing
 dataset.num_classes: classes n_classes nb_classes num_labels
 dataset.root: data data_dir data_path data_root root_dir path

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from deit_jax.models.layers import Dropout, Layer, Linear, product
+from deit_jax.errors import InputError
+from deit_jax.models import attention_tpu
+from deit_jax.models.layers import Dropout, Layer, Linear, channels, product
+from deit_jax.parallel import devices
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,25 +74,137 @@ def _merge_heads(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 1, 3).reshape(batch, tokens, num_heads * width)
 
 
+def _pad_parts(weights: jax.Array, absent: int) -> jax.Array:
+    """Appends so many zeros to each of q, k and v in the last axis, [q|k|v]."""
+    *rows, width = weights.shape
+    parts = weights.reshape(*rows, 3, width // 3)
+    return jnp.pad(parts, [(0, 0)] * (len(rows) + 1) + [(0, absent)]).reshape(*rows, -1)
+
+
+def choose(
+    implementation: str, tokens: int, num_heads: int, head_dim: int, dtype: DTypeLike
+) -> str:
+    """Returns how attention of such sequences is computed here: "xla" or "pallas"."""
+    if implementation != "auto":
+        return implementation
+    on_tpu = devices.platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
+    return "pallas" if on_tpu and attention_tpu.pays(tokens, num_heads, head_dim) else "xla"
+
+
+def check_kernels(tokens: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> None:
+    """Raises InputError where the kernels cannot compute such attention."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        raise InputError(
+            f'attention is "pallas", whose kernels compute in bfloat16, but dtype is {dtype}; set '
+            'attention to "auto"'
+        )
+    if not attention_tpu.fits(tokens, num_heads, head_dim):
+        raise InputError(
+            f'attention is "pallas", whose kernels have no room for {tokens} tokens of {num_heads} '
+            f'heads of {head_dim}; set attention to "auto"'
+        )
+
+
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend_in_vmem(
+    num_heads: int, head_dim: int, interpret: bool, projected: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Computes what `attend` does, by the kernels of attention_tpu where it runs on a TPU.
+
+    Args:
+      num_heads: H.
+      head_dim: hd.
+      interpret: elsewhere, too, the kernels run, slowly; else the formulas of `attend`.
+      projected: qkv before its bias, float32 [B, N, 3D], with D as `attention_tpu.padded` says.
+      bias: float32 [3D]. Its gradient, a sum over all tokens, comes from the kernel as well.
+
+    Returns:
+      bfloat16 [B, N, D].
+    """
+    return _kernel_forward(num_heads, head_dim, interpret, projected, bias)[0]
+
+
+def _kernel_forward(
+    num_heads: int, head_dim: int, interpret: bool, projected: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    qkv = (projected + channels(bias, projected)).astype(jnp.bfloat16)
+    kernel = functools.partial(attention_tpu.forward, num_heads=num_heads, head_dim=head_dim)
+
+    def formulas(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out, (_, _, log_total) = _attend_forward(qkv.shape[2] // 3 // head_dim, qkv)
+        return out, log_total[..., 0].transpose(0, 2, 1)
+
+    elsewhere = functools.partial(kernel, interpret=True) if interpret else formulas
+    out, log_total = jax.lax.platform_dependent(qkv, tpu=kernel, default=elsewhere)
+    return out, (qkv, out, log_total)
+
+
+def _kernel_backward(
+    num_heads: int,
+    head_dim: int,
+    interpret: bool,
+    residuals: tuple[jax.Array, jax.Array, jax.Array],
+    grad: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    kernel = functools.partial(attention_tpu.backward, num_heads=num_heads, head_dim=head_dim)
+
+    def formulas(
+        qkv: jax.Array, out: jax.Array, log_total: jax.Array, grad: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        log_total = log_total.transpose(0, 2, 1)[..., None]
+        (qkv_grad,) = _attend_backward(log_total.shape[1], (qkv, out, log_total), grad)
+        return qkv_grad, qkv_grad.astype(jnp.float32).sum(1)
+
+    elsewhere = functools.partial(kernel, interpret=True) if interpret else formulas
+    qkv_grad, sums = jax.lax.platform_dependent(*residuals, grad, tpu=kernel, default=elsewhere)
+    return qkv_grad.astype(jnp.float32), sums.sum(0)
+
+
+attend_in_vmem.defvjp(_kernel_forward, _kernel_backward)
 
 
 class Attention(Layer):
     """Multi-head self-attention; the fused projection's 3D outputs are [q|k|v] × [head] × [hd]."""
 
     def __init__(
-        self, dim: int, num_heads: int, *, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        drop_rate: float,
+        implementation: str,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.implementation = implementation
         self.qkv = Linear(dim, 3 * dim, dtype=dtype, out_dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
         self.drop = Dropout(drop_rate)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps [B, N, D] to float32 [B, N, D]."""
-        out = self.proj(attend(self.num_heads, self.qkv(x)))
+        chosen = choose(self.implementation, x.shape[1], self.num_heads, self.head_dim, x.dtype)
+        out = self._in_vmem(x) if chosen == "pallas" else self._in_xla(x)
         return self.drop(out, rngs)
+
+    def _in_xla(self, x: jax.Array) -> jax.Array:
+        return self.proj(attend(self.num_heads, self.qkv(x)))
+
+    def _in_vmem(self, x: jax.Array) -> jax.Array:
+        absent = attention_tpu.padded(self.num_heads, self.head_dim) - x.shape[-1]
+        projected = product("bni,io->bno", x, _pad_parts(self.qkv.kernel[...], absent))
+        bias = _pad_parts(self.qkv.bias[...], absent)
+        interpret = devices.platform() != "tpu"
+        kernels = functools.partial(attend_in_vmem, self.num_heads, self.head_dim, interpret)
+        out = devices.on_each(kernels, projected, bias)
+        out = product("bni,io->bno", out, jnp.pad(self.proj.kernel[...], ((0, absent), (0, 0))))
+        return out + channels(self.proj.bias[...], out)
 
     def largest_logit(self, x: jax.Array) -> jax.Array:
         """Returns the largest attention logit by magnitude, float32 []."""

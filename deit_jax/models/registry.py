@@ -16,10 +16,17 @@ from deit_jax.models.info import BOOL, Check, ModelInfo, checked, number
 from deit_jax.models.regnet import RegNetY
 from deit_jax.models.vit import VisionTransformer
 
-# Options that change training only, not weights or predictions: no part of a model's description.
+# Options that change how a model is trained or computed, but neither its weights nor what it
+# predicts: no part of its description.
 _RATE = number(lambda value: 0 <= value < 1, "a number from 0 to below 1")
 _MODE = Check(lambda value: value in ("linear", "constant"), '"linear" or "constant"')
-_TRAINING_OPTIONS = {"drop_rate": _RATE, "drop_path_mode": _MODE, "remat": BOOL}
+_ATTENTION = Check(lambda value: value in ("auto", "xla", "pallas"), '"auto", "xla" or "pallas"')
+_TRAINING_OPTIONS = {
+    "attention": _ATTENTION,
+    "drop_rate": _RATE,
+    "drop_path_mode": _MODE,
+    "remat": BOOL,
+}
 # Arguments of the constructors that create_model sets itself.
 _GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
 
@@ -152,8 +159,8 @@ def create_model(
 ) -> nnx.Module:
     """Creates a randomly initialised model.
 
-    `save_model` and `load_model` keep all of it but `dtype` and what only training uses: drop rates
-    and `remat`.
+    `save_model` and `load_model` keep all of it but `dtype`, `attention` and what only training
+    uses: drop rates and `remat`.
 
     Args:
       name: one of `list_models()`.

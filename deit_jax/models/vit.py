@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
-from deit_jax.models.attention import Attention
+from deit_jax.models.attention import Attention, check_kernels
 from deit_jax.models.layers import (
     Dropout,
     DropPath,
@@ -17,6 +17,7 @@ from deit_jax.models.layers import (
     PatchEmbed,
     normal_param,
 )
+from deit_jax.models.layouts import row_major
 from deit_jax.models.norms import LayerNorm
 
 
@@ -36,11 +37,14 @@ class Block(Layer):
         layer_scale_init: float | None,
         drop_rate: float,
         drop_path_rate: float,
+        attention: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.norm1 = LayerNorm(dim, dtype=dtype)
-        self.attn = Attention(dim, num_heads, drop_rate=drop_rate, dtype=dtype, rngs=rngs)
+        self.attn = Attention(
+            dim, num_heads, drop_rate=drop_rate, implementation=attention, dtype=dtype, rngs=rngs
+        )
         self.norm2 = LayerNorm(dim, dtype=dtype)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, dtype=dtype, rngs=rngs)
         self.drop_path = DropPath(drop_path_rate)
@@ -51,10 +55,12 @@ class Block(Layer):
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps [B, N, D] to [B, N, D]."""
+        x = row_major(x, "tpu")
         branch = self.attn(self.norm1(x), rngs)
         x = x + self.drop_path(self.ls1(branch) if self.layer_scale else branch, rngs)
         branch = self.mlp(self.norm2(x), rngs)
-        return x + self.drop_path(self.ls2(branch) if self.layer_scale else branch, rngs)
+        x = x + self.drop_path(self.ls2(branch) if self.layer_scale else branch, rngs)
+        return row_major(x, "tpu")
 
 
 class VisionTransformer(Layer):
@@ -64,7 +70,8 @@ class VisionTransformer(Layer):
     `no_embed_class` (DeiT III) the patches alone get position embeddings; otherwise all tokens do.
     `drop_path_mode` is "linear" (block i of L drops with rate·i/(L-1), as DeiT) or "constant"
     (every block drops with the same rate, as DeiT III). `remat` recomputes each block in the
-    backward pass instead of storing its intermediates.
+    backward pass instead of storing its intermediates. `attention` is "xla", "pallas" (kernels for
+    TPUs, in bfloat16; elsewhere interpreted, slowly), or "auto": the kernels where they are faster.
 
     Raises InputError for dimensions that do not fit together.
     """
@@ -85,6 +92,7 @@ class VisionTransformer(Layer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         drop_path_mode: str = "linear",
+        attention: str = "auto",
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -102,12 +110,15 @@ class VisionTransformer(Layer):
         if embed_dim % num_heads:
             raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
 
+        num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+        num_prefix = 2 if distilled else 1
+        if attention == "pallas":
+            check_kernels(num_prefix + num_patches, num_heads, embed_dim // num_heads, dtype)
+
         self.image_size = tuple(image_size)
         self.distilled = distilled
         self.no_embed_class = no_embed_class
         self.remat = remat
-        num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
-        num_prefix = 2 if distilled else 1
         num_positions = num_patches if no_embed_class else num_prefix + num_patches
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim, dtype=dtype, rngs=rngs)
@@ -125,6 +136,7 @@ class VisionTransformer(Layer):
                 layer_scale_init=layer_scale_init,
                 drop_rate=drop_rate,
                 drop_path_rate=rate,
+                attention=attention,
                 dtype=dtype,
                 rngs=rngs,
             )

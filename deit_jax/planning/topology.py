@@ -44,7 +44,7 @@ def forecast_slice(
     config = complete(config)
     hosts = len({device.process_index for device in devices})
     check_batch(config, num_devices=len(devices), num_processes=hosts)
-    check_model(config)
+    check_model(config, devices[0].platform)
     registry.model_options(teacher)  # raises for an unknown name
     counts = {"num_train": num_train, "num_classes": num_classes, "num_devices": len(devices)}
     plan = plan_run(config, **counts)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from deit_jax import trees
 from deit_jax.models.network import Network, Variables, join_model
 from deit_jax.models.registry import ModelInfo
+from deit_jax.parallel import devices
 from deit_jax.parallel.mesh import batch_sharding, replicated, sum_over_processes, to_global
 from deit_jax.parallel.preemption import StopSignal
 from deit_jax.training import losses, mixing
@@ -109,7 +110,8 @@ def split_evaluator(
     """
     from deit_jax import data
 
-    eval_step = jax.jit(make_eval_step(network), out_shardings=replicated(run.mesh))
+    eval_step = devices.of(run.mesh)(make_eval_step(network))
+    eval_step = jax.jit(eval_step, out_shardings=replicated(run.mesh))
     plan = dataclasses.replace(run.input_plan(), image_size=image_size)
 
     def evaluate_weights(weights: dict[str, Variables]) -> dict[str, float]:

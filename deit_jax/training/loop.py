@@ -18,7 +18,7 @@ from deit_jax.config.files import changed_fields, write_config
 from deit_jax.console import doing, log
 from deit_jax.errors import InputError, NonFiniteLoss, Preempted
 from deit_jax.models.network import Network, Variables
-from deit_jax.parallel import hosts, lease, preemption
+from deit_jax.parallel import devices, hosts, lease, preemption
 from deit_jax.parallel.mesh import batch_sharding, replicated, to_global
 from deit_jax.training import checks, continuation, metrics, pmap, summary
 from deit_jax.training.evaluate import evaluator, make_attention_probe, skipped
@@ -127,7 +127,8 @@ def _train(
     train_step = jit_train_step(run, shardings, teacher)
     probe = None
     if config.train.log_attention:
-        probe = jax.jit(make_attention_probe(run.network), out_shardings=replicated(run.mesh))
+        probe = make_attention_probe(run.network)
+        probe = jax.jit(devices.of(run.mesh)(probe), out_shardings=replicated(run.mesh))
     writer = metrics.MetricWriter(
         workdir,
         resume_step=step,
@@ -223,7 +224,7 @@ def jit_train_step(
         run.config, run.plan, run.network, run.optimizer, teacher=teacher, replicated=everywhere
     )
     return jax.jit(
-        step,
+        devices.of(run.mesh)(step),
         donate_argnums=0,
         in_shardings=(shardings, everywhere, batch_sharding(run.mesh)),
         out_shardings=(shardings, everywhere),

@@ -64,6 +64,8 @@ def build_model(config: "ConfigDict", plan: "RunPlan", *, rngs: object = None) -
     }
     if config.model.patch_size:
         options["patch_size"] = config.model.patch_size
+    if config.model.attention != "auto":
+        options["attention"] = config.model.attention
     if config.model.remat:
         options["remat"] = True
     if rngs is None:

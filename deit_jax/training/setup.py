@@ -51,7 +51,7 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     checks.check_processes(config, workdir, mode=mode)
     devices = {"num_devices": jax.device_count(), "num_processes": jax.process_count()}
     check_batch(config, **devices, training=training)
-    check_model(config)
+    check_model(config, jax.default_backend())
 
     from deit_jax import data  # TensorFlow: imported by runs alone
 
@@ -77,12 +77,17 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
     return run
 
 
-def check_model(config: ConfigDict) -> None:
-    """Raises InputError where the model lacks what the recipe asks of it."""
+def check_model(config: ConfigDict, platform: str) -> None:
+    """Raises InputError where the model, or the devices' platform, lack what the recipe asks."""
     if config.train.log_attention and "num_heads" not in registry.model_options(config.model.name):
         raise InputError(
             f"config.train.log_attention is True, but config.model.name {config.model.name!r} has "
             "no attention; set it to False"
+        )
+    if config.model.attention == "pallas" and platform != "tpu":
+        raise InputError(
+            "config.model.attention is 'pallas', whose kernels are for TPUs, but the devices here "
+            f"are {platform}s; set it to auto"
         )
     if config.distill.kind != "none" and not registry.is_distilled(config.model.name):
         raise InputError(
