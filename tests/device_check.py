@@ -2,6 +2,7 @@
 
 python -m tests.device_check shard ROOT               one recipe over three meshes
 python -m tests.device_check pmap ROOT                the same over the mesh and under pmap
+python -m tests.device_check kernels ROOT             TPU kernels, interpreted, over them
 python -m tests.device_check collectives ROOT FSDP    how many there are in the compiled step
 python -m tests.device_check restore ROOT NAME FSDP [COORDINATOR PROCESS_ID]
                                                       what is in the checkpoint of ROOT/NAME
@@ -24,7 +25,7 @@ from configs import digits_distill
 from deit_jax import data, trees
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.training import TrainCheckpoints
-from deit_jax.models import norms, registry
+from deit_jax.models import attention, norms, registry
 from deit_jax.parallel import axis
 from deit_jax.parallel.mesh import batch_sharding, to_global, to_host
 from deit_jax.planning.collectives import read
@@ -168,6 +169,19 @@ def pmap(root: Path) -> dict:
     return found | {"batch_norm": batch_norm()}
 
 
+def kernels(root: Path) -> dict:
+    """Three steps in bfloat16 with attention by XLA, by kernels over a mesh, and under pmap."""
+    found = {}
+    choose = attention.choose
+    for name, options in {"xla": {}, "mesh": {"fsdp": 4}, "pmap": {"backend": "pmap"}}.items():
+        config = recipe(root, parts=2, **options)
+        config.train.dtype = "bfloat16"
+        attention.choose = choose if name == "xla" else lambda *_: "pallas"
+        with opened(config, root / name) as run:
+            found[name] = run.losses(3)
+    return found
+
+
 def collectives(root: Path, fsdp: str) -> dict:
     """The collective operations in the optimised HLO of the step, by kind."""
     with opened(recipe(root, fsdp=int(fsdp)), root / f"collectives{fsdp}") as run:
@@ -202,5 +216,5 @@ def batch_norm() -> float:
 if __name__ == "__main__":
     mode, root, *rest = sys.argv[1:]
     make_small(Path(root))
-    modes = {one.__name__: one for one in (shard, pmap, collectives, restore)}
+    modes = {one.__name__: one for one in (shard, pmap, kernels, collectives, restore)}
     print(json.dumps(modes[mode](Path(root), *rest)))

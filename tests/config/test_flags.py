@@ -61,7 +61,7 @@ def test_overrides_have_the_type_of_their_field(flag, field, value, capsys):
         ("output_dir=x", "--workdir"),
         ("optimizer=lamb", "--config.optimizer.name=lamb?"),
         ("model={'name': 'x'}", "config.model is a group of fields"),
-        ("model.foo=1", "config.model has drop_path_rate, name"),
+        ("model.foo=1", "config.model has attention, drop_path_rate, name"),
         ("foo=1", "the groups of fields are checkpoint, dataset"),
         ("optimizer.lr=fast", "config.optimizer.lr is 'fast', but must be a number"),
         ("train.cosub=maybe", "config.train.cosub is 'maybe', but must be True or False"),

@@ -146,3 +146,12 @@ def test_a_mesh_of_several_hosts_is_in_the_order_of_processes():
     mesh = make_mesh(2, devices)
     assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3]
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2}
+
+
+@pytest.mark.slow
+def test_kernels_run_on_each_device_with_its_own_rows(run_device_check, tmp_path):
+    """Pallas kernels for TPUs, interpreted: over a 2 × 4 mesh and under pmap, in micro-batches."""
+    found = run_device_check("kernels", tmp_path)
+    assert found["xla"] != found["mesh"]  # the kernels ran
+    assert found["mesh"] == pytest.approx(found["pmap"], rel=1e-5)
+    assert found["mesh"] == pytest.approx(found["xla"], rel=5e-3)

@@ -1,0 +1,164 @@
+"""The Pallas kernels for TPUs, interpreted on this machine, beside float64 in PyTorch."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from deit_jax.errors import InputError
+from deit_jax.models import attention, attention_tpu
+from deit_jax.parallel import devices
+from tests.training import steps
+
+LONGER = 320  # than the queries that the kernels take at a time
+
+
+def exact(num_heads, qkv, grad):
+    """Attention of qkv [B, N, 3D] and the gradient of qkv, by PyTorch in float64."""
+    qkv = torch.from_numpy(np.asarray(qkv, np.float64)).requires_grad_()
+    batch, tokens, width = qkv.shape
+    parts = qkv.reshape(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    out = torch.nn.functional.scaled_dot_product_attention(*parts)
+    out = out.transpose(1, 2).reshape(batch, tokens, width // 3)
+    out.backward(torch.from_numpy(np.asarray(grad, np.float64)))
+    return out.detach().numpy(), qkv.grad.numpy()
+
+
+def error(found, want):
+    return float(np.linalg.norm(np.asarray(found, np.float64) - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("interpret", [True, False], ids=["kernels", "formulas"])
+@pytest.mark.parametrize(
+    ("tokens", "num_heads", "head_dim"),
+    [
+        (37, 2, 64),
+        pytest.param(197, 4, 64, marks=pytest.mark.slow),  # two groups of lanes
+        (20, 3, 64),  # a group with room for another head
+        (17, 3, 32),
+        (16, 1, 128),
+        pytest.param(LONGER, 2, 64, marks=pytest.mark.slow),
+    ],
+)
+def test_values_and_gradients_are_as_exact_as_those_of_xla(tokens, num_heads, head_dim, interpret):
+    width = num_heads * head_dim
+    rng = np.random.default_rng(0)
+    projected = (1.5 * rng.normal(size=(2, tokens, 3 * width))).astype(np.float32)
+    bias, grad = rng.normal(size=3 * width), rng.normal(size=(2, tokens, width))
+    bias, grad = bias.astype(np.float32), jnp.asarray(grad, jnp.bfloat16)
+    want, want_grad = exact(num_heads, projected + bias, grad)
+    absent = attention_tpu.padded(num_heads, head_dim) - width
+
+    def kernels(projected, bias):
+        pad = functools.partial(attention._pad_parts, absent=absent)
+        kernel = functools.partial(attention.attend_in_vmem, num_heads, head_dim, interpret)
+        return kernel(pad(projected), pad(bias))[..., :width]
+
+    def xla(projected, bias):
+        return attention.attend(num_heads, (projected + bias[None, None]).astype(jnp.bfloat16))
+
+    errors = []
+    for function in (kernels, xla):
+        out, gradient = jax.vjp(function, projected, bias)
+        projected_grad, bias_grad = gradient(grad)
+        assert out.dtype == jnp.bfloat16
+        found = [(out, want), (projected_grad, want_grad), (bias_grad, want_grad.sum((0, 1)))]
+        errors.append([error(*pair) for pair in found])
+    assert max(errors[0]) < 0.02
+    # 1.1 is a rounding more or less; the sums of a bias are few numbers.
+    for kernel, other in list(zip(*errors, strict=True))[:2]:
+        assert kernel <= 1.1 * other
+
+
+def test_what_the_kernels_take():
+    assert attention_tpu.fits(577, 16, 64)
+    assert not attention_tpu.fits(257, 16, 80)  # DeiT III-H
+    assert not attention_tpu.fits(5000, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        ({"dtype": "float32"}, "compute in bfloat16, but dtype is float32"),
+        ({"embed_dim": 80, "num_heads": 1}, "no room for 65 tokens of 1 heads of 80"),
+    ],
+)
+def test_what_they_do_not_take_is_refused(options, answer):
+    with pytest.raises(InputError, match=answer):
+        steps.new_model("deit_testing", **{"dtype": "bfloat16", "attention": "pallas"} | options)
+
+
+@pytest.fixture
+def on_tpus():
+    """As within a program for one TPU, for whatever is traced."""
+    chip = types.SimpleNamespace(platform="tpu")
+    mesh = types.SimpleNamespace(size=1, devices=np.array([chip]))
+    with devices.of(mesh):
+        yield
+
+
+def lowered(platform, dtype="bfloat16", **options):
+    """A training pass and its gradient as XLA for a platform gets them."""
+    network, variables = steps.new_model("deit_testing", depth=1, dtype=dtype, **options)
+    images = jnp.zeros((2, 32, 32, 3))
+
+    def loss(variables):
+        return network(variables, images, jax.random.key(0))[0][0].sum()
+
+    return jax.jit(jax.grad(loss)).trace(variables).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.usefixtures("on_tpus")
+@pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("options", "kernels"),
+    [({}, 2), ({"dtype": "float32"}, 0), ({"attention": "xla"}, 0), ({"remat": True}, 3)],
+)
+def test_auto_is_the_kernels_on_tpus_alone(platform, options, kernels):
+    """Also where a program that was traced for TPUs is compiled for something else."""
+    want = kernels if platform == "tpu" else 0
+    assert lowered(platform, **options).count("tpu_custom_call") == want
+
+
+@pytest.mark.parametrize(("count", "kernels"), [(1, 2), (4, 0)])
+def test_without_a_mesh_the_only_device_has_kernels(monkeypatch, count, kernels):
+    """Of several devices a program may use one or all; a kernel would have to be told."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    assert lowered("tpu").count("tpu_custom_call") == kernels
+
+
+def losses_and_gradients(**options):
+    network, variables = steps.new_model("deit_testing_distilled", depth=2, **options)
+    sharper = jax.tree.map(lambda x: 2.5 * x if x.ndim == 2 else x, variables)
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+
+    @jax.jit
+    def loss(variables):
+        heads, _ = network(variables, images, jax.random.key(2))
+        return sum(jnp.square(head - 1).mean() for head in heads)
+
+    value, grads = jax.value_and_grad(loss)(sharper)
+    return float(value), np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
+
+
+@pytest.mark.slow
+def test_a_model_is_as_exact_with_kernels_as_without():
+    """Losses and gradients beside float32, with attention that is not uniform; also with remat."""
+    want, want_grads = losses_and_gradients()
+    bfloat16 = functools.partial(losses_and_gradients, dtype="bfloat16", drop_path_rate=0.0)
+    errors = {}
+    for name, options in {
+        "xla": {"attention": "xla"},
+        "pallas": {"attention": "pallas"},
+        "remat": {"attention": "pallas", "remat": True},
+    }.items():
+        value, grads = bfloat16(**options)
+        errors[name] = abs(value / want - 1), error(grads, want_grads)
+    assert errors["pallas"][0] < 0.01
+    assert errors["pallas"][1] <= 1.1 * errors["xla"][1]
+    assert errors["remat"] == pytest.approx(errors["pallas"], rel=0.1)
