@@ -41,16 +41,19 @@ class Operation(NamedTuple):
     times: int
 
 
-def read(text: str) -> tuple[list[Operation], list[str]]:
+def read(
+    text: str, kernel_cycles: dict[str, int] | None = None
+) -> tuple[list[Operation], list[str]]:
     """Returns the operations of a program, and its loops of unknown length, counted once.
 
     Args:
       text: `compiled.as_text()`, of any compiler; others than a TPU's state no cycles.
+      kernel_cycles: of Pallas kernels by name, for which it states none.
     """
     bodies, entry = hlo.computations(text)
     loops: list[str] = []
     found = [
-        _operation(one)
+        _operation(one, kernel_cycles or {})
         for one in hlo.walk(bodies, entry, loops)
         if one.kind not in _NOTHING and not one.kind.endswith("-done")
     ]
@@ -77,21 +80,24 @@ def uncounted(operations: list[Operation]) -> list[dict]:
     return [{"kind": kind, "count": n, "bytes": size[kind]} for kind, n in count.most_common()]
 
 
-def _operation(one: hlo.Operation) -> Operation:
+def _operation(one: hlo.Operation, kernel_cycles: dict[str, int]) -> Operation:
     line, kind = one.line, one.kind
     scope, cycles, target = parts.scope(line), _CYCLES.search(line), _TARGET.search(line)
     part = parts.part_of(scope, kind in parts.MOVING)
     arrays = hlo.array_bytes(one.shape)
     if kind.endswith("-start"):  # its type holds the operand, too
         kind, arrays = f"{kind.removesuffix('-start')}, asynchronous", [min(arrays[:2])]
+    each = int(cycles[1]) if cycles else None
     if target:
-        kind = f"kernel {one.name.rstrip('.0123456789')}" if target[1] == _KERNEL else target[1]
+        name = one.name.rstrip(".0123456789")
+        kind = f"kernel {name}" if target[1] == _KERNEL else target[1]
+        each = kernel_cycles.get(name, each)
     return Operation(
         one.name,
         kind,
         part,
         parts.is_backward(scope),
-        one.times * int(cycles[1]) if cycles else None,
+        None if each is None else one.times * each,
         sum(arrays),
         one.times,
     )

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from deit_jax.checkpoints import model_folder
 from deit_jax.console import log
 from deit_jax.errors import InputError, brief
+from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import Network, Variables
 from deit_jax.parallel import hosts
 from deit_jax.parallel.mesh import batch_sharding, device_bytes, replicated, with_shardings
@@ -59,13 +61,20 @@ def device_memory() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
-def forecast(run: Run, *, limit: int | None, teacher: str = "") -> Report:
+def forecast(
+    run: Run,
+    *,
+    limit: int | None,
+    teacher: str = "",
+    kernel_cycles: Callable[[ModelInfo, str], dict[str, int]] | None = None,
+) -> Report:
     """Compiles the training step for the mesh of `run` and reads the program.
 
     Args:
       run: a checked run; its mesh may be of devices that are not here.
       limit: bytes of memory of a device; None where it is not known.
       teacher: model of the teacher where the recipe names none.
+      kernel_cycles: from the model and the program's text, the cycles of its kernels by name.
 
     Returns:
       What was compiled, and, ready for JSON: `state` (bytes per device by purpose), `memory` (the
@@ -111,7 +120,9 @@ def forecast(run: Run, *, limit: int | None, teacher: str = "") -> Report:
     with matmuls(config):
         lowered = step.lower(*arguments)
     try:
-        found |= _program(lowered.compile(), mesh.size, chips.find(kind), found)
+        compiled = lowered.compile()
+        measured = kernel_cycles(run.network.info, compiled.as_text()) if kernel_cycles else {}
+        found |= _program(compiled, mesh.size, chips.find(kind), found, measured)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -156,7 +167,11 @@ def abstract_step(
 
 
 def _program(
-    compiled: jax.stages.Compiled, num_devices: int, chip: chips.Chip | None, known: Report
+    compiled: jax.stages.Compiled,
+    num_devices: int,
+    chip: chips.Chip | None,
+    known: Report,
+    kernel_cycles: dict[str, int],
 ) -> Report:
     """What the compiled program says of itself."""
     plan, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -176,7 +191,7 @@ def _program(
         expected = kernels.estimate(text, chip)
         flops, accessed, bounds = expected["flops"], expected["bytes"], True
     else:
-        expected = estimate(chip, text, flops if bounds else None)
+        expected = estimate(chip, text, flops if bounds else None, kernel_cycles)
     return {
         "memory": memory,
         "refusal": None,
@@ -189,20 +204,23 @@ def _program(
     }
 
 
-def estimate(chip: chips.Chip | None, text: str, flops: float | None) -> dict:
+def estimate(
+    chip: chips.Chip | None, text: str, flops: float | None, kernel_cycles: dict[str, int]
+) -> dict:
     """Adds up the cycles that the TPU compiler expects of each operation.
 
     Args:
       chip: the device.
       text: of the compiled program.
       flops: of a step on a device; None where the compiler counts them in part.
+      kernel_cycles: of kernels by name, which the text does not state.
 
     Returns:
       `seconds`, `mfu` (of the chip's stated rate; None without `flops`), `parts` (rows of
       `cycles.table`), `uncounted` (of `cycles.uncounted`) and `loops` of unknown length, counted
       once; {} where the compiler or the table of chips does not know.
     """
-    operations, loops = cycles.read(text)
+    operations, loops = cycles.read(text, kernel_cycles)
     total = sum(one.cycles or 0 for one in operations)
     if not (total and chip and chip.clock):
         return {}

@@ -1,22 +1,19 @@
 """Plans for TPUs and GPUs that are not here: their compilers do not need them."""
 
 import contextlib
+import functools
 import os
 import shlex
 from collections.abc import Iterator
-from importlib.metadata import version
-from importlib.util import find_spec
 
 import jax
-from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from deit_jax.config.plan import check_batch, plan_run
-from deit_jax.errors import InputError, brief
 from deit_jax.models import registry
 from deit_jax.parallel.mesh import make_mesh
-from deit_jax.planning import chips, cuda, forecast, markdown, report
+from deit_jax.planning import chips, cuda, forecast, markdown, report, tpu, tpu_kernels
 from deit_jax.training.complete import complete
 from deit_jax.training.setup import assemble, check_model
 
@@ -40,7 +37,7 @@ def forecast_slice(
       InputError: the recipe is wrong, the slice is unknown, or the compiler is not installed.
     """
     on_gpu = topology.startswith("cuda:")
-    devices = cuda.devices(topology) if on_gpu else _devices(topology)
+    devices = (cuda if on_gpu else tpu).devices(topology)
     config = complete(config)
     hosts = len({device.process_index for device in devices})
     check_batch(config, num_devices=len(devices), num_processes=hosts)
@@ -51,8 +48,9 @@ def forecast_slice(
     run = assemble(config, "", plan, make_mesh(config.parallel.fsdp, devices))
     chip = chips.find(devices[0].device_kind)
     limit = int(chip.memory * report.GIB) if chip else None
+    cycles = None if on_gpu else functools.partial(tpu_kernels.measure, topology)
     with _without_cache():
-        found = forecast.forecast(run, limit=limit, teacher=teacher)
+        found = forecast.forecast(run, limit=limit, teacher=teacher, kernel_cycles=cycles)
     compiler = "jax-cuda13-plugin" if on_gpu else "libtpu"
     packages = ("jax", "jaxlib", compiler, "flax", "optax")
     return found | {"topology": topology, **markdown.origin(*packages)}
@@ -69,27 +67,6 @@ def _without_cache() -> Iterator[None]:
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
-
-
-def _devices(topology: str) -> list[jax.Device]:
-    """The devices of a slice, as the TPU compiler describes them."""
-    if find_spec("libtpu") is None:
-        raise InputError(
-            f"--topology {topology} needs the TPU compiler, which is not installed: "
-            f"pip install 'jax[tpu]=={version('jax')}'"
-        )
-    # Only the compiler is used: no TPU of this machine, no metadata of a cloud, no lock against
-    # other processes.
-    jax.config.update("jax_platforms", "cpu")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # jaxlib and libtpu document no type
-        raise InputError(
-            f"--topology {topology}: the TPU compiler knows no such slice ({brief(error)}); "
-            "expected KIND:SHAPE, such as v5e:4x4, v6e:4x4, v4:2x2x4 or cuda:H200x8"
-        ) from error
 
 
 def lines(found: report.Report, command: str) -> Iterator[str]:

@@ -64,6 +64,9 @@ def test_cycles_of_each_part_of_a_step():
         "optimiser, EMA, guard": (2 * 5, 0),
     }
     assert loops == ["w2"]
+    measured, _ = cycles.read(TEXT, {"attend_forward": 60})
+    assert cycles.table(measured)[0] == {"part": "attention", "forward": 160, "backward": 0}
+    assert len(cycles.uncounted(measured)) == 1
     assert cycles.uncounted(operations) == [
         {"kind": "copy, asynchronous", "count": 1, "bytes": 4 * 64 * 64},
         {"kind": "kernel attend_forward", "count": 1, "bytes": 2 * 8 * 1024},
@@ -72,11 +75,11 @@ def test_cycles_of_each_part_of_a_step():
 
 def test_the_estimate_of_a_step():
     chip = chips.Chip(tflops=1, clock=1e-9)  # a cycle a second
-    found = forecast.estimate(chip, TEXT, 119.5e12)
+    found = forecast.estimate(chip, TEXT, 119.5e12, {})
     assert (found["seconds"], found["mfu"]) == (239, pytest.approx(0.5))
     lines = "\n".join(report.estimate_lines({"estimate": found, "batch": 478, "devices": 2}))
     assert "239000.0 ms, 1 images/s per device, 50.0 % of the chip's FLOP/s" in lines
     assert "| norms | 0.00 | 40000.00 | 17 % |" in lines
     assert "1 × kernel attend_forward (0 MB); all but the first round of 1 loops" in lines
-    assert forecast.estimate(None, TEXT, None) == {}
+    assert forecast.estimate(None, TEXT, None, {}) == {}
     assert forecast.estimate(chips.find("TPU v2"), TEXT, None) == {}  # its clock is not known
