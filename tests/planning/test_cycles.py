@@ -82,4 +82,4 @@ def test_the_estimate_of_a_step():
     assert "| norms | 0.00 | 40000.00 | 17 % |" in lines
     assert "1 × kernel attend_forward (0 MB); all but the first round of 1 loops" in lines
     assert forecast.estimate(None, TEXT, None, {}) == {}
-    assert forecast.estimate(chips.find("TPU v2"), TEXT, None) == {}  # its clock is not known
+    assert forecast.estimate(chips.find("TPU v2"), TEXT, None, {}) == {}  # its clock is not known
