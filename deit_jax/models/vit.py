@@ -112,8 +112,9 @@ class VisionTransformer(Layer):
 
         num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
         num_prefix = 2 if distilled else 1
+        self.num_tokens = num_prefix + num_patches
         if attention == "pallas":
-            check_kernels(num_prefix + num_patches, num_heads, embed_dim // num_heads, dtype)
+            check_kernels(self.num_tokens, num_heads, embed_dim // num_heads, dtype)
 
         self.image_size = tuple(image_size)
         self.distilled = distilled

@@ -18,7 +18,7 @@ from deit_jax.models import registry
 from deit_jax.models.network import Variables, split_model
 from deit_jax.parallel import cpu_memory, hosts
 from deit_jax.parallel.mesh import make_mesh, state_shardings, to_host, with_shardings
-from deit_jax.training import checks, optim
+from deit_jax.training import checks, kernels, optim
 from deit_jax.training.complete import as_trained, complete
 from deit_jax.training.metrics import import_tensorboard
 from deit_jax.training.run import Run, build_model
@@ -71,6 +71,7 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
         plan = plan_evaluation(eval_source)
     mesh = make_mesh(config.parallel.fsdp)
     run = assemble(config, workdir, plan, mesh, sources=(train_source, eval_source), notes=notes)
+    run = kernels.tried(run)
     if not config.init_from:
         _check_new_heads(run, run.abstract)
     check_teacher(run)

@@ -9,7 +9,7 @@ from deit_jax import trees
 from deit_jax.checkpoints import model_folder
 from deit_jax.models import registry
 from deit_jax.parallel.mesh import describe_mesh, device_bytes, with_shardings
-from deit_jax.training import optim
+from deit_jax.training import kernels, optim
 from deit_jax.training.run import Run
 from deit_jax.training.setup import state_layout
 
@@ -33,6 +33,7 @@ def describe_run(run: Run, origin: str) -> str:
     pmap = "; step under pmap" if config.parallel.backend == "pmap" else ""
     lines = {
         "model": _model(run, origin),
+        **_attention(run),
         "data": f"{run.train_source.description}: {plan.num_train:,} train, "
         f"{plan.num_eval:,} eval; {plan.images_per_epoch:,} images an epoch, "
         f"{plan.distinct_images_per_epoch:,} distinct",
@@ -58,6 +59,7 @@ def describe_evaluation(run: Run, origin: str) -> str:
     batch = f"{run.config.train.batch_size} images over all devices"
     lines = {
         "model": _model(run, origin),
+        **_attention(run),
         "data": f"{run.eval_source.description}: {run.plan.num_eval:,} images",
         "batch": f"{batch}; {run.config.train.dtype} matmuls",
         "devices": describe_mesh(run.mesh),
@@ -109,6 +111,13 @@ def _model(run: Run, origin: str) -> str:
         f"{_unseen(info)}, "
         f"{info.num_classes} classes{drop}, {origin}"
     )
+
+
+def _attention(run: Run) -> dict[str, str]:
+    """Says how attention is computed, in a model that has it."""
+    words = {"pallas": "kernels for TPUs (Pallas)", "xla": "XLA"}
+    chosen = kernels.implementation(run)
+    return {"attention": words[chosen]} if chosen else {}
 
 
 def _images(config: ConfigDict) -> str:

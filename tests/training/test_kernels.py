@@ -1,0 +1,76 @@
+"""TPU kernels are tried before a run trusts them."""
+
+import jax.numpy as jnp
+import pytest
+
+from configs import digits, digits_teacher
+from deit_jax.models import attention, attention_tpu
+from deit_jax.training import kernels, setup, summary
+
+
+@pytest.fixture
+def wanted(monkeypatch):
+    """As on a TPU, where "auto" means the kernels; here they are interpreted."""
+    choose = lambda kind, *_: "xla" if kind == "xla" else "pallas"  # noqa: E731
+    monkeypatch.setattr(attention, "choose", choose)
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = digits.get_config()
+    config.train.dtype = "bfloat16"
+    return setup.check(config, str(tmp_path))
+
+
+def said(run):
+    lines = summary.describe_run(run, "from scratch").splitlines()
+    return [line.strip() for line in lines if line.split()[0] in ("attention", "note")]
+
+
+@pytest.mark.usefixtures("wanted")
+def test_kernels_that_compute_as_xla_does_are_used(run):
+    assert kernels.implementation(run) == "pallas"
+    assert said(run) == ["attention kernels for TPUs (Pallas)"]
+
+
+def _refuse(*_, **__):
+    raise RuntimeError("Mosaic failed to compile TPU kernel: not implemented\nand so on")
+
+
+def _lose_a_head(*args, **options):
+    out, log_total = forward(*args, **options)
+    return out.at[..., :32].set(0), log_total
+
+
+def _nan(*args, **options):
+    grad, sums = backward(*args, **options)
+    return grad, sums * jnp.nan
+
+
+forward, backward = attention_tpu.forward, attention_tpu.backward
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("wanted")
+@pytest.mark.parametrize(
+    ("name", "function", "words"),
+    [
+        ("forward", _refuse, "they fail: Mosaic failed to compile TPU kernel: not implemented"),
+        ("forward", _lose_a_head, "they differ from XLA: 0."),
+        ("backward", _nan, "they differ from XLA: 0.00"),
+    ],
+)
+def test_others_are_not(monkeypatch, tmp_path, name, function, words):
+    monkeypatch.setattr(attention_tpu, name, function)
+    config = digits.get_config()
+    config.train.dtype = "bfloat16"
+    run = setup.check(config, str(tmp_path))
+    assert kernels.implementation(run) == "xla"
+    how, note = said(run)
+    assert how == "attention XLA"
+    assert note.startswith(f"note      attention by XLA, without the kernels for TPUs: {words}")
+    assert run.config.model.attention == "auto"  # another start tries again
+
+
+def test_a_model_without_attention_says_nothing_of_it(tmp_path):
+    assert said(setup.check(digits_teacher.get_config(), str(tmp_path))) == []
