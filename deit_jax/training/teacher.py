@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from deit_jax import storage, trees
 from deit_jax.checkpoints import checksums, model_folder
 from deit_jax.errors import InputError
-from deit_jax.models import registry
+from deit_jax.models import registry, regnet_folded
 from deit_jax.models.network import Network, Variables, split_model
 from deit_jax.parallel import hosts
 from deit_jax.parallel.mesh import replicated
@@ -136,11 +137,13 @@ def abstract_teacher(run: Run, default: str = "") -> tuple[Network, Variables] |
     if folder is None:
         return None, None
     if model_folder.find_model(folder) is not None:
-        return model_folder.read_network(folder, dtype=dtype_of(config))
-    if config.distill.teacher_config:
-        return split_model(build_model(teacher_config(config), run.plan))
-    options = {"num_classes": run.plan.num_classes, "dtype": dtype_of(config)}
-    return split_model(registry.abstract_model(default, **options))
+        found = model_folder.read_network(folder, dtype=dtype_of(config))
+    elif config.distill.teacher_config:
+        found = split_model(build_model(teacher_config(config), run.plan))
+    else:
+        options = {"num_classes": run.plan.num_classes, "dtype": dtype_of(config)}
+        found = split_model(registry.abstract_model(default, **options))
+    return for_devices(run.mesh, *found)
 
 
 def load_teacher(run: Run) -> tuple[Network, Variables] | tuple[None, None]:
@@ -153,7 +156,16 @@ def load_teacher(run: Run) -> tuple[Network, Variables] | tuple[None, None]:
     network, like = model_folder.read_network(run.teacher_folder, dtype=dtype_of(run.config))
     variables = model_folder.read_variables(run.teacher_folder, like)
     checks.check_weights(run.teacher_folder, variables)
+    network, variables = for_devices(run.mesh, network, variables)
     return network, jax.device_put(variables, replicated(run.mesh))
+
+
+def for_devices(mesh: Mesh, network: Network, variables: Variables) -> tuple[Network, Variables]:
+    """Returns a frozen model as the devices of a mesh compute it fastest; weights or shapes."""
+    convolutional = registry.fixed_size(network.info) is None
+    if convolutional and mesh.devices.flat[0].platform == "tpu":
+        return regnet_folded.fold(network, variables)
+    return network, variables
 
 
 def teacher_accuracy(
