@@ -28,7 +28,7 @@ from deit_jax.training import mixing
 from deit_jax.training.run import build_model
 from deit_jax.training.setup import assemble, check_model
 from deit_jax.training.state import new_state
-from deit_jax.training.teacher import teacher_forward
+from deit_jax.training.teacher import for_devices, teacher_forward
 
 CLASSES = 1000
 
@@ -137,7 +137,9 @@ def _train(work: Work) -> tuple[Any, tuple]:
     plan = plan_run(config, **counts)
     run = assemble(config, "", plan, make_mesh())
     student = split_model(build_model(config, plan, rngs=nnx.Rngs(0)))[1]
-    teacher = _network(work, work.teacher) if work.teacher else (None, None)
+    teacher = (None, None)
+    if work.teacher:
+        teacher = for_devices(run.mesh, *_network(work, work.teacher))
     step, shapes = abstract_step(run, *teacher)
     arguments = new_state(student, run.optimizer, ema=work.ema), teacher[1], work.examples()
     return step, jax.device_put(arguments, jax.tree.map(lambda x: x.sharding, shapes))
@@ -152,6 +154,7 @@ def _forward(work: Work) -> tuple[Any, tuple]:
     network, variables = _network(work, work.model)
     images = work.examples()["image"]
     if work.part == "teacher":
+        network, variables = for_devices(mesh, network, variables)
         images = mixing.normalize(images, IMAGENET_MEAN, IMAGENET_STD)
 
     def forward(variables: Variables, images: jax.Array) -> jax.Array:

@@ -9,8 +9,11 @@ from flax import nnx
 
 from deit_jax import trees
 from deit_jax.errors import InputError
+from deit_jax.models import registry
+from deit_jax.models.network import split_model
 from deit_jax.models.norms import BatchNorm
 from deit_jax.models.regnet import RegNetY, conv3x3
+from deit_jax.models.regnet_folded import fold
 from tests.models.test_vit import assert_close, to_torch
 from tests.oracles import timm_models
 
@@ -56,6 +59,39 @@ def test_evaluation_equals_timm():
     before = trees.flat(nnx.to_pure_dict(nnx.state(ours, nnx.BatchStat)))
     for name, value in trees.flat(stats).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "lanes", "widths"),
+    [
+        (SMALL, 128, [16, 32, 64, 64, 128]),  # groups of 32 are left alone, two of them become one
+        (SMALL, 40, [16, 32, 64, 64, 160]),  # and four are filled up
+        # One group of 24; two, three, three and seven of 28: an eighth is zeros, as of 112 and 128.
+        (SMALL | {"w0": 24, "wa": 28.0, "group_width": 28}, 32, [24, 56, 96, 96, 224]),
+    ],
+)
+def test_folded_equals_timm(options, lanes, widths):
+    """Batch norm in the convolutions, whole lanes; the shapes alone give the same network."""
+    oracle, ours, images = pair(options)
+    ours.info = registry.model_info("regnety_testing")
+    network, variables = split_model(ours)
+    folded, weights = fold(network, variables, lanes=lanes)
+    assert not weights.batch_stats
+    found = [
+        block["conv2"]["bias"].size
+        for stage in ("s1", "s2", "s3", "s4")
+        for block in weights.params[stage].values()
+    ]
+    assert found == widths
+    found = jax.jit(folded)(weights, images)[0][0]
+    unfolded = jax.jit(network)(variables, images)[0][0]
+    np.testing.assert_allclose(found, unfolded, rtol=0, atol=1e-5 * np.abs(found).max())
+    with torch.no_grad():
+        assert_close(found, oracle(to_torch(images)))
+    shapes = jax.eval_shape(lambda: variables)
+    same, like = fold(network, shapes, lanes=lanes)
+    assert same == folded
+    assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, weights)
 
 
 def test_training_equals_timm():

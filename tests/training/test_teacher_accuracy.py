@@ -10,6 +10,7 @@ import pytest
 from configs import digits_distill
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
+from deit_jax.models.regnet_folded import fold
 from deit_jax.parallel.preemption import StopSignal
 from deit_jax.training import teacher
 
@@ -26,7 +27,7 @@ def start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(teacher, "split_evaluator", evaluator)
 
-    def run(*, bit=False, mean=None, split="0123", config=None, training=True):
+    def run(*, bit=False, folded=False, mean=None, split="0123", config=None, training=True):
         evaluated.clear()
         weights = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), like)
         if bit:
@@ -41,6 +42,8 @@ def start(tmp_path, monkeypatch):
             eval_source=types.SimpleNamespace(fingerprint=lambda: split),
         )
         shown = dataclasses.replace(network, info=info)
+        if folded:
+            shown, weights = fold(shown, weights)
         found = teacher.teacher_accuracy(of, shown, weights, StopSignal())
         assert found == {"teacher_top1": 96.6573816155989}
         return bool(evaluated)
@@ -52,6 +55,7 @@ def start(tmp_path, monkeypatch):
     "changes",
     [
         {"bit": True},
+        {"folded": True},  # as on a TPU
         {"mean": (0.1, 0.2, 0.3)},
         {"split": "0124"},
         {"config": {"input.image_size": 40}},
