@@ -25,6 +25,7 @@ _NOTHING |= {"partition-id", "replica-id"}
 _CROSSING = re.compile(r"(?:all-|reduce-scatter|collective-|ragged-)[\w\-]*")
 _MOVING = parts.MOVING | _NOTHING | {"broadcast", "convert", "slice", "dynamic-slice", "pad"}
 _FEW = {"slice", "dynamic-slice", "gather"}  # read no more of an array than they return
+_AS_IT_IS = {"bitcast", "reshape", "transpose", "copy"}
 
 
 class Kernel(NamedTuple):
@@ -168,17 +169,22 @@ def _read(one: hlo.Operation, inner: dict[str, hlo.Operation], known: Known) -> 
     for place, name in enumerate(one.operands):
         given = known[one.computation].get(name)
         whole = sum(hlo.array_bytes(given.shape)) if given else 0
-        users = [other for other in inner.values() if parameters.get(place) in other.operands]
-        used = []
-        for user in users:
-            if user.kind in _FEW:
-                used.append(sum(hlo.array_bytes(user.shape)))
-            elif user.kind == "dynamic-update-slice" and user.operands[0] == parameters[place]:
-                used.append(0)  # in place
-            else:
-                used.append(whole)
-        total += min(whole, sum(used)) if users else whole
+        total += _used(parameters[place], whole, inner) if place in parameters else whole
     return total
+
+
+def _used(name: str, whole: int, inner: dict[str, hlo.Operation]) -> int:
+    """The bytes of an array inside a fusion that are read there, at most `whole`."""
+    users = [other for other in inner.values() if name in other.operands]
+    total = 0
+    for user in users:
+        if user.kind in _FEW:
+            total += sum(hlo.array_bytes(user.shape))
+        elif user.kind in _AS_IT_IS:
+            total += _used(user.name, whole, inner)
+        elif user.kind != "dynamic-update-slice" or user.operands[0] != name:  # else in place
+            total += whole
+    return min(whole, total) if users else whole
 
 
 def _written(one: hlo.Operation, inner: dict[str, hlo.Operation]) -> int:

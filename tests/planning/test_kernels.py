@@ -1,11 +1,17 @@
 """A GPU's kernels, read from programs in the form in which XLA prints them, or compiled here."""
 
 import importlib.util
+import math
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from deit_jax.cli.main import main
-from deit_jax.planning import chips, cuda, kernels, report
+from deit_jax.models.vit import VisionTransformer
+from deit_jax.planning import chips, cuda, hlo, kernels, report, topology
 
 needs_plugin = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -41,7 +47,8 @@ TEXT = f"""HloModule jit_train_step, is_scheduled=true
   %p.5 = f32[3,64]{{1,0}} parameter(0)
   %q.5 = f32[3,64]{{1,0}} parameter(1)
   %i.5 = s32[] parameter(2)
-  %s.5 = f32[1,64]{{1,0}} dynamic-slice(%q.5, %i.5), dynamic_slice_sizes={{1,64}}
+  %q.6 = f32[3,64]{{1,0}} bitcast(%q.5)
+  %s.5 = f32[1,64]{{1,0}} dynamic-slice(%q.6, %i.5), dynamic_slice_sizes={{1,64}}
   ROOT %u.5 = f32[3,64]{{1,0}} dynamic-update-slice(%p.5, %s.5, %i.5)
 }}
 
@@ -144,3 +151,42 @@ def test_a_step_for_two_gpus(capsys):
     assert "| all-reduce | step | 2 | 1 |" in text
     assert "2 × NVIDIA H100 80GB HBM3." in text
     assert "Not in these times: the collectives above" in text
+
+
+@pytest.mark.slow
+@needs_plugin
+def test_no_residual_is_stored_batch_minor():
+    """Two blocks of DeiT-B: XLA:GPU would make each LayerNorm and addition a transposing kernel."""
+    batch, tokens, width = 256, 197, 768
+    model = nnx.eval_shape(
+        lambda: VisionTransformer(
+            embed_dim=width, depth=2, num_heads=12, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+        )
+    )
+    graph, weights = nnx.split(model)
+
+    def loss(weights, images, targets):
+        (logits,) = nnx.merge(graph, weights).heads(images)
+        return -(jax.nn.log_softmax(logits) * targets).sum()
+
+    device = jax.sharding.SingleDeviceSharding(cuda.devices("cuda:H200x1")[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        (
+            weights,
+            jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32),
+            jax.ShapeDtypeStruct((batch, 1000), jnp.float32),
+        ),
+    )
+    with topology._without_cache():
+        text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
+    stream, astray = 0, []
+    for one in hlo.walk(*hlo.computations(text), []):
+        for sides, order in re.findall(r"\[([\d,]+)\]\{([\d,]+)", one.shape):
+            sides, order = ([int(x) for x in part.split(",")] for part in (sides, order))
+            if len(sides) == 3 and math.prod(sides) == batch * tokens * width:
+                stream += 1
+                if sides[order[0]] == batch:
+                    astray.append(one.name)
+    assert stream > 20
+    assert astray == []
