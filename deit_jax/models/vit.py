@@ -60,7 +60,7 @@ class Block(Layer):
         x = x + self.drop_path(self.ls1(branch) if self.layer_scale else branch, rngs)
         branch = self.mlp(self.norm2(x), rngs)
         x = x + self.drop_path(self.ls2(branch) if self.layer_scale else branch, rngs)
-        return row_major(x, "tpu")
+        return row_major(x, "tpu", "cuda")
 
 
 class VisionTransformer(Layer):
