@@ -14,7 +14,7 @@ from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.cli.main import main
 from deit_jax.errors import InputError
 from deit_jax.models import registry
-from deit_jax.planning import chips, collectives, forecast, markdown, report, topology
+from deit_jax.planning import chips, collectives, forecast, markdown, report, tpu
 from tests.checkpoints import test_checkpoint
 
 
@@ -179,7 +179,7 @@ def compile_for(capsys, *flags):
 
 
 def test_without_the_compiler(capsys, monkeypatch):
-    monkeypatch.setattr(topology, "find_spec", lambda name: None)
+    monkeypatch.setattr(tpu, "find_spec", lambda name: None)
     status, error = compile_for(capsys, "--topology", "v5e:2x2")
     assert status == 2
     assert "pip install 'jax[tpu]==" in error
