@@ -5,7 +5,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +28,10 @@ if version("jaxlib").startswith("0.10."):
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# TensorFlow then looks for a Keras that is not installed: Keras is a third of its import.
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+# On busy machines torch's threads wait for one another far longer than small work takes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before anything imports TensorFlow: after it, triton's copy of LLVM crashes while it is loaded.
 with contextlib.suppress(ImportError):  # only some builds of torch have it
@@ -40,6 +44,12 @@ from PIL import Image  # noqa: E402
 _REAL_SAMPLE = Path(
     os.environ.get("DEIT_JAX_IMAGE_SAMPLE", _ROOT.parent / "shared" / "data" / "imagenet_sample")
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, so that none is left to one process alone at the end."""
+    long = {"parallel", "training", "test_bucket.py"}
+    items.sort(key=lambda item: long.isdisjoint((item.path.parent.name, item.path.name)))
 
 
 def pytest_collection_finish() -> None:
@@ -97,17 +107,6 @@ def sample_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(per_class):
                 _photograph(rng).save(root / split / name / f"{number}.JPEG", quality=90)
     return root
-
-
-@pytest.fixture(scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """On busy machines torch's threads wait for one another far longer than small work takes."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _photograph(rng: np.random.Generator) -> Image.Image:

@@ -99,6 +99,7 @@ def test_every_field_of_the_description(tmp_path, fields):
     _assert_loads(tmp_path / "model", model, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_of_another_type(tmp_path, dtype):
     model = _created("deit_testing", {})

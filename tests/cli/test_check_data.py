@@ -117,7 +117,7 @@ def test_every_image_of_the_digits_can_be_used(run):
     assert (train["images"], train["smaller"], train["colours"]) == (1438, 1438, {})
 
 
-@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+@pytest.mark.parametrize("kind", ["tfrecord", pytest.param("array_record", marks=pytest.mark.slow)])
 def test_tfds(run, tmp_path, kind):
     files = [tmp_path / f"{number}.jpg" for number in range(5)]
     for number, file in enumerate(files):

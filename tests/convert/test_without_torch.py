@@ -1,5 +1,6 @@
 """`.safetensors` need no torch; a `.pth` says so in one line where there is none."""
 
+import pytest
 import safetensors.numpy
 
 from tests.convert.conftest import numpy_state, save, timm_twin
@@ -24,6 +25,7 @@ _PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_safetensors_both_ways_without_torch(run_python, tmp_path):
     arrays = numpy_state(timm_twin("deit_testing_distilled"))
     sources = [save(tmp_path / name, arrays) for name in ("a.safetensors", "a.pth")]

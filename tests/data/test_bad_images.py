@@ -13,7 +13,7 @@ from PIL import Image
 from deit_jax import data
 from deit_jax.data import transforms
 from deit_jax.errors import InputError, TransientError
-from tests.data.conftest import SIDE, CountingSource, encode, permutation, plan_of
+from tests.data.conftest import SIDE, CountingSource, encode, graph, permutation, plan_of
 
 
 def _both(source, config, **fields):
@@ -36,7 +36,7 @@ _DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", ["cut short", "gone"])
+@pytest.mark.parametrize("damage", [pytest.param("cut short", marks=pytest.mark.slow), "gone"])
 def test_an_unreadable_file_ends_training_and_evaluation(folder, input_config, damage):
     input_config.update({"scale": (1.0, 1.0), "ratio": (1.0, 1.0)})
     source = data.open_source(folder, "train")
@@ -65,6 +65,7 @@ def test_every_kind_of_damage_is_found_and_named(folder, input_config):
             assert "Iterator" not in reason
 
 
+@pytest.mark.slow
 def test_damage_below_the_crop_of_a_single_view_goes_unnoticed(folder, input_config):
     """And it does no harm; several views, or broken images to be skipped, need the whole image."""
     path = Path(data.open_source(folder, "train").example_id(0))
@@ -188,6 +189,7 @@ def test_only_the_views_of_broken_files_change(folder, input_config):
     mended, skipped = images()
     assert skipped.keys() == broken
     transform = transforms.train_transform(input_config, image_size=SIDE)
+    transform = graph(transform, (tf.string, ()), (tf.int64, (1, 2)))
     others = {source.example_id(index) for index in range(12)} - broken
     for position, name in enumerate(shown):
         if name not in broken:
@@ -251,6 +253,7 @@ def test_storage_that_fails_is_no_broken_image(plain_config, on_bad_image, numbe
         assert not batches.skipped
 
 
+@pytest.mark.slow
 def test_a_split_without_a_readable_image_is_an_error(plain_config):
     plain_config.on_bad_image = "skip"
     for batches in _both(BrokenSource(3, range(3)), plain_config, batch_size=2):

@@ -99,7 +99,8 @@ def test_training_evaluation_and_prediction_see_the_same_picture(input_config, t
         image.save(files[-1])
         for seeds in (tf.constant([[0, 1]], tf.int64), tf.constant([[0, 1], [0, 2]], tf.int64)):
             for seed, view in zip(seeds, train(content, seeds), strict=True):
-                box = draw_box(*image.size[::-1], fold(seed, transforms._CROP), **how).numpy()
+                size = map(tf.constant, image.size[::-1])  # traced once
+                box = draw_box(*size, fold(seed, transforms._CROP), **how).numpy()
                 cut = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
                 want = cut.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
                 np.testing.assert_array_equal(view, want, err_msg=kind)
@@ -113,6 +114,7 @@ def test_training_evaluation_and_prediction_see_the_same_picture(input_config, t
         np.testing.assert_allclose(*probabilities, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_one_part_refuses_all_refuse(folder, input_config):
     """And each names the file and says why, in one line."""
     input_config.update({"on_bad_image": "skip", "crop_ratio": _INFO.crop_ratio})

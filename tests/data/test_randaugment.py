@@ -111,6 +111,7 @@ def test_the_other_list_interpolation_and_levels(
     assert max(shares.values()) < 1e-3
 
 
+@pytest.mark.slow
 def test_images_at_the_edge_of_the_definitions(monkeypatch):
     """Tables of a single value, of two, of a few pixels; saturation in both directions."""
     side = 24
@@ -264,6 +265,7 @@ def test_statistics_of_other_policies():
     assert (wide.level.min(), wide.level.max()) == (0.0, 15.0)
 
 
+@pytest.mark.slow
 def test_the_policy_is_a_function_of_the_seed(photographs):
     (image,) = photographs(96, 1)
     check_stateless(lambda seed: _augmented(tf.constant(image), seed, DEIT), count=64, distinct=35)
@@ -288,6 +290,7 @@ def test_training_applies_the_policy_after_crop_and_flip(jpegs, input_config):
         assert (got != image).numpy().any()
 
 
+@pytest.mark.slow
 def test_training_passes_interpolation_and_mean_on(jpegs, input_config, monkeypatch):
     seen = []
     monkeypatch.setattr(randaugment, "apply", lambda image, _, **how: seen.append(how) or image)

@@ -52,7 +52,9 @@ def test_random_resized_crop_is_pils_resize_of_the_box(jpegs, input_config):
         want = []
         for seed in seeds:
             crop_seed = fold(tf.constant(seed), transforms._CROP)
-            top, left, height, width = draw_box(*image.size[::-1], crop_seed, **settings)
+            top, left, height, width = draw_box(
+                *map(tf.constant, image.size[::-1]), crop_seed, **settings
+            )
             box = [int(value) for value in (left, top, left + width, top + height)]
             want.append(np.asarray(image.crop(box).resize((64, 64), Image.Resampling.BICUBIC)))
         data = path.read_bytes()
@@ -143,6 +145,7 @@ def test_training_is_a_function_of_the_seed(jpegs, input_config, train_crop):
     np.testing.assert_array_equal(transform(data, seeds), views)
 
 
+@pytest.mark.slow
 def test_deit_iii_augments_in_the_order_of_the_reference(jpegs, input_config):
     """Crop, flip, one of grey, solarise and blur, jitter; torchvision with the numbers drawn."""
     functional = torchvision.functional

@@ -27,6 +27,7 @@ def test_small_models(name, pictures):
     assert row.features <= row.limit
 
 
+@pytest.mark.slow
 def test_a_difference_is_seen(monkeypatch, capsys, sample_images):
     """With one bias off by a thousandth the tool ends with 1 and names the model."""
     read = verify_parity.from_torch.from_tensors

@@ -19,9 +19,6 @@ MODELS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
 def compare(case: str) -> verify_training.Row:
     student = MODELS[verify_training.CASES[case].student]
     small = {"num_steps": 10, "image_size": 16, "batch_size": 8, "depth": 2}

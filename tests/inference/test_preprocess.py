@@ -12,8 +12,6 @@ from deit_jax.inference.preprocess import preprocess
 from deit_jax.models.info import ModelInfo
 from tests.oracles.torchvision_ops import import_torchvision
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 
 def info(**changes) -> ModelInfo:
     return ModelInfo("any", **({"num_classes": 3, "image_size": 32} | changes))

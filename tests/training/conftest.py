@@ -1,8 +1,20 @@
 """Programs over several CPU devices."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
+
+from deit_jax.models import registry
+from tests import small_main
+
+
+@pytest.fixture(scope="module")
+def small_models() -> Iterator[None]:
+    """The digits' models with two blocks: tests compile more than they train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_MODELS", small_main.models())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from deit_jax.training import continuation, loop
 from deit_jax.training.setup import check, initial_state
 from deit_jax.training.summary import describe_run
 
+pytestmark = pytest.mark.usefixtures("small_models")
+
 
 def config_of(**changes):
     config = digits.get_config()

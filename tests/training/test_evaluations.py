@@ -14,10 +14,9 @@ from configs import digits
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.training import TrainCheckpoints
 from deit_jax.errors import Preempted
-from deit_jax.models import registry
 from deit_jax.parallel import preemption
 from deit_jax.training import loop, metrics
-from tests import kill_and_resume, small_main
+from tests import kill_and_resume
 
 LAST = 33  # evaluated after steps 11, 22 and 33, saved after 22 and 33
 
@@ -26,11 +25,7 @@ class Killed(BaseException):
     """In the place of SIGKILL."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_models():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_MODELS", small_main.models())
-        yield
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 def config():

@@ -21,6 +21,8 @@ from tests import kill_and_resume
 
 CLASSES = (5, 6, 7, 8, 9)
 
+pytestmark = pytest.mark.usefixtures("small_models")
+
 
 def recipe(epochs):
     """The recipe of the digits without its noise, which so few epochs would only suffer from."""
@@ -138,7 +140,7 @@ def test_other_classes_by_attention_alone(base, five_classes, tmp_path, capsys):
     assert "40 images over all devices in 2 micro-batches" in printed
     assert "head newly" in printed
     assert_learns(tmp_path / "run")
-    assert final["top1"] > 75  # chance is 20
+    assert final["top1"] > 60  # chance is 20
     assert model_folder.read_info(tmp_path / "run").class_names == tuple(map(str, CLASSES))
 
 
