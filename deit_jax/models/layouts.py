@@ -3,6 +3,8 @@
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from deit_jax.parallel import devices
+
 
 def row_major(x: jax.Array, *platforms: str) -> jax.Array:
     """Returns x, whose last axis the compiler must keep contiguous; so too x's cotangent.
@@ -12,13 +14,17 @@ def row_major(x: jax.Array, *platforms: str) -> jax.Array:
     then each LayerNorm and each addition of the blocks is a transposing kernel.
 
     Args:
-      x: any array; on a mesh each device's shard of it is meant.
-      platforms: where to ask for it ("cuda", "tpu"); elsewhere this is the identity.
+      x: an array whose first axis is the batch; the layout is that of each device's rows.
+      platforms: where to ask for it ("cuda", "tpu"). Elsewhere, and where the devices of the
+        program are not known, this is the identity.
     """
+    if devices.platform() is None:
+        return x
     layout = Layout(major_to_minor=tuple(range(x.ndim)))
 
     def pinned(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, layout)
+        # XLA of jax 0.10 gathers the batch for a constraint that is not within a device's part.
+        return devices.on_each(lambda rows: with_layout_constraint(rows, layout), x)
 
     wherever = dict.fromkeys(platforms, pinned)
     return jax.lax.platform_dependent(x, default=lambda x: x, **wherever)

@@ -29,3 +29,27 @@ def test_row_major_asks_for_value_and_cotangent(platform, times):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("@LayoutConstraint") == times
     assert text.count("result_layouts = [dense<[2, 1, 0]>") == times
+
+
+ON_A_MESH = """
+import jax, jax.numpy as jnp
+from deit_jax.models.layouts import row_major
+from deit_jax.parallel import devices
+from deit_jax.parallel.mesh import batch_sharding, make_mesh
+
+mesh = make_mesh(fsdp=2)
+loss = jax.jit(jax.grad(lambda x: jnp.sin(row_major(jnp.sin(x), "cpu")).sum()))
+shape = jax.ShapeDtypeStruct((8, 3, 4), jnp.float32, sharding=batch_sharding(mesh))
+with devices.of(mesh):
+    lowered = loss.lower(shape)
+assert "@LayoutConstraint" in lowered.as_text()
+assert "all-gather" not in lowered.compile().as_text()
+assert row_major(mesh, "cpu") is mesh  # outside, where several devices are not known
+"""
+
+
+@pytest.mark.slow
+def test_row_major_gathers_nothing(run_python):
+    """XLA of jax 0.10 does not divide the constraint among the devices of a mesh."""
+    done = run_python("-c", ON_A_MESH, env={"JAX_NUM_CPU_DEVICES": "4"})
+    assert done.returncode == 0, done.stderr
