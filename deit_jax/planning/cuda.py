@@ -9,9 +9,10 @@ from jax.experimental import topologies
 
 from deit_jax.errors import InputError, brief
 from deit_jax.planning import chips
-from deit_jax.planning.report import GIB
+from deit_jax.planning.report import GIB, Report
 
 _CARDS = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}  # as JAX names them
+_TAKEN = 0.75  # of a GPU's memory, by JAX's default
 _SHAPE = re.compile(r"cuda:(\w+?)x([1-8])")
 
 # What CUDA says of a Hopper card in SXM form, as the protocol buffer in text that XLA asks for.
@@ -78,3 +79,13 @@ def devices(topology: str) -> list[jax.Device]:
             f"--topology {topology}: XLA's compiler for GPUs did not start ({brief(error)}); it "
             f"must be of JAX's version: pip install 'jax[cuda13-local]=={version('jax')}'"
         ) from error
+
+
+def memory_note(found: Report) -> str:
+    """Returns a line where a step fits the card, but not the part of it that JAX takes, else ""."""
+    if not found["fits"] or found["memory"]["total"] <= _TAKEN * found["limit"]:
+        return ""
+    return (
+        f"JAX takes {100 * _TAKEN:.0f} % of a GPU's memory, which is less: run with "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95."
+    )

@@ -82,3 +82,5 @@ def lines(found: report.Report, command: str) -> Iterator[str]:
     title = f"{found['model']}, {found['batch']} images, on {found['topology']}{how}"
     yield from markdown.head(title, command, found)
     yield from report.lines(found)
+    if found["topology"].startswith("cuda:") and (note := cuda.memory_note(found)):
+        yield from ("", note)

@@ -128,6 +128,13 @@ def test_the_estimate_of_a_gpu():
     assert "the products of 1 × __cub$DeviceRadixSort (0 MB); the collectives above." in lines
 
 
+def test_the_part_of_the_memory_that_jax_takes():
+    found = {"fits": True, "memory": {"total": 80}, "limit": 100}
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in cuda.memory_note(found)
+    assert cuda.memory_note(found | {"memory": {"total": 75}}) == ""
+    assert cuda.memory_note(found | {"fits": False, "memory": None}) == ""
+
+
 @pytest.mark.parametrize("topology", ["cuda:H200x9", "cuda:H200x0", "cuda:B200x1", "cuda:H200"])
 def test_unknown_gpus(capsys, topology):
     assert main(["compile-for", "--config=digits", "--topology", topology]) == 2
