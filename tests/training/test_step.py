@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from configs import digits_distill
 from deit_jax import trees
 from deit_jax.models import registry
 from deit_jax.models.network import Network, Variables, split_model
-from deit_jax.training.step import make_loss
+from deit_jax.training.step import make_augment, make_loss
 from deit_jax.training.teacher import teacher_forward
 from tests.oracles import timm_models, torch_training
 from tests.training import steps
@@ -184,6 +185,15 @@ def test_profiles_read_like_the_model(engine):
         assert re.search(part.replace("teacher", r"(jvp\()?teacher\)?"), lowered), part
     for layer in ("patch_embed", "blocks/1/attn/qkv", "blocks/0/mlp", "head_dist"):
         assert re.search(rf"(transpose\()?jvp\(student\)+/{layer}", lowered), layer
+
+
+@pytest.mark.parametrize(("platform", "times"), [("tpu", 1), ("cuda", 0), ("cpu", 0)])
+def test_a_tpu_keeps_the_images_as_planes(parts, platform, times):
+    plan = types.SimpleNamespace(num_classes=10, group_size=8)
+    augment = jax.jit(make_augment(parts.config, plan))
+    lowered = augment.trace(KEY, parts.batch).lower(lowering_platforms=(platform,))
+    planes = r"@LayoutConstraint\(.*: \(tensor<8x3x32x32xf32>\)"
+    assert len(re.findall(planes, lowered.as_text())) == times
 
 
 def moved(parts, **options):
