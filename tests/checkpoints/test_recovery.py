@@ -185,7 +185,7 @@ def small_disk(tmp_path):
     """A disk with room for a few checkpoints of the digits; only root may mount one."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(mount)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a disk is not permitted here")
     yield mount
@@ -207,10 +207,10 @@ def _error(finished, status):
 
 
 @pytest.mark.slow
-def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
+def test_a_full_disk_and_a_read_only_one(small_disk, run_python):
     """One line, and the last good state stays: with more room the same command goes on from it."""
-    flags = [*SHORT, f"--workdir={small_disk / 'run'}"]
-    line = _error(run_main(*flags), status=1)
+    flags = [small_main.SCRIPT, *SHORT, f"--workdir={small_disk / 'run'}"]
+    line = _error(run_python(*flags), status=1)
     good = kill_and_resume.newest_step(small_disk / "run")
     failed = small_disk / "run" / "checkpoints" / str(good + 2)
     assert good >= 2
@@ -221,12 +221,12 @@ def test_a_full_disk_and_a_read_only_one(small_disk, run_main):
     assert kill_and_resume.final_arrays(small_disk / "run")
 
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    line = _error(run_main(*flags), status=2)
+    line = _error(run_python(*flags), status=2)
     assert line.startswith(f"error: --workdir={small_disk / 'run'} cannot be written (")
     assert "run is read-only)" in line
 
     subprocess.run(["mount", "-o", "remount,rw,size=200m", str(small_disk)], check=True)
-    finished = run_main(*flags)
+    finished = run_python(*flags)
     assert finished.returncode == 0, finished.stderr
     assert f"resumed at step {good}" in finished.stdout
     lines = (small_disk / "run" / "metrics.jsonl").read_text().splitlines()
@@ -340,8 +340,7 @@ def test_nobody_reads_what_it_prints(output):
 WITH_CTRL_C = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv[0] = "main.py"
-runpy.run_path("main.py", run_name="__main__")
+runpy.run_path("tests/small_main.py", run_name="__main__")
 """
 
 

@@ -201,7 +201,7 @@ def test_two_steps_with_a_small_model(recipe):
         smallest_relative(config.model.name), depth=2, drop_path_rate=config.model.drop_path_rate
     )
     distilled = config.distill.kind != "none"
-    teacher, teacher_variables = small("regnety_testing") if distilled else (None, None)
+    teacher, teacher_variables = small("regnety_testing", depth=4) if distilled else (None, None)
     optimizer = optim.make_optimizer(variables.params, config.optimizer)
     step = jax.jit(make_train_step(config, plan, network, optimizer, teacher=teacher))
     rng = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """Gradient accumulation: the update of a whole batch from parts of it, on one device or several."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,18 +52,19 @@ def test_four_micro_batches_equal_the_batch():
 @pytest.mark.slow
 def test_batch_norm_records_every_micro_batch():
     """As PyTorch: the second micro-batch's record lies on top of the first one's."""
-    network, variables = steps.new_model("regnety_testing")
+    network, variables = steps.new_model("regnety_testing", depth=4)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 32, 32, 3)), jnp.float32)
 
     def loss(params, batch_stats, images, targets, key):
         heads, after = network(Variables(params, batch_stats), images, key)
         return heads[0].sum(), (after, {})
 
+    @functools.partial(jax.jit, static_argnames="steps")
     def run(model, images, steps=1):
         key = jax.random.key(0)
         return accumulate.gradient(loss, model, images, images[:, 0, 0], key, steps=steps)[1]
 
-    found = jax.jit(run, static_argnames="steps")(variables, images, steps=2)
+    found = run(variables, images, steps=2)
     first = run(variables, images[:4])
     second = run(variables.replace(batch_stats=first), images[4:])
     for name, want in trees.flat(second).items():
