@@ -132,7 +132,7 @@ def _train(work: Work) -> tuple[Any, tuple]:
     """The step of a run, and its arguments: state, teacher's weights, uint8 images and labels."""
     config = work.recipe()
     validate(config)
-    check_model(config)
+    check_model(config, jax.default_backend())
     counts = {"num_train": 1_281_167, "num_classes": CLASSES, "num_devices": jax.device_count()}
     plan = plan_run(config, **counts)
     run = assemble(config, "", plan, make_mesh())
