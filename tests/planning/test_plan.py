@@ -15,6 +15,7 @@ from deit_jax.cli.main import main
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.planning import chips, collectives, forecast, markdown, report, tpu
+from tests import small_main
 from tests.checkpoints import test_checkpoint
 
 
@@ -30,10 +31,12 @@ def bytes_of(name, fsdp, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 4])
-def test_plan_counts_the_bytes_of_a_device(tmp_path, run_main, fsdp):
+def test_plan_counts_the_bytes_of_a_device(tmp_path, run_python, monkeypatch, fsdp):
     """Eight devices, a teacher that is not trained yet; nothing is written."""
     workdir = tmp_path / "run"
-    done = run_main(
+    monkeypatch.setattr(registry, "_MODELS", small_main.models())
+    done = run_python(
+        small_main.SCRIPT,
         "--config=configs/digits_distill.py",
         f"--workdir={workdir}",
         "--mode=plan",

@@ -13,7 +13,9 @@ from deit_jax.config.files import load_config
 from deit_jax.errors import InputError, NonFiniteLoss
 from deit_jax.parallel import lease
 from deit_jax.training import loop
-from tests import kill_and_resume, several
+from tests import kill_and_resume, several, small_main
+
+pytestmark = pytest.mark.usefixtures("small_models")
 
 QUICK_TEACHER = """
 from configs import folder_teacher
@@ -153,7 +155,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
     """Status 75 with a message; the next start resumes at that very step."""
     flags = ["--config=configs/digits.py", f"--workdir={tmp_path}"]
     flags += [f"--config.{name}={value}" for name, value in QUICK.items()]
-    with several.started(flags, processes=1) as (process,):
+    with several.started(flags, processes=1, script=small_main.SCRIPT) as (process,):
         process.wait_for("\nstep 3/")
         process.send(signal.SIGTERM)
         assert process.wait(120) == 75
