@@ -17,7 +17,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(root, run_device_check):
-    """What training over 8 × 1, 4 × 2, 2 × 4 and 1 × 8 devices found."""
+    """What training over 8 × 1, 2 × 4 and 1 × 8 devices found."""
     return run_device_check("shard", root)
 
 
@@ -27,8 +27,7 @@ def test_the_mesh_does_not_change_the_losses(trained):
     one = trained["losses"]["1"]
     assert len(one) == 6
     assert one[-1] < one[0] - 0.1
-    for fsdp in ("2", "8"):
-        assert trained["losses"][fsdp] == pytest.approx(one, rel=1e-5)
+    assert trained["losses"]["8"] == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -37,7 +36,7 @@ def test_every_device_holds_its_share_of_the_large_arrays(trained):
     large = [n for name, n in trained["arrays"].items() if re.search(r"fc\d/kernel$", name)]
     assert len(large) == 16
     rest = sum(trained["arrays"].values()) - sum(large)
-    for fsdp in (1, 2, 4, 8):
+    for fsdp in (1, 4, 8):
         share = rest + sum(large) // fsdp
         assert trained["bytes"][str(fsdp)] == [share] * 8
         assert f"state     {share / 2**20:,.1f} MiB on each" in trained["summary"][str(fsdp)]
@@ -77,15 +76,15 @@ def test_a_checkpoint_moves_between_processes(trained, root, run_device_check):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 8])
-def test_one_all_reduce_and_nothing_else(root, run_device_check, fsdp):
+def test_one_all_reduce_and_nothing_else(root, run_device_check):
     """Distillation with every augmentation on: gradients and metrics share one all-reduce.
 
     The check can fail: sharded parameters are gathered in the step.
     """
     env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # fusing all-reduces is an optimisation
-    found = run_device_check("collectives", root, fsdp, **env)
-    assert found == {"all-reduce": 1} if fsdp == 1 else found["all-gather"] > 0
+    found = run_device_check("collectives", root, **env)
+    assert found["1"] == {"all-reduce": 1}
+    assert found["8"]["all-gather"] > 0
 
 
 BATCH_NORM_OVER_FSDP = """
@@ -97,7 +96,7 @@ from tests.training import steps
 
 config = digits.get_config()
 config.optimizer.name, config.optimizer.lr, config.schedule.warmup_lr = "sgd", 0.05, 0.05
-network, variables = steps.new_model("regnety_testing")
+network, variables = steps.new_model("regnety_testing", depth=4)
 batch = steps.new_batch(16, np.random.default_rng(0))
 mesh = make_mesh(fsdp=2)
 everywhere = replicated(mesh)
