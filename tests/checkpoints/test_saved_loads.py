@@ -92,7 +92,9 @@ def test_every_option(tmp_path, name, options):
     _assert_loads(tmp_path / "model", model, options.get("dtype", "float32"))
 
 
-@pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.parametrize(
+    "fields", [FIELDS[0], *(pytest.param(row, marks=pytest.mark.slow) for row in FIELDS[1:])]
+)
 def test_every_field_of_the_description(tmp_path, fields):
     model = _created("regnety_testing", {})
     model.info = dataclasses.replace(model.info, **fields)

@@ -19,7 +19,9 @@ def _check(image, to, interpolation="bicubic"):
     np.testing.assert_array_equal(got, np.asarray(want), err_msg=f"{image.shape} → {to}")
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    "interpolation", ["bicubic", pytest.param("bilinear", marks=pytest.mark.slow)]
+)
 def test_random_sizes(interpolation):
     rng = np.random.default_rng(0)
     sizes = [(64, 64)] * 20 + [(224, 224)] * 5 + [(1, 1), (7, 93), (150, 31)] * 3
