@@ -49,7 +49,7 @@ def forecast_slice(
     chip = chips.find(devices[0].device_kind)
     limit = int(chip.memory * report.GIB) if chip else None
     cycles = None if on_gpu else functools.partial(tpu_kernels.measure, topology)
-    with _without_cache():
+    with without_cache():
         found = forecast.forecast(run, limit=limit, teacher=teacher, kernel_cycles=cycles)
     compiler = "jax-cuda13-plugin" if on_gpu else "libtpu"
     packages = ("jax", "jaxlib", compiler, "flax", "optax")
@@ -57,7 +57,7 @@ def forecast_slice(
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
+def without_cache() -> Iterator[None]:
     """Keeps programs for absent devices out of JAX's cache, which cannot read them back."""
     before = jax.config.jax_enable_compilation_cache
     try:

@@ -1,0 +1,56 @@
+"""What a training step must not contain once the TPU compiler has had its way with it."""
+
+import dataclasses
+import importlib.util
+import re
+
+import pytest
+
+from configs import deit_b
+from deit_jax.config.plan import plan_run
+from deit_jax.models import registry
+from deit_jax.parallel.mesh import make_mesh
+from deit_jax.planning import collectives, cycles, forecast, hlo, topology, tpu
+from deit_jax.training.setup import assemble
+
+IMAGES, TOKENS, WIDTH, HEADS = 64, 197, 768, 12  # of a chip
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (libtpu)"
+)
+
+
+@pytest.fixture
+def two_blocks(monkeypatch):
+    """DeiT-B as it is, but for its depth."""
+    name = "deit_base_patch16_224"
+    entry = registry._MODELS[name]
+    short = dataclasses.replace(entry, options=entry.options | {"depth": 2})
+    monkeypatch.setattr(registry, "_MODELS", registry._MODELS | {name: short})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_blocks")
+def test_a_step_of_two_blocks():
+    """On four chips: kernels, no scores in HBM, one layout of the stream, no new collective."""
+    devices = tpu.devices("v5e:2x2")
+    config = deit_b.get_config()
+    config.train.batch_size = IMAGES * len(devices)
+    plan = plan_run(config, num_train=10_000, num_classes=1000, num_devices=len(devices))
+    step, arguments = forecast.abstract_step(
+        assemble(config, "", plan, make_mesh(devices=devices)), None, None
+    )
+    with topology.without_cache():
+        text = step.lower(*arguments).compile().as_text()
+    operations, _ = cycles.read(text)
+    kernels = [one.kind for one in operations if one.kind.startswith("kernel")]
+    assert sorted(kernels) == ["kernel attention_backward"] * 2 + ["kernel attention_forward"] * 2
+    assert f"[{IMAGES},{HEADS},{TOKENS},{TOKENS}]" not in text
+    stream = re.escape(f"f32[{IMAGES},{TOKENS},{WIDTH}]")
+    assert set(re.findall(stream + r"\{(\d,\d,\d)", text)) == {"2,1,0"}
+    bodies, entry = hlo.computations(text)
+    qkv = re.escape(f"bf16[{IMAGES},{TOKENS},{3 * WIDTH}]")
+    assert not [x for x in bodies[entry] if re.search(rf"= {qkv}\S* (copy|transpose)\(", x)]
+    crossing = collectives.read(text, len(devices))
+    assert {one.kind for one in crossing} == {"all-reduce"}
+    assert len(crossing) <= 3
