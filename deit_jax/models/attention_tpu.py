@@ -8,6 +8,7 @@ the softmax's sums (as FlashAttention, arXiv 2205.14135, section 3.1).
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -112,7 +113,7 @@ def _forward_kernel(
             q = qkv_ref[0, rows, q_lanes].astype(jnp.float32)
             out = jnp.zeros_like(q)
             for place, own in enumerate(heads):
-                scores = _product(_of_head(q, own, k, factor=head_dim**-0.5), k, _A_BT)
+                scores = _scores(q, own, k, head_dim)
                 largest = scores.max(-1, keepdims=True)
                 weights = jnp.exp(scores - largest)
                 total = weights.sum(-1, keepdims=True)
@@ -156,7 +157,7 @@ def _backward_kernel(
             q_grad = jnp.zeros_like(wide_q)
             for place, own in enumerate(heads):
                 mine = _is_column(log_total, number * per_group + place)
-                scores = _product(_of_head(wide_q, own, k, factor=scale), k, _A_BT)
+                scores = _scores(wide_q, own, k, head_dim)
                 weights = jnp.exp(scores - _sum_where(mine, log_total))
                 weights_grad = _product(_of_head(wide_grad, own, v), v, _A_BT)
                 scores_grad = (weights * (weights_grad - _sum_where(own, along))).astype(k.dtype)
@@ -219,6 +220,14 @@ def _of_head(x: jax.Array, own: jax.Array, like: jax.Array, *, factor: float = 1
     By a product, as older TPUs cannot select bfloat16.
     """
     return (x * jnp.where(own, factor, 0.0)).astype(like.dtype)
+
+
+def _scores(q: jax.Array, own: jax.Array, k: jax.Array, head_dim: int) -> jax.Array:
+    """Returns the scaled scores of a head."""
+    scale = head_dim**-0.5
+    if math.frexp(scale)[0] == 0.5:  # a power of two, which rounds nothing
+        return _product(_of_head(q, own, k, factor=scale), k, _A_BT)
+    return _product(_of_head(q, own, k), k, _A_BT) * scale
 
 
 def _is_column(x: jax.Array, number: int | jax.Array) -> jax.Array:
