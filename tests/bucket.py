@@ -1,6 +1,8 @@
 """A Google Cloud Storage bucket on this machine: the fake-gcs-server, and where clients find it."""
 
+import atexit
 import contextlib
+import functools
 import os
 import subprocess
 import time
@@ -62,11 +64,21 @@ def _create(url: str) -> None:
 
 @contextlib.contextmanager
 def in_this_process() -> Iterator[None]:
-    """Serves the bucket to this process and those that it starts."""
-    with served() as env:
-        os.environ.update(env)
-        try:
-            yield
-        finally:
-            for name in env:
-                os.environ.pop(name, None)
+    """Serves the bucket to this process and those that it starts; the same one each time.
+
+    What has been opened in it stays open, and would look for a second one at the first one's place.
+    """
+    env = _served_to_the_end()
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        for name in env:
+            os.environ.pop(name, None)
+
+
+@functools.cache
+def _served_to_the_end() -> dict[str, str]:
+    server = served()
+    atexit.register(server.__exit__, None, None, None)
+    return server.__enter__()
