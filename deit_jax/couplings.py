@@ -85,7 +85,11 @@ def orbax_barrier(failed: Callable[[BaseException], None]) -> Callable[..., None
     return barrier
 
 
-_OF_GONE_FILES = ("Metadata file does not exist", "Unable to find the step")  # Orbax's warnings
+_ROUTINE = (  # Orbax's warnings of files that are gone, and of what a killed save has left behind
+    "Metadata file does not exist",
+    "Unable to find the step",
+    "Attempted to create temporary directory",
+)
 
 
 def silence_orbax() -> None:
@@ -97,7 +101,7 @@ def silence_orbax() -> None:
     def wanted(record: logging.LogRecord) -> bool:
         ours = "orbax" in record.pathname
         text = str(record.msg)
-        return not ours or not (record.levelno >= logging.ERROR or text.startswith(_OF_GONE_FILES))
+        return not ours or not (record.levelno >= logging.ERROR or text.startswith(_ROUTINE))
 
     def unraisable(failed: object) -> None:
         # Orbax gives up at the first array; the readers of the others then miss its event loop.
