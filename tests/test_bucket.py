@@ -43,19 +43,23 @@ def root():
 
 
 def _struck_while_saving(workdir, flags, number):
-    """Starts the run and sends the signal while a checkpoint is being uploaded."""
+    """Starts the run and sends the signal while a checkpoint, not the first, is being uploaded."""
     flags = [*flags, f"--workdir={workdir}"]
     with several.started(flags, processes=1, script=small_main.SCRIPT) as (process,):
         process.wait_for(" · epoch ")
-        while process.running and not _unfinished(workdir):
+        while process.running and not (_unfinished(workdir) and len(_saves(workdir)) > 1):
             time.sleep(0.002)
         process.send(number)
         return process.wait(120), process.stdout
 
 
+def _saves(workdir):
+    return [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+
+
 def _unfinished(workdir):
-    steps = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    return [path.name for path in steps if not (path / "commit_success.txt").exists()]
+    saves = _saves(workdir)
+    return [path.name for path in saves if not (path / "commit_success.txt").exists()]
 
 
 def test_kills_and_stops_while_saving_change_no_bit(root, tmp_path, monkeypatch):
