@@ -1,5 +1,7 @@
 """On-device augmentation against timm, scipy and NumPy float64."""
 
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +62,7 @@ def test_erasing_boxes_have_the_distribution_of_timm():
     from timm.data.random_erasing import RandomErasing
 
     height, width, count = 40, 64, 3000  # not square: swapped axes would show
-    torch.manual_seed(0)
+    random.seed(0)  # which timm draws boxes from
     erase = RandomErasing(probability=1.0, mode="const", device="cpu")
     theirs = []
     for _ in range(count):
