@@ -12,7 +12,6 @@ from typing import NamedTuple
 from deit_jax.planning import hlo, parts
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _KERNEL = "tpu_custom_call"
 _NOTHING = {"ConcatBitcast", "AllocateBuffer"}  # names for what is there already
 _NOTHING |= {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "partition-id"}
@@ -82,7 +81,7 @@ def uncounted(operations: list[Operation]) -> list[dict]:
 
 def _operation(one: hlo.Operation, kernel_cycles: dict[str, int]) -> Operation:
     line, kind = one.line, one.kind
-    scope, cycles, target = parts.scope(line), _CYCLES.search(line), _TARGET.search(line)
+    scope, cycles, target = parts.scope(line), _CYCLES.search(line), hlo.TARGET.search(line)
     part = parts.part_of(scope, kind in parts.MOVING)
     arrays = hlo.array_bytes(one.shape)
     if kind.endswith("-start"):  # its type holds the operand, too

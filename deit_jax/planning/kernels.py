@@ -14,7 +14,6 @@ from typing import NamedTuple
 from deit_jax.planning import hlo, parts
 from deit_jax.planning.chips import Chip
 
-_TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _CONTRACTED = re.compile(r'lhs_contracting_(?:dims=\{|dimensions": *\[)([\d,"]+)')
 _SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions": *\[([\d," ]+)\]')
@@ -139,7 +138,7 @@ def _kernel(one: hlo.Operation, known: Known, chip: Chip) -> Kernel:
     kinds = {other.kind for other in inner.values()} or {one.kind}
     part = parts.part_of(scope, kinds <= _MOVING)
     kind, products = one.kind, _products(one, known, chip)
-    target = _TARGET.search(one.line)
+    target = hlo.TARGET.search(one.line)
     if target:
         kind = target[1]
     elif products and products[0]:
@@ -227,7 +226,7 @@ def _speed(kind: str, line: str) -> float:
 
 def _count(one: hlo.Operation, given: list[list[int]]) -> float | None:
     """FLOPs of a product; None where its kind is not known."""
-    target = _TARGET.search(one.line)
+    target = hlo.TARGET.search(one.line)
     target = target[1] if target else one.kind
     out = _dims(one.shape)
     if target == "dot" or "matmul" in target or "gemm" in target:
