@@ -42,6 +42,7 @@ class Work(NamedTuple):
     dtype: str
     teacher: str = ""  # training with hard distillation from this model; "": no distillation
     ema: bool = False
+    attention: str = "auto"  # training: how ours computes it, as in the recipe
 
     def recipe(self) -> ConfigDict:
         """Returns DeiT-B's recipe for the model, with one group of mixing per device."""
@@ -51,6 +52,7 @@ class Work(NamedTuple):
             config.model.drop_path_rate = 0.0  # RegNets have no stochastic depth
         config.input.image_size = options["image_size"]
         config.mixing.group_size = self.batch
+        config.model.attention = self.attention
         config.distill.kind = "hard" if self.teacher else "none"
         config.train.batch_size = self.batch
         config.train.dtype = self.dtype
@@ -86,7 +88,7 @@ def build(work: Work, profile: str | None) -> Program:
             f"--batch is {work.batch}, expected an even number of images for each of the {count} "
             "device(s)"
         )
-    jitted, arguments = _train(work) if work.part == "train" else _forward(work)
+    jitted, arguments = train(work) if work.part == "train" else _forward(work)
     begin = time.perf_counter()
     compiled = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - begin
@@ -128,8 +130,8 @@ def build(work: Work, profile: str | None) -> Program:
     return Program(run, facts, peak_memory)
 
 
-def _train(work: Work) -> tuple[Any, tuple]:
-    """The step of a run, and its arguments: state, teacher's weights, uint8 images and labels."""
+def train(work: Work) -> tuple[Any, tuple]:
+    """Returns a run's step and its arguments: state, teacher's weights, uint8 images and labels."""
     config = work.recipe()
     validate(config)
     check_model(config, jax.default_backend())

@@ -72,7 +72,7 @@ def run(arguments: Namespace, emit: Callable[[Report], None]) -> None:
         device = _torch_device(facts) if arguments.compare else None
         for name, compiled in (("torch eager", False), ("torch compile", True)):
             if arguments.compare:
-                build = functools.partial(_torch_program, work, device, compiled)
+                build = functools.partial(torch_program, work, device, compiled)
                 try:
                     runners[name] = stack.enter_context(Runner(name, build))
                 except Exception as error:
@@ -83,7 +83,7 @@ def run(arguments: Namespace, emit: Callable[[Report], None]) -> None:
         count = arguments.steps or (1 if on_cpu else 20)
         turns = take_turns(runners, rounds=arguments.rounds, count=count)
     rows = {
-        name: _figures(taken, turns["ours"], count, work.batch, on_cpu)
+        name: figures(taken, turns["ours"], count, work.batch, on_cpu)
         for name, taken in turns.items()
     }
     ours = rows.pop("ours")
@@ -104,7 +104,8 @@ def run(arguments: Namespace, emit: Callable[[Report], None]) -> None:
     emit(report)
 
 
-def _torch_program(*arguments: Any) -> Program:
+def torch_program(*arguments: Any) -> Program:
+    """Builds PyTorch's program; see `torch_step.build`."""
     from benchmarks import torch_step  # PyTorch: imported by its own processes alone
 
     return torch_step.build(*arguments)
@@ -121,9 +122,10 @@ def _torch_device(facts: dict[str, Any]) -> str:
     return names[facts["platform"]]
 
 
-def _figures(
+def figures(
     turns: list[Turn], ours: list[Turn], count: int, batch: int, on_cpu: bool
 ) -> dict[str, float | None]:
+    """Returns the medians of a program's turns of `count` steps, and of its ratio to ours."""
     clock = "cpu" if on_cpu else "wall"
     wall = statistics.median(turn.wall for turn in turns) / count
     cpu = statistics.median(turn.cpu for turn in turns) / count

@@ -3,13 +3,15 @@
 CPU time is that of the process and of its living workers, read from /proc: Linux only.
 """
 
+import contextlib
+import math
 import multiprocessing
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +55,7 @@ class Runner(ProcessPoolExecutor):
       name: for the progress on stderr.
       build: makes the program, in its process.
       cores: the processors that the process and its workers may use; None for all.
+      deadline: of `time.monotonic`, at which a process that is still at work is killed.
 
     Attributes:
       facts: those of the program, and `first_s` and `first_cpu_s`, the seconds from the start of
@@ -60,14 +63,23 @@ class Runner(ProcessPoolExecutor):
 
     Raises:
       Exception: what the program raises, here and in its turns.
+      TimeoutError: the deadline.
     """
 
-    def __init__(self, name: str, build: Callable[[], Program], cores: list[int] | None = None):
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], Program],
+        cores: list[int] | None = None,
+        deadline: float = math.inf,
+    ):
         log_error(f"{name}: starting")
         super().__init__(1, multiprocessing.get_context("spawn"), _prepare, (cores,))
         begin = time.monotonic()
+        self._deadline, self._worker = deadline, None
         try:
-            self.facts: dict[str, Any] = self.submit(_start, build).result()
+            self._worker = self._wait(self.submit(os.getpid))
+            self.facts: dict[str, Any] = self._wait(self.submit(_start, build))
         except BaseException:
             self.shutdown()
             raise
@@ -75,17 +87,43 @@ class Runner(ProcessPoolExecutor):
 
     def turn(self, count: int) -> Turn:
         """Times `count` steps or batches."""
-        return self.submit(_turn, count).result()
+        return self._wait(self.submit(_turn, count))
+
+    def kill(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if self._worker is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._worker, signal.SIGKILL)
+
+    def _wait(self, future: Future) -> Any:
+        left = self._deadline - time.monotonic()
+        try:
+            return future.result(None if left == math.inf else max(left, 0))
+        except (TimeoutError, KeyboardInterrupt):
+            if not future.done():  # else it is what the program raised
+                self.kill()
+            raise
 
 
-def take_turns(runners: dict[str, Runner], *, rounds: int, count: int) -> dict[str, list[Turn]]:
+def take_turns(
+    runners: dict[str, Runner], *, rounds: int, count: int, deadline: float = math.inf
+) -> dict[str, list[Turn]]:
     """Lets every program do `count` steps at a time while the others wait.
+
+    Args:
+      runners: the programs by name.
+      rounds: that count.
+      count: steps in a turn.
+      deadline: of `time.monotonic`, after which no further round begins; one is always taken.
 
     Returns:
       The turns that count, by program; turn k of all programs belongs to round k.
     """
     turns = {name: [] for name in runners}
     for number in range(-WARM_UP, rounds):
+        if number > 0 and time.monotonic() > deadline:
+            log_error(f"no time for more than {number} of {rounds} rounds")
+            break
         log_error(f"round {number + 1} of {rounds}" if number >= 0 else "warming up")
         # To and fro, so that no program always follows the same other one.
         for name in list(runners)[:: -1 if number % 2 else 1]:

@@ -110,7 +110,7 @@ def test_the_report():
         return [Turn(2 * ms / 1e3, ms / 1e3, peak_memory=ms) for ms in milliseconds]
 
     ours, theirs = taken(10, 20, 60), taken(20, 80, 60)
-    rows = [benchmark_step._figures(x, ours, 2, 8, on_cpu=True) for x in (ours, theirs)]
+    rows = [benchmark_step.figures(x, ours, 2, 8, on_cpu=True) for x in (ours, theirs)]
     assert (rows[0]["step_ms"], rows[0]["cpu_ms"], rows[1]["step_ms"]) == (20, 10, 60)
     assert rows[0]["images_per_second"] == pytest.approx(400)
     assert rows[0]["peak_memory_bytes"] == 60
