@@ -11,6 +11,7 @@ TORCH = ["torch>=2.11,<2.16", "huggingface_hub>=0.30"]
 TPU = ["jax[tpu]>=0.10.2,<0.13"]
 GCS = ["gcsfs>=2025.3", "google-crc32c>=1.5"]
 HF = ["datasets>=4"]  # earlier ones can be told to run the code of a data set
+PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.19"]
 
 setup(
@@ -52,10 +53,12 @@ setup(
         "tensorboard": TENSORBOARD,
         "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
         "gpu-plan": ["jax[cuda13-local]>=0.10.2,<0.13"],  # XLA's compiler for GPUs, not CUDA
+        "plot": PLOT,
         "tpu": TPU,
         "test": [
             *DEMO,
             *TORCH,
+            *PLOT,
             *TENSORBOARD,
             *GCS,
             *HF,

@@ -1,6 +1,7 @@
 """Runs, models, weights and data in a bucket: a real server of its protocol on this machine."""
 
 import functools
+import json
 import signal
 import time
 
@@ -173,3 +174,11 @@ def test_what_is_no_place_for_a_run_is_one_line(workdir, message):
     with pytest.raises(InputError, match=message) as caught:
         deit_jax.train(config, workdir)
     assert "\n" not in str(caught.value)
+
+
+def test_curves_of_a_run(root):
+    line = {"step": 1, "split": "train", "loss": 2.0}
+    (root / "drawn" / "metrics.jsonl").write_text(json.dumps(line))
+    out = root / "drawn" / "curves.svg"
+    assert main(["plot", str(root / "drawn"), f"--out={out}"]) == 0
+    assert out.read_text().startswith("<?xml")

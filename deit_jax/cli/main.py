@@ -30,6 +30,7 @@ COMMANDS = {  # their modules, and their lines of --help
     "convert": ("convert", "make a model folder of PyTorch weights"),
     "export-torch": ("export_torch", "make a PyTorch file of a model folder"),
     "check-data": ("check_data", "decode every image of a data set once"),
+    "plot": ("plot", "draw the curves of runs"),
     "show-batch": ("show_batch", "draw what a training step sees"),
     "compile-for": ("compile_for", "plan for TPUs or GPUs that are not here"),
     "list-models": ("list_models", "list the models' names and sizes"),
