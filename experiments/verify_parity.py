@@ -98,8 +98,8 @@ def compare(name: str, pictures: list[Path], *, num_random: int = 4) -> Row:
     both = jax.jit(lambda model, x: (model(x), model.forward_features(x)))
     got = jax.device_get(both(converted.model(), images))
     errors = [float(np.abs(g - w).max() / np.abs(w).max()) for g, w in zip(got, want, strict=True)]
-    limit = 1e-4 if "large" in name or "huge" in name else 2e-5
-    return Row(name, trees.param_count(converted.variables.params), *errors, limit)
+    size = trees.param_count(converted.variables.params)
+    return Row(name, size, *errors, 1e-4 if size > 200e6 else 2e-5)
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -30,8 +30,8 @@ def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
             return layout
     some = ", ".join(list(tensors)[:4]) or "nothing"
     raise InputError(
-        f"{what}: not recognised as DeiT, DeiT III or RegNetY in the names of the reference, timm, "
-        f"Hugging Face or torchvision; {len(tensors)} tensors, starting with {some}"
+        f"{what}: not recognised as DeiT, DeiT III, CaiT or RegNetY in the names of the reference, "
+        f"timm, Hugging Face or torchvision; {len(tensors)} tensors, starting with {some}"
     )
 
 
@@ -46,9 +46,9 @@ def identify(tensors: Tensors, layout: layouts.Layout, *, what: str) -> ModelInf
     Raises:
       InputError: no registered model has this structure; says what was found.
     """
-    if layout.family == "vit":
-        return _identify_vit(tensors, layout, what)
-    return _identify_regnet(tensors, layout, what)
+    if layout.family == "regnet":
+        return _identify_regnet(tensors, layout, what)
+    return _identify_vit(tensors, layout, what)
 
 
 def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
@@ -67,7 +67,8 @@ def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
 
 def depth_of(tensors: Tensors, layout: layouts.Layout) -> int:
     """Returns the number of blocks that the tensors are of."""
-    first = {"vit": "blocks.0.norm1.weight", "regnet": "s1.b1.conv1.conv.weight"}[layout.family]
+    regnet = layout.family == "regnet"
+    first = "s1.b1.conv1.conv.weight" if regnet else "blocks.0.attn.qkv.weight"
     last = re.split(r"(?:\.0|\.b1|-0)\.", layout.key(first), maxsplit=1)[1]
     return sum(key.endswith(f".{last}") for key in tensors)
 
@@ -93,6 +94,8 @@ def _identify_vit(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelI
     size = side * patch
     candidates = []
     for name in registry.list_models():
+        if registry.family(name) != layout.family:
+            continue
         options = {"patch_size": 16, "distilled": False} | registry.model_options(name)
         options["layer_scale"] = options.get("layer_scale_init") is not None
         if all(options.get(key) == value for key, value in traits.items()):

@@ -54,7 +54,7 @@ class Layout:
     """One family's naming of tensors.
 
     `rename` maps timm's key of a tensor to this layout's; three keys mean that the tensor's
-    rows are stored as three (query, key, value). `family` is "vit" or "regnet".
+    rows are stored as three (query, key, value). `family` is that of `registry.family`.
     """
 
     name: str
@@ -94,11 +94,13 @@ TIMM_VIT = Layout("timm", "vit")
 REFERENCE = Layout(
     "reference", "vit", lambda key: (re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key),)
 )
+CAIT = Layout("timm", "cait", REFERENCE.rename)  # also the reference's
 HF_VIT = _transformers("ViT", module="vit")
 HF_DEIT = _transformers("DeiT", module="deit")
 TIMM_REGNET = Layout("timm", "regnet")
 TORCHVISION = Layout("torchvision", "regnet", _torchvision)
 ALL = (  # in the order in which `detect` tries them
+    CAIT,
     REFERENCE,
     TIMM_VIT,
     HF_VIT,

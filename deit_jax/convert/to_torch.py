@@ -13,12 +13,14 @@ from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import Variables
 
 FORMATS = ("timm", "fb", "hf", "torchvision")
-_LAYOUTS = {  # by format but "hf", and whether the model is a vision transformer
-    ("timm", True): layouts.TIMM_VIT,
-    ("fb", True): layouts.REFERENCE,
-    ("timm", False): layouts.TIMM_REGNET,
-    ("fb", False): layouts.TIMM_REGNET,
-    ("torchvision", False): layouts.TORCHVISION,
+_LAYOUTS = {  # by format but "hf", and the model's family
+    ("timm", "vit"): layouts.TIMM_VIT,
+    ("fb", "vit"): layouts.REFERENCE,
+    ("timm", "cait"): layouts.CAIT,
+    ("fb", "cait"): layouts.CAIT,
+    ("timm", "regnet"): layouts.TIMM_REGNET,
+    ("fb", "regnet"): layouts.TIMM_REGNET,
+    ("torchvision", "regnet"): layouts.TORCHVISION,
 }
 
 
@@ -30,7 +32,7 @@ def layout(info: ModelInfo, form: str) -> layouts.Layout:
     """
     if form == "hf":
         return huggingface.layout(info)
-    key = form, "embed_dim" in registry.model_options(info.name)
+    key = form, registry.family(info.name)
     if key not in _LAYOUTS:
         raise InputError(
             f"{info.name} has no --format {form}: torchvision has RegNetY, transformers (hf) ViT "

@@ -14,7 +14,11 @@ from deit_jax.convert import layouts
 from deit_jax.errors import InputError
 
 # timm's keys that only one layout of a family can have as its own.
-MARKS = {"vit": ("pos_embed", "blocks.0.attn.qkv.weight"), "regnet": ("stem.conv.weight",)}
+MARKS = {
+    "vit": ("pos_embed", "blocks.0.attn.qkv.weight"),
+    "cait": ("pos_embed", "blocks_token_only.0.attn.q.weight"),
+    "regnet": ("stem.conv.weight",),
+}
 
 _MODELS = {
     "raw": (

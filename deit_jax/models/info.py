@@ -177,7 +177,7 @@ _PAIR = Check(
 # What each structural option may be, and what each field.
 _OPTIONS: dict[str, Check] = {
     **dict.fromkeys(("patch_size", "embed_dim", "w0", "group_width", "stem_width"), _integer(8192)),
-    **dict.fromkeys(("depth", "num_heads"), _integer(256)),
+    **dict.fromkeys(("depth", "depth_token_only", "num_heads"), _integer(256)),
     **dict.fromkeys(("mlp_ratio", "se_ratio"), _POSITIVE),
     **dict.fromkeys(("distilled", "no_embed_class"), BOOL),
     "wa": number(lambda value: value >= 0, "a finite number of at least 0"),

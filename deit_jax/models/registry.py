@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
+from deit_jax.models.cait import Cait
 from deit_jax.models.info import BOOL, Check, ModelInfo, checked, number
 from deit_jax.models.regnet import RegNetY
 from deit_jax.models.vit import VisionTransformer
@@ -27,6 +28,7 @@ _TRAINING_OPTIONS = {
     "drop_path_mode": _MODE,
     "remat": BOOL,
 }
+_FAMILIES = {VisionTransformer: "vit", Cait: "cait", RegNetY: "regnet"}
 # Arguments of the constructors that create_model sets itself.
 _GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
 
@@ -54,6 +56,11 @@ def _deit3(
     options = {"embed_dim": dim, "depth": depth, "num_heads": heads, "patch_size": patch_size}
     options |= {"no_embed_class": True, "layer_scale_init": 1e-4, "drop_path_mode": "constant"}
     return _Entry(VisionTransformer, options, image_size, crop_ratio=1.0)
+
+
+def _cait(dim: int, depth: int, heads: int, image_size: int, scale: float) -> _Entry:
+    options = {"embed_dim": dim, "depth": depth, "num_heads": heads, "layer_scale_init": scale}
+    return _Entry(Cait, options, image_size, crop_ratio=1.0)
 
 
 def _regnety(w0: int, wa: float, wm: float, group_width: int, depth: int) -> _Entry:
@@ -86,6 +93,16 @@ _MODELS = {
     "deit3_large_patch16_224": _deit3(1024, 24, 16),
     "deit3_large_patch16_384": _deit3(1024, 24, 16, 384),
     "deit3_huge_patch14_224": _deit3(1280, 32, 16, patch_size=14),
+    "cait_xxs24_224": _cait(192, 24, 4, 224, 1e-5),
+    "cait_xxs24_384": _cait(192, 24, 4, 384, 1e-5),
+    "cait_xxs36_224": _cait(192, 36, 4, 224, 1e-5),
+    "cait_xxs36_384": _cait(192, 36, 4, 384, 1e-5),
+    "cait_xs24_384": _cait(288, 24, 6, 384, 1e-5),
+    "cait_s24_224": _cait(384, 24, 8, 224, 1e-5),
+    "cait_s24_384": _cait(384, 24, 8, 384, 1e-5),
+    "cait_s36_384": _cait(384, 36, 8, 384, 1e-6),
+    "cait_m36_384": _cait(768, 36, 16, 384, 1e-6),
+    "cait_m48_448": _cait(768, 48, 16, 448, 1e-6),  # in bfloat16 it loses: evaluate in float32
     "regnety_002": _regnety(24, 36.44, 2.49, 8, 13),
     "regnety_004": _regnety(48, 27.89, 2.09, 8, 16),
     "regnety_006": _regnety(48, 32.54, 2.32, 16, 15),
@@ -102,6 +119,7 @@ _MODELS = {
     "deit_testing": _testing(_deit(64, 4, 2), patch_size=4),
     "deit_testing_distilled": _testing(_deit(64, 4, 2, distilled=True), patch_size=4),
     "deit3_testing": _testing(_deit3(64, 4, 2, patch_size=4)),
+    "cait_testing": _testing(_cait(64, 4, 2, 32, 1e-5), patch_size=4),
     "regnety_testing": _testing(_regnety(16, 16.0, 2.0, 32, 6), stem_width=16),
 }
 
@@ -126,6 +144,16 @@ def options(info: ModelInfo) -> dict[str, Any]:
     return model_options(info.name) | dict(info.overrides)
 
 
+def family(name: str) -> str:
+    """Returns what a registered model's layers are: "vit", "cait" or "regnet"."""
+    return _FAMILIES[_entry(name).build]
+
+
+def can_distil(name: str) -> bool:
+    """Tells whether a teacher may teach a model: by a token, or, as published, its one head."""
+    return is_distilled(name) or family(name) == "cait"
+
+
 def is_distilled(name: str) -> bool:
     """Tells whether a registered model has a distillation token and head."""
     return _entry(name).options.get("distilled", False)
@@ -133,7 +161,7 @@ def is_distilled(name: str) -> bool:
 
 def fixed_size(info: ModelInfo) -> int | None:
     """Returns the side of the only images that a model takes, or None where it takes any."""
-    return info.side if _entry(info.name).build is VisionTransformer else None
+    return None if family(info.name) == "regnet" else info.side
 
 
 def model_info(name: str, **fields: Any) -> ModelInfo:
@@ -170,7 +198,7 @@ def create_model(
         all.
       dtype: of the matmuls, float32 or bfloat16; parameters and logits are float32.
       rngs: draws the parameters.
-      overrides: further arguments of VisionTransformer or RegNetY.
+      overrides: further arguments of the model's class: VisionTransformer, Cait or RegNetY.
 
     Returns:
       The module; `model.info` is its ModelInfo.
@@ -200,7 +228,7 @@ def create_model(
     size = entry.image_size if image_size is None else image_size
     info = model_info(name, num_classes=num_classes, image_size=size, overrides=structural)
     arguments = entry.options | overrides | {"num_classes": info.num_classes, "dtype": dtype}
-    if entry.build is VisionTransformer:
+    if entry.build is not RegNetY:
         arguments |= {"image_size": info.image_size, "drop_path_rate": drop_path_rate}
     elif drop_path_rate:
         raise InputError(

@@ -28,6 +28,8 @@ class Block(Layer):
     LayerScale there is no γ. The two branches are dropped independently.
     """
 
+    attention_layer = Attention
+
     def __init__(
         self,
         dim: int,
@@ -42,7 +44,7 @@ class Block(Layer):
         rngs: nnx.Rngs,
     ):
         self.norm1 = LayerNorm(dim, dtype=dtype)
-        self.attn = Attention(
+        self.attn = self.attention_layer(
             dim, num_heads, drop_rate=drop_rate, implementation=attention, dtype=dtype, rngs=rngs
         )
         self.norm2 = LayerNorm(dim, dtype=dtype)
@@ -76,6 +78,8 @@ class VisionTransformer(Layer):
     Raises InputError for dimensions that do not fit together.
     """
 
+    block = Block
+
     def __init__(
         self,
         *,
@@ -97,12 +101,7 @@ class VisionTransformer(Layer):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if isinstance(image_size, int):
-            image_size = (image_size, image_size)
-        if min(image_size) < patch_size:
-            raise InputError(
-                f"image_size {image_size} is smaller than one patch of {patch_size} pixels"
-            )
+        image_size = size_of(image_size, patch_size)
         if int(embed_dim * mlp_ratio) < 1:
             raise InputError(
                 f"mlp_ratio {mlp_ratio} of embed_dim {embed_dim} leaves no hidden unit"
@@ -116,7 +115,7 @@ class VisionTransformer(Layer):
         if attention == "pallas":
             check_kernels(self.num_tokens, num_heads, embed_dim // num_heads, dtype)
 
-        self.image_size = tuple(image_size)
+        self.image_size = image_size
         self.distilled = distilled
         self.no_embed_class = no_embed_class
         self.remat = remat
@@ -130,7 +129,7 @@ class VisionTransformer(Layer):
         # DeiT III's reference has dropout in the blocks only.
         self.drop = Dropout(0.0 if no_embed_class else drop_rate)
         self.blocks = nnx.List(
-            Block(
+            self.block(
                 embed_dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
@@ -187,30 +186,47 @@ class VisionTransformer(Layer):
     def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         x = self._embed(images)
         x = self.drop(x, rngs)
-        for block in self.blocks:
-            if self.remat:
-                x = nnx.remat(lambda block, x, rngs: block(x, rngs))(block, x, rngs)
-            else:
-                x = block(x, rngs)
-        return x
+        return run_blocks(self.blocks, x, rngs, self.remat)
 
     def _embed(self, images: jax.Array) -> jax.Array:
-        if images.ndim != 4 or images.shape[1:] != (*self.image_size, 3):
-            height, width = self.image_size
-            raise InputError(
-                f"images have shape {images.shape}, expected [batch, {height}, {width}, 3]: "
-                "resize them, or create the model with their image_size"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise InputError(
-                f"images have dtype {images.dtype}, expected normalised floating-point pixels"
-            )
+        check_images(images, self.image_size)
         x = self.patch_embed(images)
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = [jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])) for token in tokens]
         if self.no_embed_class:
             return jnp.concatenate([*prefix, x + self.pos_embed[...]], axis=1)
         return jnp.concatenate([*prefix, x], axis=1) + self.pos_embed[...]
+
+
+def size_of(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Returns (height, width); raises InputError where they hold no patch."""
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if min(size) < patch_size:
+        raise InputError(f"image_size {size} is smaller than one patch of {patch_size} pixels")
+    return size
+
+
+def run_blocks(blocks: nnx.List, x: jax.Array, rngs: nnx.Rngs | None, remat: bool) -> jax.Array:
+    """Passes x through the blocks, each recomputed in the backward pass if `remat`."""
+    for block in blocks:
+        if remat:
+            x = nnx.remat(lambda block, x, rngs: block(x, rngs))(block, x, rngs)
+        else:
+            x = block(x, rngs)
+    return x
+
+
+def check_images(images: jax.Array, size: tuple[int, int]) -> None:
+    """Raises InputError unless the images are floats of (height, width) `size`."""
+    if images.ndim != 4 or images.shape[1:] != (*size, 3):
+        raise InputError(
+            f"images have shape {images.shape}, expected [batch, {size[0]}, {size[1]}, 3]: "
+            "resize them, or create the model with their image_size"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(
+            f"images have dtype {images.dtype}, expected normalised floating-point pixels"
+        )
 
 
 def _drop_path_rates(rate: float, depth: int, mode: str) -> list[float]:

@@ -11,7 +11,7 @@ _PARTS = {  # by the scope in an operation's name; the first match counts
     "attention": r"/attn/",
     "MLP": r"/mlp/",
     "norms": r"/norm\d?/",
-    "residual stream": r"/blocks/\d+/(?:drop_path/|ls\d/|\w+$)",
+    "residual stream": r"/blocks(?:_token_only)?/\d+/(?:drop_path/|ls\d/|\w+$)",
     "embedding": r"/patch_embed/|/pos_embed",
     "heads and loss": r"/head(?:_dist)?/|\(loss\)|/loss/",
 }

@@ -90,7 +90,7 @@ def check_model(config: ConfigDict, platform: str) -> None:
             "config.model.attention is 'pallas', whose kernels are for TPUs, but the devices here "
             f"are {platform}s; set it to auto"
         )
-    if config.distill.kind != "none" and not registry.is_distilled(config.model.name):
+    if config.distill.kind != "none" and not registry.can_distil(config.model.name):
         raise InputError(
             f"config.distill.kind is {config.distill.kind!r}, but config.model.name "
             f"{config.model.name!r} has no distillation token; choose a *_distilled_* model, such "

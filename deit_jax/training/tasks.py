@@ -48,28 +48,25 @@ def distillation(
 ) -> LossAndParts:
     """Returns (1 - α)·base + α·distill (DeiT, arXiv 2012.12877, section 3).
 
-    The class head learns from the labels and the distillation head from the teacher.
+    The class head learns from the labels and the distillation head from the teacher; an only head
+    learns from both (the same, table 3).
 
     Raises:
-      InputError: the kind is unknown, or there is no teacher or no second head.
+      InputError: the kind is unknown, or there is no teacher.
     """
     kind, alpha = config.distill.kind, config.distill.alpha
     if kind not in ("hard", "soft"):
         raise InputError(f"distill.kind is {kind!r}: expected none, hard or soft")
     if teacher_logits is None:
         raise InputError(f"distill.kind is {kind!r} but there is no teacher: set distill.teacher")
-    if len(heads) != 2:
-        raise InputError(
-            f"distill.kind is {kind!r} but the model has {len(heads)} head: expected a distilled "
-            "model with two, e.g. deit_base_distilled_patch16_224"
-        )
+    taught = heads[-1]
     base, parts = plain(heads[:1], targets, None, config)
     if kind == "hard":
-        distill = losses.hard_distillation(heads[1], teacher_logits)
+        distill = losses.hard_distillation(taught, teacher_logits)
     else:
         options = {"temperature": config.distill.temperature, "reduction": config.distill.reduction}
-        distill = losses.soft_distillation(heads[1], teacher_logits, **options)
-    agrees = heads[1].argmax(-1) == teacher_logits.argmax(-1)
+        distill = losses.soft_distillation(taught, teacher_logits, **options)
+    agrees = taught.argmax(-1) == teacher_logits.argmax(-1)
     parts |= {"distill": distill, "teacher_agreement": agrees.astype(jnp.float32)}
     return (1.0 - alpha) * base + alpha * distill, parts
 

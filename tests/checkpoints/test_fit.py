@@ -137,7 +137,7 @@ def head(*names):
     return {f"{name}/{leaf}" for name in names for leaf in ("kernel", "bias")}
 
 
-ALL = ["deit_testing", "deit_testing_distilled", "deit3_testing", "regnety_testing"]
+ALL = ["deit_testing", "deit_testing_distilled", "deit3_testing", "cait_testing", "regnety_testing"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -179,6 +179,7 @@ SIZES = [
     ("deit_testing", 32, 48, 1, (8, 8), (12, 12)),
     ("deit_testing_distilled", 32, 24, 2, (8, 8), (6, 6)),
     ("deit3_testing", 32, (40, 24), 0, (8, 8), (10, 6)),
+    ("cait_testing", 32, 48, 0, (8, 8), (12, 12)),
     ("deit_testing", (24, 40), 32, 1, (6, 10), (8, 8)),
     ("deit_testing", 32, (35, 34), 1, (8, 8), (8, 8)),  # the last pixels are in no patch
 ]

@@ -13,7 +13,10 @@ from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import Variables, split_model
 from tests.oracles import timm_models
 
-SMALL = ("deit_testing", "deit_testing_distilled", "deit3_testing", "regnety_testing")
+SMALL = (
+    *("deit_testing", "deit_testing_distilled", "deit3_testing", "cait_testing"),
+    "regnety_testing",
+)
 
 
 def options(name: str) -> dict:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deit_jax import trees
-from deit_jax.convert import layouts, mapping
+from deit_jax.convert import mapping, to_torch
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.training import optim
@@ -62,7 +62,8 @@ VITS = [name for name in registry.list_models() if "embed_dim" in registry.model
 def test_the_parameters_that_decay_are_the_references(name):
     """By PyTorch's names; two blocks stand for all."""
     _, like = split_model(registry.abstract_model(name, depth=2))
-    keys = {tensor.leaf: tensor.key for tensor in mapping.tensors_of(like, layouts.TIMM_VIT)}
+    layout = to_torch.layout(registry.model_info(name), "timm")
+    keys = {tensor.leaf: tensor.key for tensor in mapping.tensors_of(like, layout)}
     with torch.device("meta"):
         oracle = timm_models.fresh(name, num_classes=1000, depth=2)
 

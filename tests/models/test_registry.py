@@ -36,6 +36,16 @@ VITS = {
     "deit3_large_patch16_224": (304_374_760, 344),
     "deit3_large_patch16_384": (304_763_880, 344),
     "deit3_huge_patch14_224": (632_126_440, 456),
+    "cait_xxs24_224": (11_956_264, 476),
+    "cait_xxs24_384": (12_029_224, 476),
+    "cait_xxs36_224": (17_299_720, 692),
+    "cait_xxs36_384": (17_372_680, 692),
+    "cait_xs24_384": (26_670_088, 476),
+    "cait_s24_224": (46_916_200, 476),
+    "cait_s24_384": (47_062_120, 476),
+    "cait_s36_384": (68_366_632, 692),
+    "cait_m36_384": (271_221_352, 692),
+    "cait_m48_448": (356_460_520, 908),
 }
 REGNETS = {
     "regnety_002": 3_162_996,
@@ -51,7 +61,10 @@ REGNETS = {
     "regnety_160": 83_590_140,
     "regnety_320": 145_046_770,
 }
-TESTING = ["deit3_testing", "deit_testing", "deit_testing_distilled", "regnety_testing"]
+TESTING = [
+    *("cait_testing", "deit3_testing", "deit_testing", "deit_testing_distilled"),
+    "regnety_testing",
+]
 
 
 def split(model):
@@ -99,7 +112,11 @@ def test_parameter_names_are_the_contract():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("deit_testing_distilled", {"depth": 1}), ("regnety_testing", {"depth": 2, "wa": 0.0})],
+    [
+        ("deit_testing_distilled", {"depth": 1}),
+        ("cait_testing", {"depth": 1}),
+        ("regnety_testing", {"depth": 2, "wa": 0.0}),
+    ],
 )
 def test_graphs_are_static_and_hold_nothing_but_weights(name, options):
     def create(rngs):
@@ -133,6 +150,7 @@ def test_info_defaults_and_json():
     for name, size, crop_ratio in (
         ("deit_base_patch16_384", 384, 0.875),
         ("deit3_base_patch16_224", 224, 1.0),
+        ("cait_m48_448", 448, 1.0),
         ("regnety_160", 224, 0.875),
         ("deit_testing", 32, None),
     ):
@@ -162,6 +180,8 @@ def test_deit3_and_deit_drop_paths_differ():
         ("deit_testing", {"w0": 2}, 'model deit_testing has no option "w0"'),
         ("regnety_testing", {"remat": True}, 'model regnety_testing has no option "remat"'),
         ("regnety_testing", {"drop_path_rate": 0.1}, "has no stochastic depth"),
+        ("cait_testing", {"drop_path_mode": "linear"}, 'no option "drop_path_mode"'),
+        ("cait_testing", {"attention": "pallas", "dtype": "bfloat16"}, "have no kernels; set"),
         ("deit_testing", {"num_classes": 0}, "num_classes is 0"),
         ("deit_testing", {"dtype": "float16"}, "expected float32 or bfloat16"),
         ("deit_testing", {"image_size": 3}, "smaller than one patch"),
@@ -176,7 +196,7 @@ def test_bad_arguments_are_named(name, arguments, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["deit_testing", "regnety_testing"])
+@pytest.mark.parametrize("name", ["deit_testing", "cait_testing", "regnety_testing"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [

@@ -1,5 +1,6 @@
 """timm models as oracles: small, with weights of full effect, and these weights by our names."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,7 @@ from tests.oracles.torchvision_ops import import_torchvision
 
 import_torchvision()
 
+from timm.models.cait import Cait  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.regnet import RegNet, RegNetCfg  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
@@ -25,11 +27,11 @@ def fresh(name: str, *, num_classes: int, **options) -> torch.nn.Module:
     Also of the models that timm has no name for.
     """
     chosen = registry.model_options(name) | {"num_classes": num_classes} | options
-    if "w0" in chosen:
+    family = registry.family(name)
+    if family == "regnet":
         chosen.pop("image_size")
-        return fresh_regnety(**chosen)
     chosen.pop("drop_path_mode", None)
-    return fresh_vit(**chosen)
+    return FRESH[family](**chosen)
 
 
 def vit(*, seed: int = 0, **options) -> torch.nn.Module:
@@ -40,8 +42,17 @@ def vit(*, seed: int = 0, **options) -> torch.nn.Module:
 def fresh_vit(**options) -> torch.nn.Module:
     """Builds timm's twin of our VisionTransformer(**options) as timm initialises it."""
     cls = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
+    return cls(**_renamed(options))
+
+
+def fresh_cait(**options) -> torch.nn.Module:
+    """Builds timm's twin of our Cait(**options) as timm initialises it."""
+    return Cait(**_renamed(options))
+
+
+def _renamed(options: dict) -> dict:
     renamed = {"image_size": "img_size", "layer_scale_init": "init_values"}
-    return cls(**{renamed.get(k, k): v for k, v in options.items()})
+    return {renamed.get(key, key): value for key, value in options.items()}
 
 
 def regnety(*, seed: int = 0, **options) -> torch.nn.Module:
@@ -55,6 +66,9 @@ def fresh_regnety(
     """Builds timm's twin of our RegNetY(**options) as timm initialises it."""
     cfg = RegNetCfg(group_size=group_width, se_ratio=0.25, **options)
     return RegNet(cfg, num_classes=num_classes, drop_path_rate=drop_path_rate)
+
+
+FRESH = {"vit": fresh_vit, "cait": fresh_cait, "regnet": fresh_regnety}
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -83,6 +97,7 @@ def to_tree(tensors: dict[str, torch.Tensor]) -> dict:
     """Renames and transposes tensors with timm's names into our nested dict of NumPy arrays."""
     tree = {}
     for name, tensor in tensors.items():
+        name = re.sub(r"\bgamma_([12])$", r"ls\1.gamma", name)
         *path, leaf = name.split(".")
         if leaf == "num_batches_tracked":
             continue

@@ -72,5 +72,12 @@ def test_others_are_not(monkeypatch, tmp_path, name, function, words):
     assert run.config.model.attention == "auto"  # another start tries again
 
 
+@pytest.mark.usefixtures("wanted")
+def test_talking_heads_never_use_the_kernels(tmp_path):
+    config = digits.get_config()
+    config.model.name, config.train.dtype = "cait_testing", "bfloat16"
+    assert said(setup.check(config, str(tmp_path))) == ["attention XLA"]
+
+
 def test_a_model_without_attention_says_nothing_of_it(tmp_path):
     assert said(setup.check(digits_teacher.get_config(), str(tmp_path))) == []

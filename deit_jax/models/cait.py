@@ -1,0 +1,216 @@
+"""CaiT, "Going deeper with Image Transformers" (arXiv 2103.17239): depth in two stages.
+
+First the patches attend to one another, with talking heads; then the class token alone reads them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from deit_jax.errors import InputError
+from deit_jax.models.attention import Attention, _heads, _merge_heads, _scores
+from deit_jax.models.layers import Dropout, Layer, Linear, product
+from deit_jax.models.vit import Block, VisionTransformer, run_blocks
+
+Mix = tuple[jax.Array, jax.Array]  # weights [H, H] and bias [H] of a linear layer over heads
+
+
+def _mixed(num_heads: int, qkv: jax.Array, before: Mix) -> jax.Array:
+    """Returns the logits that the softmax gets, float32 [B, H, N, N]."""
+    q, k, _ = _heads(qkv, num_heads, 3)
+    return _mix(_scores(q, k), before, qkv.dtype)
+
+
+def _mix(x: jax.Array, layer: Mix, dtype: DTypeLike) -> jax.Array:
+    kernel, bias = layer
+    return product("bhqk,hg->bgqk", x.astype(dtype), kernel) + bias[None, :, None, None]
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def attend_talking(num_heads: int, qkv: jax.Array, before: Mix, after: Mix) -> jax.Array:
+    """Computes attention whose heads are mixed before and after the softmax (arXiv 2003.02436).
+
+    The weights, [B, H, N, N], are recomputed in the backward pass, as in `attention.attend`.
+
+    Args:
+      num_heads: H.
+      qkv: [B, N, 3D], its last axis [q|k|v] × [head] × [hd].
+      before: mixes the heads' logits.
+      after: mixes their weights, which then sum to 1 no longer.
+
+    Returns:
+      [B, N, D] in the dtype of `qkv`; the softmax is in float32.
+    """
+    weights = jax.nn.softmax(_mixed(num_heads, qkv, before))
+    _, _, v = _heads(qkv, num_heads, 3)
+    mixed = _mix(weights, after, qkv.dtype).astype(qkv.dtype)
+    return _merge_heads(product("bhqk,bhkd->bhqd", mixed, v)).astype(qkv.dtype)
+
+
+class TalkingHeads(Attention):
+    """Self-attention with talking heads."""
+
+    def __init__(
+        self, dim: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs, **options: object
+    ):
+        super().__init__(dim, num_heads, dtype=dtype, rngs=rngs, **options)
+        mix = {"dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
+        self.proj_l = Linear(num_heads, num_heads, **mix)
+        self.proj_w = Linear(num_heads, num_heads, **mix)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Maps [B, N, D] to float32 [B, N, D]."""
+        layers = _weights(self.proj_l), _weights(self.proj_w)
+        return self.drop(self.proj(attend_talking(self.num_heads, self.qkv(x), *layers)), rngs)
+
+    def largest_logit(self, x: jax.Array) -> jax.Array:
+        """Returns the largest logit by magnitude that the softmax gets, float32 []."""
+        return jnp.abs(_mixed(self.num_heads, self.qkv(x), _weights(self.proj_l))).max()
+
+
+def _weights(layer: Linear) -> Mix:
+    return layer.kernel[...], layer.bias[...]
+
+
+class ClassAttention(Layer):
+    """Attention of the first token, the class token, to all."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        drop_rate: float,
+        implementation: str,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads = num_heads
+        self.implementation = implementation
+        self.q, self.k, self.v = (
+            Linear(dim, dim, dtype=dtype, out_dtype=dtype, rngs=rngs) for _ in range(3)
+        )
+        self.proj = Linear(dim, dim, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        self.drop = Dropout(drop_rate)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Maps [B, N, D] to float32 [B, 1, D]."""
+        (v,) = _heads(self.v(x), self.num_heads)
+        weights = jax.nn.softmax(self._logits(x)).astype(v.dtype)
+        out = _merge_heads(product("bhqk,bhkd->bhqd", weights, v)).astype(v.dtype)
+        return self.drop(self.proj(out), rngs)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        (q,) = _heads(self.q(x[:, :1]), self.num_heads)
+        (k,) = _heads(self.k(x), self.num_heads)
+        return _scores(q, k)
+
+    def largest_logit(self, x: jax.Array) -> jax.Array:
+        """Returns the largest attention logit by magnitude, float32 []."""
+        return jnp.abs(self._logits(x)).max()
+
+
+class TalkingBlock(Block):
+    """A block of the first stage."""
+
+    attention_layer = TalkingHeads
+
+
+class ClassBlock(Block):
+    """A block of the second stage: it changes the class token and only reads the patches."""
+
+    attention_layer = ClassAttention
+
+    def __call__(
+        self, token: jax.Array, patches: jax.Array, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Maps the token [B, 1, D] to [B, 1, D]; the patches are [B, N, D]."""
+        both = jnp.concatenate([token, patches], axis=1)
+        token = token + self.drop_path(self.ls1(self.attn(self.norm1(both), rngs)), rngs)
+        return token + self.drop_path(self.ls2(self.mlp(self.norm2(token), rngs)), rngs)
+
+
+class Cait(VisionTransformer):
+    """CaiT: `depth` blocks of patches, then `depth_token_only` of the class token.
+
+    Only the patches get position embeddings. Every block of the first stage drops its branches with
+    the same rate, those of the second none; `remat` recomputes the blocks of the first. `attention`
+    is "auto" or "xla": talking heads have no kernels.
+
+    Raises InputError for dimensions that do not fit together.
+    """
+
+    block = TalkingBlock
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        layer_scale_init: float,
+        depth_token_only: int = 2,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attention: str = "auto",
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if attention == "pallas":
+            raise InputError(
+                'attention is "pallas", but talking heads, which mix the logits of all heads, have '
+                'no kernels; set attention to "auto"'
+            )
+        same = {"mlp_ratio": mlp_ratio, "layer_scale_init": layer_scale_init, "dtype": dtype}
+        same |= {"attention": "xla", "rngs": rngs}
+        super().__init__(
+            image_size=image_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            no_embed_class=True,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            drop_path_mode="constant",
+            remat=remat,
+            **same,
+        )
+        self.drop = Dropout(drop_rate)
+        self.blocks_token_only = nnx.List(
+            ClassBlock(embed_dim, num_heads, drop_rate=0.0, drop_path_rate=0.0, **same)
+            for _ in range(depth_token_only)
+        )
+
+    def attention_maxima(self, images: jax.Array) -> jax.Array:
+        """Returns each attention's largest logit by magnitude in evaluation, of both stages."""
+        token, x = self._token_and_patches(images)
+        largest = []
+        for block in self.blocks:
+            largest.append(block.attn.largest_logit(block.norm1(x)))
+            x = block(x)
+        for block in self.blocks_token_only:
+            both = jnp.concatenate([token, x], axis=1)
+            largest.append(block.attn.largest_logit(block.norm1(both)))
+            token = block(token, x)
+        return jnp.stack(largest)
+
+    def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        token, x = self._token_and_patches(images)
+        x = run_blocks(self.blocks, self.drop(x, rngs), rngs, self.remat)
+        for block in self.blocks_token_only:
+            token = block(token, x, rngs)
+        return jnp.concatenate([token, x], axis=1)
+
+    def _token_and_patches(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens = self._embed(images)
+        return tokens[:, :1], tokens[:, 1:]

@@ -1,0 +1,184 @@
+"""The models beside DeiT's against timm: one table of kinds, small, with weights of full effect."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from deit_jax import trees
+from deit_jax.models import registry
+from tests.models.test_vit import assert_close, run, to_torch
+from tests.oracles import timm_models
+
+SMALL = {"image_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
+KINDS = {
+    "cait": ("cait_testing", {}),
+    # Heads of 8, one class block and neither side a multiple of the patch.
+    "cait, odd": ("cait_testing", {"image_size": (19, 14), "depth_token_only": 1}),
+}
+
+
+def options_of(kind, **more):
+    name, own = KINDS[kind]
+    return name, SMALL | own | more
+
+
+def pair(kind, **more):
+    """Returns timm's model and ours with the same weights, and images for both."""
+    name, options = options_of(kind)
+    oracle = timm_models.randomise(timm_models.fresh(name, **options), seed=0)
+    build = functools.partial(registry.create_model, name, **options, **more)
+    ours = timm_models.with_weights_of(oracle, build)
+    images = np.random.default_rng(1).normal(size=(5, *ours.image_size, 3)).astype(np.float32)
+    return oracle, ours, images
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_equal_timm(kind, remat):
+    # Without a key there is no noise either.
+    oracle, ours, images = pair(kind, drop_rate=0.1, drop_path_rate=0.5, remat=remat)
+    logits, heads, features = run(ours, images)
+    assert logits.dtype == jnp.float32
+    assert_close(features, oracle.forward_features(to_torch(images)))
+    assert_close(logits, oracle(to_torch(images)))
+    assert len(heads) == 1
+    np.testing.assert_array_equal(heads[0], logits)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gradient_equals_torch(kind, remat):
+    oracle, ours, images = pair(kind, remat=remat)
+    weights = np.random.default_rng(2).normal(size=(5, 7)).astype(np.float32)
+    (oracle(to_torch(images)) * torch.from_numpy(weights)).sum().backward()
+    want = trees.flat(timm_models.to_tree({k: p.grad for k, p in oracle.named_parameters()}))
+    graphdef, params, rest = nnx.split(ours, nnx.Param, ...)
+
+    def loss(params):
+        return (nnx.merge(graphdef, params, rest)(images) * weights).sum()
+
+    got = trees.flat(jax.jit(jax.grad(loss))(nnx.to_pure_dict(params)))
+    assert got.keys() == want.keys()
+    for name, gradient in got.items():
+        # These move all logits of a softmax by one number: they change nothing but rounding.
+        if name.endswith(("attn/k/bias", "attn/proj_l/bias")):
+            assert np.abs(gradient).max() < 1e-4
+            continue
+        assert np.abs(want[name]).max() > 1e-3, name
+        assert_close(gradient, want[name], 5e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "resmlp" not in kind])
+def test_attention_maxima_are_those_of_timms_softmax(kind, monkeypatch):
+    oracle, ours, images = pair(kind)
+    seen = []
+    softmax = torch.Tensor.softmax
+
+    def watch(logits, *arguments, **options):
+        seen.append(logits.abs().max().item())
+        return softmax(logits, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", watch)
+    for module in oracle.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with torch.no_grad():
+        oracle(to_torch(images))
+    assert len(seen) >= SMALL["depth"]
+    np.testing.assert_allclose(ours.attention_maxima(images), seen, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_keeps_float32_where_it_matters(kind):
+    oracle, model, images = pair(kind, dtype=jnp.bfloat16)
+    logits, _, features = run(model, images)
+    wanted = oracle(to_torch(images)), oracle.forward_features(to_torch(images))
+    for got, want in zip((logits, features), wanted, strict=True):
+        assert got.dtype == jnp.float32
+        assert_close(got, want, 5e-2)
+        with pytest.raises(AssertionError):
+            assert_close(got, want, 1e-4)
+
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        return (nnx.merge(graphdef, params, rest)(images) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    params = nnx.to_pure_dict(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(params))} == {jnp.dtype("float32")}
+    # Every product, forward and backward, has bfloat16 operands and accumulates in float32.
+    types = re.findall(
+        r"stablehlo.dot_general.* : \(tensor<(?:\d+x)+(\w+)>, tensor<(?:\d+x)+(\w+)>\)"
+        r" -> tensor<(?:\d+x)+(\w+)>",
+        gradient.lower(params).as_text(),
+    )
+    assert len(types) > 2 * 3 * 3
+    assert set(types) == {("bf16", "bf16", "f32")}
+
+
+# Which branches of a block add to the features of the token (or patch) that is looked at, and which
+# of them are never dropped.
+BRANCHES = {
+    "cait": (["attn/proj", "mlp/fc2"], ["blocks_token_only"], 1),
+}
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_every_branch_is_dropped_by_itself_at_one_rate(kind):
+    branches, never, token = BRANCHES[kind]
+    name, options = options_of(kind, image_size=4, drop_path_rate=0.4)
+    build = functools.partial(registry.abstract_model, name, **options)
+    graphdef, shapes, rest = nnx.split(build(), nnx.Param, ...)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), nnx.to_pure_dict(shapes))
+    flat = trees.flat(params)
+    flat["norm/scale"] += 1
+    number = 0
+    for leaf, value in flat.items():  # each branch adds to a channel of its own
+        if leaf.endswith("gamma"):
+            value += 1
+        elif leaf.startswith("blocks/") and leaf.endswith(tuple(f"{b}/bias" for b in branches)):
+            value[number] = 1
+            number += 1
+    assert number == SMALL["depth"] * len(branches)
+    assert all(any(leaf.startswith(prefix) for leaf in flat) for prefix in never)
+
+    @jax.jit
+    def channels(key):
+        model = nnx.merge(graphdef, params, rest)
+        images = jnp.zeros((3000, 4, 4, 3))
+        return model.forward_features(images, nnx.Rngs(dropout=key))[:, token]
+
+    tokens = np.asarray(channels(jax.random.key(0)))
+    dropped = np.float64(tokens[:, :number] <= tokens[:, number : number + 1])
+    assert (np.abs(dropped.mean(0) - 0.4) <= 5 * np.sqrt(0.4 * 0.6 / 3000)).all()
+    together = dropped.T @ dropped / 3000 - np.outer(dropped.mean(0), dropped.mean(0))
+    assert np.abs(together - np.diag(np.diag(together))).max() < 5 * 0.4 * 0.6 / np.sqrt(3000)
+    for prefix in never:
+        blocks = getattr(build(), prefix)
+        assert [block.drop_path.rate for block in blocks] == [0.0] * len(blocks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_weights_are_drawn_as_in_timm(kind):
+    """Each tensor's mean and deviation; they are too few to compare much more."""
+    name, options = options_of(kind, embed_dim=192, image_size=32)
+    ours = registry.create_model(name, **options, rngs=nnx.Rngs(0))
+    got = trees.flat(nnx.to_pure_dict(nnx.state(ours, nnx.Param)))
+    oracle = timm_models.fresh(name, **options)
+    want = trees.flat(timm_models.to_tree(dict(oracle.named_parameters())))
+    assert got.keys() == want.keys()
+    for leaf, value in got.items():
+        value, other = np.asarray(value, np.float64), np.float64(want[leaf])
+        if other.std() == 0:
+            np.testing.assert_allclose(value, other, err_msg=leaf)
+            continue
+        near = 6 * other.std() / np.sqrt(other.size)
+        assert abs(value.mean() - other.mean()) < 2 * near, leaf
+        assert abs(value.std() - other.std()) < near, leaf
