@@ -115,6 +115,7 @@ def fit(
     """
     what = f"weights of {info.name}, to be fitted to {target.name},"
     old, want = variables.params, like.params
+    _check_patches(info, target, what)
     _check_body(variables, like, what)
     changes, new = [], {}  # new: what to initialise, and why
     plain = f"{info.name} is not distilled"
@@ -160,6 +161,17 @@ def fit(
     trees.check_like(params, want, what)
     stats = trees.in_order_of(variables.batch_stats, like.batch_stats)
     return Variables(trees.in_order_of(params, want), stats), changes
+
+
+def _check_patches(info: ModelInfo, target: ModelInfo, what: str) -> None:
+    """Raises InputError for ResMLP, whose layers over the patches are of one image size."""
+    families = {registry.family(each.name) for each in (info, target)}
+    if families == {"resmlp"} and info.image_size != target.image_size:
+        sizes = [_times(np.broadcast_to(each.image_size, 2)) for each in (info, target)]
+        raise InputError(
+            f"{what} mix the patches of {sizes[0]} pixels, and no others: ResMLP cannot change to "
+            f"{sizes[1]}; set the image size to {sizes[0]}"
+        )
 
 
 def _check_body(variables: Variables, like: Variables, what: str) -> None:

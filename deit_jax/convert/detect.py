@@ -14,6 +14,8 @@ from deit_jax.models.info import ModelInfo
 from deit_jax.models.regnet import stage_plan
 
 Tensors = Mapping[str, np.ndarray]
+# A tensor of the first block of which each block has one.
+_FIRST = {"resmlp": "blocks.0.linear_tokens.weight", "regnet": "s1.b1.conv1.conv.weight"}
 
 
 def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
@@ -30,8 +32,8 @@ def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
             return layout
     some = ", ".join(list(tensors)[:4]) or "nothing"
     raise InputError(
-        f"{what}: not recognised as DeiT, DeiT III, CaiT or RegNetY in the names of the reference, "
-        f"timm, Hugging Face or torchvision; {len(tensors)} tensors, starting with {some}"
+        f"{what}: not recognised as DeiT, DeiT III, CaiT, ResMLP or RegNetY in the names of the "
+        f"reference, timm, Hugging Face or torchvision; {len(tensors)} tensors, such as {some}"
     )
 
 
@@ -48,6 +50,8 @@ def identify(tensors: Tensors, layout: layouts.Layout, *, what: str) -> ModelInf
     """
     if layout.family == "regnet":
         return _identify_regnet(tensors, layout, what)
+    if layout.family == "resmlp":
+        return _identify_resmlp(tensors, layout, what)
     return _identify_vit(tensors, layout, what)
 
 
@@ -67,8 +71,7 @@ def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
 
 def depth_of(tensors: Tensors, layout: layouts.Layout) -> int:
     """Returns the number of blocks that the tensors are of."""
-    regnet = layout.family == "regnet"
-    first = "s1.b1.conv1.conv.weight" if regnet else "blocks.0.attn.qkv.weight"
+    first = _FIRST.get(layout.family, "blocks.0.attn.qkv.weight")
     last = re.split(r"(?:\.0|\.b1|-0)\.", layout.key(first), maxsplit=1)[1]
     return sum(key.endswith(f".{last}") for key in tensors)
 
@@ -107,6 +110,24 @@ def _identify_vit(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelI
     other_patch, _, name = min(candidates)
     overrides = (("patch_size", patch),) if other_patch else ()
     return registry.model_info(name, num_classes=classes, image_size=size, overrides=overrides)
+
+
+def _identify_resmlp(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:
+    classes = _shape(tensors, layout.key("head.weight"), 2, what)[0]
+    dim, _, _, patch = _shape(tensors, layout.key("stem.proj.weight"), 4, what)
+    tokens = _shape(tensors, layout.key("blocks.0.linear_tokens.weight"), 2, what)[0]
+    traits = {"embed_dim": dim, "depth": depth_of(tensors, layout), "patch_size": patch}
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise InputError(
+            f"{what}: its linear layers over {tokens} patches are of no square grid; only square "
+            "images are supported"
+        )
+    for name in registry.list_models("resmlp*"):
+        if traits.items() <= registry.model_options(name).items():
+            return registry.model_info(name, num_classes=classes, image_size=side * patch)
+    found = ", ".join(f"{key} {value}" for key, value in traits.items())
+    raise InputError(f"{what}: no registered ResMLP has {found}")
 
 
 def _identify_regnet(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:

@@ -47,6 +47,18 @@ _TORCHVISION = (
     (r"\.conv\.", r".0."),
     (r"\.bn\.", r".1."),
 )
+_RESMLP = (
+    (r"(norm\d?)\.weight$", r"\1.alpha"),
+    (r"(norm\d?)\.bias$", r"\1.beta"),
+    (r"\.ls([12])\.gamma$", r".ls\1"),
+)
+_REFERENCE_RESMLP = (
+    *_RESMLP,
+    (r"\.ls([12])$", r".gamma_\1"),
+    (r"^stem\.", r"patch_embed."),
+    (r"\.linear_tokens\.", r".attn."),
+    (r"\.mlp_channels\.", r".mlp."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +66,14 @@ class Layout:
     """One family's naming of tensors.
 
     `rename` maps timm's key of a tensor to this layout's; three keys mean that the tensor's
-    rows are stored as three (query, key, value). `family` is that of `registry.family`.
+    rows are stored as three (query, key, value). `family` is that of `registry.family`. Vectors
+    whose key ends with one of `rows` are stored as [1, 1, D].
     """
 
     name: str
     family: str
     rename: Callable[[str], tuple[str, ...]] = lambda key: (key,)
+    rows: tuple[str, ...] = ()
 
     def key(self, timm_key: str) -> str:
         """Returns the one key (the first of three) that stands for a timm key."""
@@ -97,6 +111,10 @@ REFERENCE = Layout(
 CAIT = Layout("timm", "cait", REFERENCE.rename)  # also the reference's
 HF_VIT = _transformers("ViT", module="vit")
 HF_DEIT = _transformers("DeiT", module="deit")
+TIMM_RESMLP = Layout(
+    "timm", "resmlp", lambda key: (_substitute(key, _RESMLP),), rows=(".alpha", ".beta")
+)
+REFERENCE_RESMLP = Layout("reference", "resmlp", lambda key: (_substitute(key, _REFERENCE_RESMLP),))
 TIMM_REGNET = Layout("timm", "regnet")
 TORCHVISION = Layout("torchvision", "regnet", _torchvision)
 ALL = (  # in the order in which `detect` tries them
@@ -107,6 +125,8 @@ ALL = (  # in the order in which `detect` tries them
     HF_DEIT,
     _transformers("ViT module", module="vit", version_5=True),
     _transformers("DeiT module", module="deit", version_5=True),
+    TIMM_RESMLP,
+    REFERENCE_RESMLP,
     TIMM_REGNET,
     TORCHVISION,
 )

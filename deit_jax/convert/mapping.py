@@ -71,6 +71,8 @@ def _tensors_of_leaf(leaf: str, shape: tuple[int, ...], layout: Layout) -> list[
     keys = layout.rename(".".join([*path, _LAST_PART.get(last, last)]))
     if len(keys) > 1:
         shape = (shape[0] // len(keys), *shape[1:])
+    elif layout.rows and keys[0].endswith(layout.rows):
+        shape = (1, 1, *shape)
     return [Tensor(key, shape, leaf, kind, (i, len(keys))) for i, key in enumerate(keys)]
 
 
@@ -121,8 +123,8 @@ def to_variables(
     for tensor in wanted:
         parts.setdefault(tensor.leaf, []).append(tensor.to_leaf(given[tensor.key]))
     leaves = [
-        arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-        for arrays in parts.values()
+        (arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)).reshape(leaf.shape)
+        for arrays, leaf in zip(parts.values(), jax.tree.leaves(like), strict=True)
     ]
     tree = jax.tree.unflatten(jax.tree.structure(like), leaves)  # in the order of `tensors_of`
     variables = Variables(

@@ -18,6 +18,8 @@ _LAYOUTS = {  # by format but "hf", and the model's family
     ("fb", "vit"): layouts.REFERENCE,
     ("timm", "cait"): layouts.CAIT,
     ("fb", "cait"): layouts.CAIT,
+    ("timm", "resmlp"): layouts.TIMM_RESMLP,
+    ("fb", "resmlp"): layouts.REFERENCE_RESMLP,
     ("timm", "regnet"): layouts.TIMM_REGNET,
     ("fb", "regnet"): layouts.TIMM_REGNET,
     ("torchvision", "regnet"): layouts.TORCHVISION,

@@ -17,6 +17,7 @@ from deit_jax.errors import InputError
 MARKS = {
     "vit": ("pos_embed", "blocks.0.attn.qkv.weight"),
     "cait": ("pos_embed", "blocks_token_only.0.attn.q.weight"),
+    "resmlp": ("norm.weight", "blocks.0.linear_tokens.weight"),
     "regnet": ("stem.conv.weight",),
 }
 

@@ -15,6 +15,7 @@ from deit_jax.errors import InputError
 from deit_jax.models.cait import Cait
 from deit_jax.models.info import BOOL, Check, ModelInfo, checked, number
 from deit_jax.models.regnet import RegNetY
+from deit_jax.models.resmlp import ResMlp
 from deit_jax.models.vit import VisionTransformer
 
 # Options that change how a model is trained or computed, but neither its weights nor what it
@@ -28,7 +29,7 @@ _TRAINING_OPTIONS = {
     "drop_path_mode": _MODE,
     "remat": BOOL,
 }
-_FAMILIES = {VisionTransformer: "vit", Cait: "cait", RegNetY: "regnet"}
+_FAMILIES = {VisionTransformer: "vit", Cait: "cait", ResMlp: "resmlp", RegNetY: "regnet"}
 # Arguments of the constructors that create_model sets itself.
 _GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
 
@@ -61,6 +62,11 @@ def _deit3(
 def _cait(dim: int, depth: int, heads: int, image_size: int, scale: float) -> _Entry:
     options = {"embed_dim": dim, "depth": depth, "num_heads": heads, "layer_scale_init": scale}
     return _Entry(Cait, options, image_size, crop_ratio=1.0)
+
+
+def _resmlp(dim: int, depth: int, scale: float, *, patch_size: int = 16) -> _Entry:
+    options = {"embed_dim": dim, "depth": depth, "patch_size": patch_size}
+    return _Entry(ResMlp, options | {"layer_scale_init": scale}, crop_ratio=0.9)
 
 
 def _regnety(w0: int, wa: float, wm: float, group_width: int, depth: int) -> _Entry:
@@ -103,6 +109,10 @@ _MODELS = {
     "cait_s36_384": _cait(384, 36, 8, 384, 1e-6),
     "cait_m36_384": _cait(768, 36, 16, 384, 1e-6),
     "cait_m48_448": _cait(768, 48, 16, 448, 1e-6),  # in bfloat16 it loses: evaluate in float32
+    "resmlp_12_224": _resmlp(384, 12, 0.1),
+    "resmlp_24_224": _resmlp(384, 24, 1e-5),
+    "resmlp_36_224": _resmlp(384, 36, 1e-6),
+    "resmlp_big_24_224": _resmlp(768, 24, 1e-6, patch_size=8),
     "regnety_002": _regnety(24, 36.44, 2.49, 8, 13),
     "regnety_004": _regnety(48, 27.89, 2.09, 8, 16),
     "regnety_006": _regnety(48, 32.54, 2.32, 16, 15),
@@ -120,6 +130,7 @@ _MODELS = {
     "deit_testing_distilled": _testing(_deit(64, 4, 2, distilled=True), patch_size=4),
     "deit3_testing": _testing(_deit3(64, 4, 2, patch_size=4)),
     "cait_testing": _testing(_cait(64, 4, 2, 32, 1e-5), patch_size=4),
+    "resmlp_testing": _testing(_resmlp(64, 4, 0.1, patch_size=4)),
     "regnety_testing": _testing(_regnety(16, 16.0, 2.0, 32, 6), stem_width=16),
 }
 
@@ -145,13 +156,13 @@ def options(info: ModelInfo) -> dict[str, Any]:
 
 
 def family(name: str) -> str:
-    """Returns what a registered model's layers are: "vit", "cait" or "regnet"."""
+    """Returns what a registered model's layers are: "vit", "cait", "resmlp" or "regnet"."""
     return _FAMILIES[_entry(name).build]
 
 
 def can_distil(name: str) -> bool:
     """Tells whether a teacher may teach a model: by a token, or, as published, its one head."""
-    return is_distilled(name) or family(name) == "cait"
+    return is_distilled(name) or family(name) in ("cait", "resmlp")
 
 
 def is_distilled(name: str) -> bool:
@@ -198,7 +209,7 @@ def create_model(
         all.
       dtype: of the matmuls, float32 or bfloat16; parameters and logits are float32.
       rngs: draws the parameters.
-      overrides: further arguments of the model's class: VisionTransformer, Cait or RegNetY.
+      overrides: further arguments of the model's class: VisionTransformer, Cait, ResMlp or RegNetY.
 
     Returns:
       The module; `model.info` is its ModelInfo.

@@ -102,10 +102,7 @@ class VisionTransformer(Layer):
         rngs: nnx.Rngs,
     ):
         image_size = size_of(image_size, patch_size)
-        if int(embed_dim * mlp_ratio) < 1:
-            raise InputError(
-                f"mlp_ratio {mlp_ratio} of embed_dim {embed_dim} leaves no hidden unit"
-            )
+        check_mlp(embed_dim, mlp_ratio)
         if embed_dim % num_heads:
             raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
 
@@ -204,6 +201,12 @@ def size_of(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, in
     if min(size) < patch_size:
         raise InputError(f"image_size {size} is smaller than one patch of {patch_size} pixels")
     return size
+
+
+def check_mlp(embed_dim: int, mlp_ratio: float) -> None:
+    """Raises InputError for an MLP without a hidden unit."""
+    if int(embed_dim * mlp_ratio) < 1:
+        raise InputError(f"mlp_ratio {mlp_ratio} of embed_dim {embed_dim} leaves no hidden unit")
 
 
 def run_blocks(blocks: nnx.List, x: jax.Array, rngs: nnx.Rngs | None, remat: bool) -> jax.Array:

@@ -9,7 +9,7 @@ _PARTS = {  # by the scope in an operation's name; the first match counts
     "augmentation": r"/augment/",
     "optimiser, EMA, guard": r"/(?:optimizer|ema|guard)/|^jit\(train_step\)/\w+$",
     "attention": r"/attn/",
-    "MLP": r"/mlp/",
+    "MLP": r"/mlp(?:_channels)?/|/linear_tokens/",
     "norms": r"/norm\d?/",
     "residual stream": r"/blocks(?:_token_only)?/\d+/(?:drop_path/|ls\d/|\w+$)",
     "embedding": r"/patch_embed/|/pos_embed",

@@ -137,7 +137,8 @@ def head(*names):
     return {f"{name}/{leaf}" for name in names for leaf in ("kernel", "bias")}
 
 
-ALL = ["deit_testing", "deit_testing_distilled", "deit3_testing", "cait_testing", "regnety_testing"]
+ALL = ["deit_testing", "deit_testing_distilled", "deit3_testing", "cait_testing"]
+ALL += ["resmlp_testing", "regnety_testing"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -241,6 +242,7 @@ DIFFERENT = [
     ("deit_testing", {"depth": 5}, "deit_testing", {}, "unexpected .*blocks/4/"),
     ("deit_testing", {}, "deit_testing", {"patch_size": 8}, "patch_embed/proj/kernel"),
     ("regnety_testing", {}, "deit_testing_distilled", {}, "missing .*blocks/0/"),
+    ("resmlp_testing", {}, "resmlp_testing", {"image_size": 48}, "of 32×32 pixels, and no others"),
     ("deit_testing", {}, "deit_testing", {"num_heads": 4}, "2 attention heads.* 4;"),
 ]
 

@@ -121,6 +121,22 @@ def test_reference_layout(tmp_path, name, images):
     load_into(reference_vit.ReferenceVit(**chosen), state)
 
 
+def test_timm_reads_the_references_resmlp(tmp_path):
+    """Its own filter renames the reference's tensors; ours go both ways."""
+    from timm.models.mlp_mixer import checkpoint_filter_fn
+
+    twin = timm_twin("resmlp_testing")
+    read = from_torch.from_tensors(numpy_state(twin), what="a file")
+    path = write_back(read, tmp_path / "a.pth", "fb")
+    state = {key: torch.from_numpy(value) for key, value in load(path).items()}
+    assert state["norm.alpha"].shape == (64,)
+    renamed = checkpoint_filter_fn(dict(state), twin)
+    assert_same_bits({k: v.numpy() for k, v in renamed.items()}, numpy_state(twin))
+    again = from_torch.from_tensors(load(path), what="a file")
+    assert (again.layout, again.info.name) == ("reference", "resmlp_testing")
+    assert_same_bits(trees.flat(again.variables), trees.flat(read.variables))
+
+
 @pytest.mark.parametrize("name", SMALL[:2])
 def test_transformers_loads_our_folder(tmp_path, name, images):
     import transformers

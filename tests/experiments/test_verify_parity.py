@@ -19,6 +19,7 @@ def pictures(sample_images):
         "deit_tiny_distilled_patch16_224",
         "deit3_tiny_patch16_224",
         "cait_xxs24_224",
+        "resmlp_12_224",
         "regnety_002",
     ],
 )

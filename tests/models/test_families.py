@@ -20,12 +20,17 @@ KINDS = {
     "cait": ("cait_testing", {}),
     # Heads of 8, one class block and neither side a multiple of the patch.
     "cait, odd": ("cait_testing", {"image_size": (19, 14), "depth_token_only": 1}),
+    "resmlp": ("resmlp_testing", {}),
+    "resmlp, odd": ("resmlp_testing", {"image_size": (19, 14)}),
 }
 
 
 def options_of(kind, **more):
     name, own = KINDS[kind]
-    return name, SMALL | own | more
+    options = SMALL | own | more
+    if "resmlp" in kind:
+        del options["num_heads"]
+    return name, options
 
 
 def pair(kind, **more):
@@ -126,7 +131,8 @@ def test_bfloat16_keeps_float32_where_it_matters(kind):
 # Which branches of a block add to the features of the token (or patch) that is looked at, and which
 # of them are never dropped.
 BRANCHES = {
-    "cait": (["attn/proj", "mlp/fc2"], ["blocks_token_only"], 1),
+    "cait": (["attn/proj/bias", "mlp/fc2/bias"], ["blocks_token_only"], 1),
+    "resmlp": (["linear_tokens/bias", "mlp_channels/fc2/bias"], [], 0),
 }
 
 
@@ -140,12 +146,17 @@ def test_every_branch_is_dropped_by_itself_at_one_rate(kind):
     flat = trees.flat(params)
     flat["norm/scale"] += 1
     number = 0
-    for leaf, value in flat.items():  # each branch adds to a channel of its own
-        if leaf.endswith("gamma"):
-            value += 1
-        elif leaf.startswith("blocks/") and leaf.endswith(tuple(f"{b}/bias" for b in branches)):
-            value[number] = 1
-            number += 1
+    for leaf in [leaf for leaf in flat if leaf.endswith("gamma")]:
+        flat[leaf] += 1
+    for leaf in flat:  # each branch adds to a channel of its own
+        if not leaf.startswith("blocks/") or not leaf.endswith(tuple(branches)):
+            continue
+        if "linear_tokens" in leaf:  # its bias is of a patch
+            flat[leaf] += 1
+            leaf = leaf.replace("linear_tokens/bias", "ls1/gamma")
+            flat[leaf] -= 1
+        flat[leaf][number] = 1
+        number += 1
     assert number == SMALL["depth"] * len(branches)
     assert all(any(leaf.startswith(prefix) for leaf in flat) for prefix in never)
 
@@ -166,19 +177,21 @@ def test_every_branch_is_dropped_by_itself_at_one_rate(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_initial_weights_are_drawn_as_in_timm(kind):
-    """Each tensor's mean and deviation; they are too few to compare much more."""
-    name, options = options_of(kind, embed_dim=192, image_size=32)
-    ours = registry.create_model(name, **options, rngs=nnx.Rngs(0))
-    got = trees.flat(nnx.to_pure_dict(nnx.state(ours, nnx.Param)))
-    oracle = timm_models.fresh(name, **options)
-    want = trees.flat(timm_models.to_tree(dict(oracle.named_parameters())))
-    assert got.keys() == want.keys()
-    for leaf, value in got.items():
-        value, other = np.asarray(value, np.float64), np.float64(want[leaf])
-        if other.std() == 0:
-            np.testing.assert_allclose(value, other, err_msg=leaf)
-            continue
-        near = 6 * other.std() / np.sqrt(other.size)
-        assert abs(value.mean() - other.mean()) < 2 * near, leaf
-        assert abs(value.std() - other.std()) < near, leaf
+def test_initial_weights(kind):
+    """Those of the reference: normal ones; a convolution as PyTorch's, and constants."""
+    name, options = options_of(kind, embed_dim=192, layer_scale_init=0.25, image_size=32)
+    model = registry.create_model(name, **options, rngs=nnx.Rngs(0))
+    for leaf, value in trees.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param))).items():
+        value, last = np.asarray(value, np.float64), leaf.split("/")[-1]
+        if "/proj/" in leaf and leaf.startswith(("patch_embed", "stem")):
+            kernel = leaf.replace("bias", "kernel")
+            fan_in = np.prod(trees.flat(nnx.to_pure_dict(nnx.state(model)))[kernel].shape[:3])
+            bound = fan_in**-0.5
+            assert np.abs(value).max() <= bound
+            assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.2), leaf
+        elif last in ("kernel", "cls_token", "pos_embed"):
+            assert value.std() == pytest.approx(0.02, rel=max(0.02, 4 / np.sqrt(2 * value.size)))
+            assert abs(value.mean()) < 5 * 0.02 / np.sqrt(value.size), leaf
+        else:
+            want = {"scale": 1.0, "bias": 0.0, "gamma": 0.25}[last]
+            np.testing.assert_array_equal(value, want, err_msg=leaf)

@@ -46,6 +46,10 @@ VITS = {
     "cait_s36_384": (68_366_632, 692),
     "cait_m36_384": (271_221_352, 692),
     "cait_m48_448": (356_460_520, 908),
+    "resmlp_12_224": (15_350_872, 174),
+    "resmlp_24_224": (30_020_680, 342),
+    "resmlp_36_224": (44_690_488, 510),
+    "resmlp_big_24_224": (129_138_280, 342),
 }
 REGNETS = {
     "regnety_002": 3_162_996,
@@ -63,7 +67,7 @@ REGNETS = {
 }
 TESTING = [
     *("cait_testing", "deit3_testing", "deit_testing", "deit_testing_distilled"),
-    "regnety_testing",
+    *("regnety_testing", "resmlp_testing"),
 ]
 
 
@@ -115,6 +119,7 @@ def test_parameter_names_are_the_contract():
     [
         ("deit_testing_distilled", {"depth": 1}),
         ("cait_testing", {"depth": 1}),
+        ("resmlp_testing", {"depth": 1}),
         ("regnety_testing", {"depth": 2, "wa": 0.0}),
     ],
 )
@@ -151,6 +156,7 @@ def test_info_defaults_and_json():
         ("deit_base_patch16_384", 384, 0.875),
         ("deit3_base_patch16_224", 224, 1.0),
         ("cait_m48_448", 448, 1.0),
+        ("resmlp_36_224", 224, 0.9),
         ("regnety_160", 224, 0.875),
         ("deit_testing", 32, None),
     ):
@@ -186,6 +192,8 @@ def test_deit3_and_deit_drop_paths_differ():
         ("deit_testing", {"dtype": "float16"}, "expected float32 or bfloat16"),
         ("deit_testing", {"image_size": 3}, "smaller than one patch"),
         ("deit_testing", {"num_heads": 5}, "embed_dim 64 is not divisible by num_heads 5"),
+        ("resmlp_testing", {"attention": "xla"}, 'no option "attention"'),
+        ("resmlp_testing", {"mlp_ratio": 1e-3}, "leaves no hidden unit"),
         ("deit_testing", {"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
         ("deit_testing", {"drop_path_mode": "cosine"}, "drop_path_mode is 'cosine'"),
     ],
@@ -196,7 +204,9 @@ def test_bad_arguments_are_named(name, arguments, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["deit_testing", "cait_testing", "regnety_testing"])
+@pytest.mark.parametrize(
+    "name", ["deit_testing", "cait_testing", "resmlp_testing", "regnety_testing"]
+)
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [

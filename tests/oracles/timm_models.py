@@ -1,5 +1,6 @@
 """timm models as oracles: small, with weights of full effect, and these weights by our names."""
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ import_torchvision()
 
 from timm.models.cait import Cait  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock  # noqa: E402
 from timm.models.regnet import RegNet, RegNetCfg  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
@@ -50,6 +52,13 @@ def fresh_cait(**options) -> torch.nn.Module:
     return Cait(**_renamed(options))
 
 
+def fresh_resmlp(*, depth: int, layer_scale_init: float, **options) -> torch.nn.Module:
+    """Builds timm's twin of our ResMlp(**options) as timm initialises it."""
+    block = functools.partial(ResBlock, init_values=layer_scale_init)
+    options = {"mlp_ratio": 4.0} | _renamed(options)
+    return MlpMixer(num_blocks=depth, block_layer=block, norm_layer=Affine, **options)
+
+
 def _renamed(options: dict) -> dict:
     renamed = {"image_size": "img_size", "layer_scale_init": "init_values"}
     return {renamed.get(key, key): value for key, value in options.items()}
@@ -68,7 +77,7 @@ def fresh_regnety(
     return RegNet(cfg, num_classes=num_classes, drop_path_rate=drop_path_rate)
 
 
-FRESH = {"vit": fresh_vit, "cait": fresh_cait, "regnet": fresh_regnety}
+FRESH = {"vit": fresh_vit, "cait": fresh_cait, "resmlp": fresh_resmlp, "regnet": fresh_regnety}
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -84,8 +93,8 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("running_var"):
                 noise = 0.5 + noise.abs()
-            elif tensor.ndim == 1:
-                centre = 0.0 if name.endswith(("bias", "mean")) else 1.0
+            elif tensor.ndim == 1 or name.endswith(("alpha", "beta")):
+                centre = 0.0 if name.endswith(("bias", "mean", "beta")) else 1.0
                 noise = centre + 0.3 * noise
             elif "token" not in name and "pos_embed" not in name:
                 noise = noise / tensor[0].numel() ** 0.5
@@ -97,7 +106,7 @@ def to_tree(tensors: dict[str, torch.Tensor]) -> dict:
     """Renames and transposes tensors with timm's names into our nested dict of NumPy arrays."""
     tree = {}
     for name, tensor in tensors.items():
-        name = re.sub(r"\bgamma_([12])$", r"ls\1.gamma", name)
+        name = re.sub(r"\b(?:gamma_|ls)([12])$", r"ls\1.gamma", name)
         *path, leaf = name.split(".")
         if leaf == "num_batches_tracked":
             continue
@@ -107,6 +116,8 @@ def to_tree(tensors: dict[str, torch.Tensor]) -> dict:
             if "se" in path:
                 array = array[:, :, 0, 0]
             array = array.transpose((2, 3, 1, 0)) if array.ndim == 4 else array.T
+        if leaf in ("alpha", "beta"):
+            leaf, array = {"alpha": "scale", "beta": "bias"}[leaf], array.reshape(-1)
         leaf = {"running_mean": "mean", "running_var": "var"}.get(leaf, leaf)
         node = tree
         for key in path:
