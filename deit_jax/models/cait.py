@@ -25,8 +25,12 @@ def _mixed(num_heads: int, qkv: jax.Array, before: Mix) -> jax.Array:
 
 
 def _mix(x: jax.Array, layer: Mix, dtype: DTypeLike) -> jax.Array:
+    """Computes a linear layer over the heads of x [B, H, N, N], float32."""
     kernel, bias = layer
-    return product("bhqk,hg->bgqk", x.astype(dtype), kernel) + bias[None, :, None, None]
+    # A product for each image, of three axes: XLA's CPU backend has no others in bfloat16.
+    kernels = jnp.broadcast_to(kernel, (x.shape[0], *kernel.shape))
+    flat = x.astype(dtype).reshape(*x.shape[:2], -1)
+    return product("bhn,bhg->bgn", flat, kernels).reshape(x.shape) + bias[None, :, None, None]
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)

@@ -13,7 +13,6 @@ from deit_jax.models.layers import (
     Mlp,
     PatchEmbed,
     channels,
-    product,
 )
 from deit_jax.models.vit import check_images, check_mlp, run_blocks, size_of
 
@@ -35,8 +34,7 @@ class TokenLinear(Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, N, D] to [B, N, D]."""
-        y = product("bnd,nm->bmd", x.astype(self.dtype), self.kernel[...])
-        return (y + self.bias[...][None, :, None]).astype(self.out_dtype)
+        return super().__call__(x.transpose(0, 2, 1)).transpose(0, 2, 1)
 
 
 class ResMlpBlock(Layer):
