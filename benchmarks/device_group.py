@@ -54,7 +54,8 @@ def _start(group: Group, budget: Budget, place: Place, running: Running) -> list
     def start(entries: list[Entry]) -> list[Row]:
         rows = []
         for entry in entries:
-            reason = budget.refusal(entry.kind, turns_s)
+            kind = budget.kind(group.work, entry)
+            reason = budget.refusal(kind, turns_s)
             if reason:
                 rows.append({"program": entry.name, "skipped": reason})
                 continue
@@ -65,7 +66,8 @@ def _start(group: Group, budget: Budget, place: Place, running: Running) -> list
             except Exception as error:
                 rows.append({"program": entry.name, "error": _reason(error)})
                 continue
-            budget.took(entry.kind, runner.facts["first_s"])
+            budget.took(kind, runner.facts["first_s"])
+            budget.compiled(group.work, entry)
             running[entry.name] = runner
         return rows
 

@@ -165,7 +165,11 @@ def test_rows_of_steps(monkeypatch):
     monkeypatch.setattr(Budget, "refusal", refusal)
     group = next(one for one in groups(8) if one.name == "base plain")
     place = device_group.Place("gpu", "", rounds=2, turn_s=8.0)
-    rows = list(device_group.measure(group, Budget(600), place))
+    budget = Budget(600)
+    rows = list(device_group.measure(group, budget, place))
+    assert [budget.kind(group.work, entry) for entry in group.entries] == [
+        *("ours again", "ours", "torch eager", "torch compile")
+    ]
     by_name = {row["program"]: row for row in rows}
     assert by_name["ours, attention in cuDNN"]["error"] == "XlaRuntimeError: no plans"
     assert by_name["torch compile"]["skipped"] == "no time"
