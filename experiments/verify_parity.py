@@ -3,8 +3,8 @@
 python -m experiments.verify_parity --write docs/parity.md
 python -m experiments.verify_parity deit_tiny_patch16_224 regnety_002
 
-For every name: timm's module (deit3_tiny, which timm lacks: an independent module of ours) with
-random weights, every tensor large enough to matter; its state dict goes through the converter.
+For every name: timm's module (deit3_tiny and ViT-5, which timm lacks: independent modules of ours)
+with random weights, every tensor large enough to matter; its state dict goes through the converter.
 Four random and four real images (--images, a folder of JPEGs) go through both. Needs the extra
 `test` (torch, timm). Exits with 1 if a difference exceeds its limit.
 """
@@ -63,6 +63,8 @@ def torch_module(name: str) -> torch.nn.Module:
         return timm_models.randomise(timm.create_model(name), seed=0)
     options = registry.model_options(name)
     options.pop("drop_path_mode")
+    if options.get("rope") == "vit5":
+        return timm_models.randomise(timm_models.fresh(name, num_classes=1000), seed=0)
     return timm_models.randomise(reference_vit.ReferenceVit(**options), seed=0)
 
 
@@ -76,7 +78,7 @@ def compare(name: str, pictures: list[Path], *, num_random: int = 4) -> Row:
     """
     oracle = torch_module(name)
     state = {key: tensor.numpy() for key, tensor in oracle.state_dict().items()}
-    converted = from_torch.from_tensors(state, what=name)
+    converted = from_torch.from_tensors(state, what=name, model=name)
     info = converted.info
     if info.name != name:
         raise InputError(f"the weights of {name} were taken for {info.name}")

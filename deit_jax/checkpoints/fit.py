@@ -123,8 +123,8 @@ def fit(
         new = {name: why for name in ("head", "head_dist") if name in want and name in old}
     new |= {name: plain for name in _DISTILLATION if name in want and name not in old}
     dropped = [name for name in _DISTILLATION if name in old and name not in want]
+    _check_unseen(info, target)
     if "pos_embed" in want:
-        _check_num_heads(info, target)
         have, wanted = _rows(old, info), _rows(want, target)
         if (have.prefix == 0) != (wanted.prefix == 0):
             whose = ["all tokens" if each.prefix else "patches only" for each in (have, wanted)]
@@ -190,16 +190,18 @@ def _check_body(variables: Variables, like: Variables, what: str) -> None:
     )
 
 
-def _check_num_heads(info: ModelInfo, target: ModelInfo) -> None:
-    """Compares the attention heads: no shape tells their number, on which the weights depend."""
-    counts = [
-        dict(model.overrides).get("num_heads", registry.model_options(model.name)["num_heads"])
-        for model in (info, target)
-    ]
-    if counts[0] != counts[1]:
+def _check_unseen(info: ModelInfo, target: ModelInfo) -> None:
+    """Compares what no shape tells but the weights depend on: heads and rotary positions."""
+    have, want = registry.options(info), registry.options(target)
+    if have.get("num_heads") != want.get("num_heads"):
         raise InputError(
-            f"weights of {info.name} have {counts[0]} attention heads, but {target.name} has "
-            f"{counts[1]}; set its num_heads to {counts[0]}"
+            f"weights of {info.name} have {have['num_heads']} attention heads, but {target.name} "
+            f"has {want['num_heads']}; set its num_heads to {have['num_heads']}"
+        )
+    if have.get("rope") != want.get("rope"):
+        raise InputError(
+            f'weights of {info.name} are made for rope "{have["rope"]}", but {target.name} has '
+            f'rope "{want["rope"]}"; choose a target with the same'
         )
 
 

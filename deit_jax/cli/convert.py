@@ -83,6 +83,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         weights=arguments.weights,
         allow_nonfinite=arguments.allow_nonfinite,
         asked=asked,
+        model=arguments.model,
     )
     log(f"{arguments.src}: {converted.info.name}, {converted.layout} names")
     converted = from_torch.adapt(

@@ -17,6 +17,11 @@ Tensors = Mapping[str, np.ndarray]
 # A tensor of the first block of which each block has one.
 _FIRST = {"resmlp": "blocks.0.linear_tokens.weight", "regnet": "s1.b1.conv1.conv.weight"}
 
+_PLAIN = {  # what a family without these options is
+    **{"distilled": False, "pos_embed": True, "rope": "none", "num_registers": 0, "norm": "layer"},
+    **{"qk_norm": False, "qkv_bias": True},
+}
+
 
 def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
     """Returns the layout in whose names the tensors are.
@@ -26,24 +31,33 @@ def layout_of(tensors: Tensors, what: str) -> layouts.Layout:
     """
     for layout in layouts.ALL:
         marks = [layout.key(mark) for mark in wrappers.MARKS[layout.family]]
-        if layout is layouts.REFERENCE:  # as timm's but for LayerScale
+        if layout in (layouts.REFERENCE, layouts.TIMM_ROPE):  # as timm's but for LayerScale
             marks.append("blocks.0.gamma_1")
+        if layout is layouts.TIMM_ROPE:  # without frequencies it is as the reference
+            marks.append("rope.freqs")
         if all(mark in tensors for mark in marks):
             return layout
     some = ", ".join(list(tensors)[:4]) or "nothing"
     raise InputError(
-        f"{what}: not recognised as DeiT, DeiT III, CaiT, ResMLP or RegNetY in the names of the "
-        f"reference, timm, Hugging Face or torchvision; {len(tensors)} tensors, such as {some}"
+        f"{what}: not recognised as DeiT, DeiT III, RoPE-ViT, ViT-5, CaiT, ResMLP or RegNetY in "
+        "the names of the reference, timm, Hugging Face or torchvision; "
+        f"{len(tensors)} tensors, such as {some}"
     )
 
 
-def identify(tensors: Tensors, layout: layouts.Layout, *, what: str) -> ModelInfo:
+def identify(
+    tensors: Tensors, layout: layouts.Layout, *, what: str, model: str | None = None
+) -> ModelInfo:
     """Describes the registered model of the tensors' structure; of several, the nearest in size.
+
+    No tensor tells DeiT III from RoPE-ViT (axial) with learned positions besides: it is DeiT III
+    unless `model` has the rotation.
 
     Args:
       tensors: of a file in `layout`.
       layout: as `layout_of` found it.
       what: names the file in errors.
+      model: a registered name that the source or the user gives.
 
     Raises:
       InputError: no registered model has this structure; says what was found.
@@ -52,7 +66,7 @@ def identify(tensors: Tensors, layout: layouts.Layout, *, what: str) -> ModelInf
         return _identify_regnet(tensors, layout, what)
     if layout.family == "resmlp":
         return _identify_resmlp(tensors, layout, what)
-    return _identify_vit(tensors, layout, what)
+    return _identify_vit(tensors, layout, what, model)
 
 
 def _shape(tensors: Tensors, key: str, ndim: int, what: str) -> tuple[int, ...]:
@@ -76,40 +90,91 @@ def depth_of(tensors: Tensors, layout: layouts.Layout) -> int:
     return sum(key.endswith(f".{last}") for key in tensors)
 
 
-def _identify_vit(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:
+def ambiguous(info: ModelInfo, layout: layouts.Layout, model: str | None) -> list[str]:
+    """Returns a note where tensors as those of `info` may be of another model, else nothing."""
+    if model is not None or layout is not layouts.REFERENCE:
+        return []
+    own = _options(info.name)
+    alike = {**own, "rope": "axial"}
+    visible = ("embed_dim", "depth", "rope", "pos_embed", "layer_scale", "distilled")
+    others = [
+        name
+        for name in registry.list_models()
+        if all(_options(name).get(key, "none here") == alike[key] for key in visible)
+    ]
+    if own["rope"] != "none" or not others:
+        return []
+    other = f"if it is {others[0]}, whose tensors look the same, say so by --model"
+    return [f"taken to be {info.name}; {other}"]
+
+
+def _identify_vit(
+    tensors: Tensors, layout: layouts.Layout, what: str, model: str | None
+) -> ModelInfo:
+    def holds(timm_key: str) -> bool:
+        return layout.key(timm_key) in tensors
+
     classes = _shape(tensors, layout.key("head.weight"), 2, what)[0]
     patch = _shape(tensors, layout.key("patch_embed.proj.weight"), 4, what)[2]
-    _, positions, dim = _shape(tensors, layout.key("pos_embed"), 3, what)
     traits = {
-        "embed_dim": dim,
+        "embed_dim": _shape(tensors, layout.key("cls_token"), 3, what)[2],
         "depth": depth_of(tensors, layout),
-        "distilled": layout.key("dist_token") in tensors,
-        "layer_scale": layout.key("blocks.0.ls1.gamma") in tensors,
+        "distilled": holds("dist_token"),
+        "layer_scale": holds("blocks.0.ls1.gamma"),
+        "pos_embed": holds("pos_embed"),
+        "learned_rope": holds("rope.freqs"),
+        "num_registers": _shape(tensors, "reg_token", 3, what)[1] if holds("reg_token") else 0,
+        "norm": "layer" if holds("blocks.0.norm1.bias") else "rms",
+        "qk_norm": holds("blocks.0.attn.q_norm.weight"),
+        "qkv_bias": holds("blocks.0.attn.qkv.bias"),
     }
     # DeiT III, which has LayerScale, gives its prefix tokens no position.
     prefix = 0 if traits["layer_scale"] else 1 + traits["distilled"]
+    size = _side(tensors, layout, prefix, what) * patch
+    preferred = _options(model).get("rope") if model else "none"
+    candidates = []
+    for name in registry.list_models():
+        options = _options(name)
+        if registry.family(name) != layout.family:
+            continue
+        if all(options.get(key) == value for key, value in traits.items()):
+            distance = abs(options["image_size"] - (size or options["image_size"]))
+            unlike = options["rope"] != preferred, options["patch_size"] != patch
+            candidates.append((*unlike, distance, name))
+    if not candidates:
+        found = ", ".join(f"{key} {value}" for key, value in traits.items())
+        raise InputError(f"{what}: no registered model has {found}")
+    _, other_patch, _, name = min(candidates)
+    return registry.model_info(
+        name,
+        num_classes=classes,
+        **({"image_size": size} if size else {}),
+        overrides=(("patch_size", patch),) if other_patch else (),
+    )
+
+
+def _options(name: str) -> dict[str, Any]:
+    options = _PLAIN | registry.options(registry.model_info(name))
+    options["layer_scale"] = options.get("layer_scale_init") is not None
+    options["learned_rope"] = options.get("rope") == "mixed"
+    return options
+
+
+def _side(tensors: Tensors, layout: layouts.Layout, prefix: int, what: str) -> int:
+    """Returns the number of patches along a side, 0 where no tensor tells."""
+    if (key := layout.key("pos_embed")) in tensors:
+        positions = _shape(tensors, key, 3, what)[1]
+    elif "freqs_t_x" in tensors:  # a buffer of the reference (`buffers`)
+        positions, prefix = _shape(tensors, "freqs_t_x", 1, what)[0], 0
+    else:
+        return 0
     side = math.isqrt(max(positions - prefix, 0))
     if side == 0 or side * side + prefix != positions:
         raise InputError(
             f"{what}: {positions} position embeddings, {prefix} of them for prefix tokens, make no "
             "square grid; only square images are supported"
         )
-    size = side * patch
-    candidates = []
-    for name in registry.list_models():
-        if registry.family(name) != layout.family:
-            continue
-        options = {"patch_size": 16, "distilled": False} | registry.model_options(name)
-        options["layer_scale"] = options.get("layer_scale_init") is not None
-        if all(options.get(key) == value for key, value in traits.items()):
-            distance = options["patch_size"] != patch, abs(options["image_size"] - size)
-            candidates.append((*distance, name))
-    if not candidates:
-        found = ", ".join(f"{key} {value}" for key, value in traits.items())
-        raise InputError(f"{what}: no registered model has {found}")
-    other_patch, _, name = min(candidates)
-    overrides = (("patch_size", patch),) if other_patch else ()
-    return registry.model_info(name, num_classes=classes, image_size=size, overrides=overrides)
+    return side
 
 
 def _identify_resmlp(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:

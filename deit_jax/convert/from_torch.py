@@ -12,7 +12,7 @@ from flax import nnx
 
 from deit_jax.checkpoints import model_folder
 from deit_jax.checkpoints.fit import fit
-from deit_jax.convert import detect, huggingface, mapping, preprocessing, torch_files
+from deit_jax.convert import buffers, detect, huggingface, mapping, preprocessing, torch_files
 from deit_jax.errors import InputError, brief
 from deit_jax.models import imagenet, registry
 from deit_jax.models.info import ModelInfo
@@ -47,6 +47,7 @@ def read(
     weights: str = "raw",
     allow_nonfinite: bool = False,
     asked: Mapping[str, Any] | None = None,
+    model: str | None = None,
 ) -> Converted:
     """Reads a `.pth`, a `.safetensors`, or a folder of transformers or timm.
 
@@ -58,6 +59,7 @@ def read(
       weights: "raw" or, of a training checkpoint, "ema".
       allow_nonfinite: takes NaN and infinity as they are.
       asked: how images are prepared (`preprocessing.FIELDS`), whatever the file says or not.
+      model: a registered name; it decides where the tensors fit several models.
 
     Raises:
       InputError: see `torch_files.read`, `huggingface.read_description` and `from_tensors`.
@@ -80,6 +82,7 @@ def read(
         notes=notes,
         allow_nonfinite=allow_nonfinite,
         asked=asked,
+        model=model,
     )
 
 
@@ -91,6 +94,7 @@ def from_tensors(
     notes: Iterable[str] = (),
     allow_nonfinite: bool = False,
     asked: Mapping[str, Any] | None = None,
+    model: str | None = None,
 ) -> Converted:
     """Turns a state dict into a model.
 
@@ -101,6 +105,7 @@ def from_tensors(
       notes: to be passed on.
       allow_nonfinite: takes NaN and infinity as they are.
       asked: as in `read`.
+      model: as in `read`.
 
     Raises:
       InputError: unknown names or structure, a tensor too many, too few or of another shape, a
@@ -109,8 +114,11 @@ def from_tensors(
     described, notes = dict(described or {}), list(notes)
     known: ModelInfo | None = described.pop("info", None)
     num_heads = described.pop("num_heads", None)
+    model = described.pop("model", None) or model
     layout = detect.layout_of(tensors, what)
-    info = known or detect.identify(tensors, layout, what=what)
+    info = known or detect.identify(tensors, layout, what=what, model=model)
+    if known is None:
+        notes += detect.ambiguous(info, layout, model)
     try:
         depth, found = registry.options(info)["depth"], detect.depth_of(tensors, layout)
         if depth != found:  # before hundreds of blocks are built in vain
@@ -125,6 +133,8 @@ def from_tensors(
         raise InputError(
             f"{what}: config.json says {num_heads} attention heads, but {info.name} has {ours}"
         )
+    tensors, more = buffers.taken(tensors, buffers.of(info, layout), what)
+    notes += more
     variables, counts = mapping.to_variables(tensors, like, layout, what=what)
     notes += mapping.check_finite(tensors, what, allow=allow_nonfinite)
     if known is None:

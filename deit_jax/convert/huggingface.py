@@ -80,6 +80,8 @@ def _timm_description(config: dict[str, Any]) -> dict[str, Any]:
     said = dict(config.get("pretrained_cfg", config))
     said |= {"crop_ratio": said.get("crop_pct"), "class_names": config.get("label_names")}
     kinds = {"mean": _three, "std": _three, "crop_ratio": float, "interpolation": str}
+    kinds["model"] = lambda name: name if name in registry.list_models() else None
+    said["model"] = config["architecture"]
     kinds["class_names"] = lambda names: tuple(map(str, names))
     return {name: kind(said[name]) for name, kind in kinds.items() if said.get(name) is not None}
 
@@ -152,9 +154,12 @@ def _side(size: Any) -> int | None:
     return int(size) if size else None
 
 
-def _options(info: ModelInfo) -> dict[str, Any]:
-    defaults = {"distilled": False, "patch_size": 16, "mlp_ratio": 4.0}
-    return defaults | registry.model_options(info.name) | dict(info.overrides)
+# What transformers' ViT and DeiT are; they have no such options.
+_FIXED = {
+    **{"layer_scale_init": None, "no_embed_class": False, "pos_embed": True, "rope": "none"},
+    **{"num_registers": 0, "norm": "layer", "qk_norm": False, "qkv_bias": True},
+    "linear_bias": True,
+}
 
 
 def layout(info: ModelInfo) -> layouts.Layout:
@@ -163,12 +168,11 @@ def layout(info: ModelInfo) -> layouts.Layout:
     Raises:
       InputError: transformers has no such model (DeiT III, RegNetY).
     """
-    _, options = info.side, _options(info)
-    unknown = options.get("layer_scale_init") is not None or options.get("no_embed_class", False)
-    if "embed_dim" not in options or unknown:
+    _, options = info.side, registry.options(info)
+    if any(options.get(option, "none here") != value for option, value in _FIXED.items()):
         raise InputError(
             f"{info.name}: transformers has ViT and DeiT without LayerScale and with positions for "
-            "all tokens; use --format timm"
+            "all tokens; use --format timm or fb"
         )
     return layouts.HF_DEIT if options["distilled"] else layouts.HF_VIT
 
@@ -218,7 +222,7 @@ def write_folder(folder: storage.Path, tensors: dict[str, np.ndarray], info: Mod
 
 
 def _config(info: ModelInfo) -> dict[str, Any]:
-    options = _options(info)
+    options = registry.options(info)
     distilled = options["distilled"]
     kind = "DeiTForImageClassificationWithTeacher" if distilled else "ViTForImageClassification"
     names = info.class_names or tuple(f"LABEL_{i}" for i in range(info.num_classes))

@@ -100,15 +100,18 @@ def _torchvision(key: str) -> tuple[str, ...]:
     return (re.sub(r"-(\d+)\.", lambda block: f"-{int(block[1]) - 1}.", key, count=1),)
 
 
+def _gamma(key: str) -> str:
+    return re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key)
+
+
 def _transformers(name: str, **options: object) -> Layout:
     return Layout(f"Hugging Face {name}", "vit", functools.partial(_hugging_face, **options))
 
 
 TIMM_VIT = Layout("timm", "vit")
-REFERENCE = Layout(
-    "reference", "vit", lambda key: (re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key),)
-)
-CAIT = Layout("timm", "cait", REFERENCE.rename)  # also the reference's
+REFERENCE = Layout("reference", "vit", lambda key: (_gamma(key).removeprefix("rope."),))
+TIMM_ROPE = Layout("timm", "vit", lambda key: (_gamma(key),))  # RoPE-ViT is of timm's `eva.py`
+CAIT = Layout("timm", "cait", TIMM_ROPE.rename)  # also the reference's
 HF_VIT = _transformers("ViT", module="vit")
 HF_DEIT = _transformers("DeiT", module="deit")
 TIMM_RESMLP = Layout(
@@ -119,6 +122,7 @@ TIMM_REGNET = Layout("timm", "regnet")
 TORCHVISION = Layout("torchvision", "regnet", _torchvision)
 ALL = (  # in the order in which `detect` tries them
     CAIT,
+    TIMM_ROPE,
     REFERENCE,
     TIMM_VIT,
     HF_VIT,

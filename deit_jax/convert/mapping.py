@@ -73,6 +73,8 @@ def _tensors_of_leaf(leaf: str, shape: tuple[int, ...], layout: Layout) -> list[
         shape = (shape[0] // len(keys), *shape[1:])
     elif layout.rows and keys[0].endswith(layout.rows):
         shape = (1, 1, *shape)
+    elif keys == ("freqs",):  # the reference has the frequencies of all heads in one axis
+        shape = (*shape[:2], shape[2] * shape[3])
     return [Tensor(key, shape, leaf, kind, (i, len(keys))) for i, key in enumerate(keys)]
 
 

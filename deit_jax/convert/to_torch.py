@@ -6,7 +6,7 @@ import numpy as np
 
 from deit_jax import storage
 from deit_jax.checkpoints import model_folder
-from deit_jax.convert import huggingface, layouts, mapping, torch_files
+from deit_jax.convert import buffers, huggingface, layouts, mapping, torch_files
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.info import ModelInfo
@@ -34,6 +34,13 @@ def layout(info: ModelInfo, form: str) -> layouts.Layout:
     """
     if form == "hf":
         return huggingface.layout(info)
+    options = registry.options(info)
+    if form == "timm" and (kind := options.get("rope", "none")) != "none":
+        if kind == "vit5" or options["num_registers"] or options["norm"] != "layer":
+            raise InputError(
+                f"{info.name}: timm has RoPE-ViT without registers, and no ViT-5; use --format fb"
+            )
+        return layouts.TIMM_ROPE
     key = form, registry.family(info.name)
     if key not in _LAYOUTS:
         raise InputError(
@@ -45,9 +52,10 @@ def layout(info: ModelInfo, form: str) -> layouts.Layout:
 
 def tensors(variables: Variables, info: ModelInfo, form: str) -> dict[str, np.ndarray]:
     """Returns the state dict of a model in the names of `form`, one of FORMATS."""
-    return mapping.from_variables(
-        variables, layout(info, form), num_batches_tracked=info.num_batches_tracked
-    )
+    names = layout(info, form)
+    counts = info.num_batches_tracked
+    weights = mapping.from_variables(variables, names, num_batches_tracked=counts)
+    return weights | buffers.of(info, names)
 
 
 def write(

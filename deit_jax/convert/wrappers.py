@@ -15,8 +15,8 @@ from deit_jax.errors import InputError
 
 # timm's keys that only one layout of a family can have as its own.
 MARKS = {
-    "vit": ("pos_embed", "blocks.0.attn.qkv.weight"),
-    "cait": ("pos_embed", "blocks_token_only.0.attn.q.weight"),
+    "vit": ("cls_token", "blocks.0.attn.qkv.weight"),
+    "cait": ("cls_token", "blocks_token_only.0.attn.q.weight"),
     "resmlp": ("norm.weight", "blocks.0.linear_tokens.weight"),
     "regnet": ("stem.conv.weight",),
 }

@@ -10,6 +10,8 @@ from jax.typing import DTypeLike
 from deit_jax.errors import InputError
 from deit_jax.models import attention_tpu
 from deit_jax.models.layers import Dropout, Layer, Linear, channels, product
+from deit_jax.models.norms import NORMS
+from deit_jax.models.rope import Rotation, rotate
 from deit_jax.parallel import devices
 
 
@@ -168,7 +170,11 @@ attend_in_vmem.defvjp(_kernel_forward, _kernel_backward)
 
 
 class Attention(Layer):
-    """Multi-head self-attention; the fused projection's 3D outputs are [q|k|v] × [head] × [hd]."""
+    """Multi-head self-attention; the fused projection's 3D outputs are [q|k|v] × [head] × [hd].
+
+    `qk_norm` names the norm ("layer" or "rms") of each query and key over its hd channels, one
+    scale for all heads; None for none. A rotation (`rope`) comes after it.
+    """
 
     def __init__(
         self,
@@ -177,36 +183,72 @@ class Attention(Layer):
         *,
         drop_rate: float,
         implementation: str,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: str | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.implementation = implementation
-        self.qkv = Linear(dim, 3 * dim, dtype=dtype, out_dtype=dtype, rngs=rngs)
-        self.proj = Linear(dim, dim, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        linear = {"dtype": dtype, "rngs": rngs}
+        self.qkv = Linear(dim, 3 * dim, out_dtype=dtype, use_bias=qkv_bias, **linear)
+        self.qk_norm = qk_norm is not None
+        if self.qk_norm:
+            self.q_norm = NORMS[qk_norm](self.head_dim, dtype=jnp.float32)
+            self.k_norm = NORMS[qk_norm](self.head_dim, dtype=jnp.float32)
+        self.proj = Linear(dim, dim, out_dtype=jnp.float32, use_bias=proj_bias, **linear)
         self.drop = Dropout(drop_rate)
 
-    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rngs: nnx.Rngs | None = None, rotation: Rotation | None = None
+    ) -> jax.Array:
         """Maps [B, N, D] to float32 [B, N, D]."""
         chosen = choose(self.implementation, x.shape[1], self.num_heads, self.head_dim, x.dtype)
-        out = self._in_vmem(x) if chosen == "pallas" else self._in_xla(x)
+        out = self._in_vmem(x, rotation) if chosen == "pallas" else self._in_xla(x, rotation)
         return self.drop(out, rngs)
 
-    def _in_xla(self, x: jax.Array) -> jax.Array:
-        return self.proj(attend(self.num_heads, self.qkv(x)))
+    def _in_xla(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
+        return self.proj(attend(self.num_heads, self._qkv(x, rotation)))
 
-    def _in_vmem(self, x: jax.Array) -> jax.Array:
+    def _in_vmem(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
         absent = attention_tpu.padded(self.num_heads, self.head_dim) - x.shape[-1]
-        projected = product("bni,io->bno", x, _pad_parts(self.qkv.kernel[...], absent))
-        bias = _pad_parts(self.qkv.bias[...], absent)
+        if self.qk_norm or rotation is not None or self.qkv.bias is None:
+            # The kernels add the bias; here it has been added, or there is none.
+            projected = _pad_parts(self._qkv(x, rotation), absent).astype(jnp.float32)
+            bias = jnp.zeros(projected.shape[-1:], jnp.float32)
+        else:
+            projected = product("bni,io->bno", x, _pad_parts(self.qkv.kernel[...], absent))
+            bias = _pad_parts(self.qkv.bias[...], absent)
         interpret = devices.platform() != "tpu"
         kernels = functools.partial(attend_in_vmem, self.num_heads, self.head_dim, interpret)
         out = devices.on_each(kernels, projected, bias)
         out = product("bni,io->bno", out, jnp.pad(self.proj.kernel[...], ((0, absent), (0, 0))))
-        return out + channels(self.proj.bias[...], out)
+        return out if self.proj.bias is None else out + channels(self.proj.bias[...], out)
 
-    def largest_logit(self, x: jax.Array) -> jax.Array:
+    def _qkv(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
+        """Returns the projection [B, N, 3D], queries and keys normalised and rotated."""
+        qkv = self.qkv(x)
+        if not self.qk_norm and rotation is None:
+            return qkv
+
+        # Its intermediates in float32 are wider than qkv: the backward pass computes them again.
+        @jax.checkpoint
+        def prepared(qkv: jax.Array, rotation: Rotation | None) -> jax.Array:
+            q, k, v = jnp.split(qkv, 3, axis=-1)
+            heads = (*q.shape[:2], self.num_heads, self.head_dim)
+            q, k = (part.reshape(heads).astype(jnp.float32) for part in (q, k))
+            if self.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            if rotation is not None:
+                q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = (part.astype(qkv.dtype).reshape(v.shape) for part in (q, k))
+            return jnp.concatenate([q, k, v], axis=-1)
+
+        return prepared(qkv, rotation)
+
+    def largest_logit(self, x: jax.Array, rotation: Rotation | None = None) -> jax.Array:
         """Returns the largest attention logit by magnitude, float32 []."""
-        q, k, _ = _heads(self.qkv(x), self.num_heads, 3)
+        q, k, _ = _heads(self._qkv(x, rotation), self.num_heads, 3)
         return jnp.abs(_scores(q, k)).max()

@@ -142,6 +142,12 @@ def number(passes: Callable[[float], bool], expected: str) -> Check:
     return Check(check, expected)
 
 
+def one_of(*values: str) -> Check:
+    """Returns a check of a text that is one of these."""
+    *some, last = (f'"{value}"' for value in values)
+    return Check(lambda value: value in values, f"{', '.join(some)} or {last}")
+
+
 def _or_none(check: Check) -> Check:
     return Check(lambda value: value is None or check.passes(value), f"{check.expected}, or None")
 
@@ -179,7 +185,11 @@ _OPTIONS: dict[str, Check] = {
     **dict.fromkeys(("patch_size", "embed_dim", "w0", "group_width", "stem_width"), _integer(8192)),
     **dict.fromkeys(("depth", "depth_token_only", "num_heads"), _integer(256)),
     **dict.fromkeys(("mlp_ratio", "se_ratio"), _POSITIVE),
-    **dict.fromkeys(("distilled", "no_embed_class"), BOOL),
+    **dict.fromkeys(("distilled", "no_embed_class", "pos_embed"), BOOL),
+    **dict.fromkeys(("qk_norm", "qkv_bias", "linear_bias"), BOOL),
+    "num_registers": _integer(256, least=0),
+    "norm": one_of("layer", "rms"),
+    "rope": one_of("none", "axial", "mixed", "vit5"),
     "wa": number(lambda value: value >= 0, "a finite number of at least 0"),
     "wm": number(lambda value: value > 1, "a finite number above 1"),
     "layer_scale_init": _or_none(_ANY),

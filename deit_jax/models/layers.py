@@ -173,7 +173,7 @@ class Linear(Layer):
     """Dense layer [B, N, I] → [B, N, O] or [B, I] → [B, O] with weights from N(0, 0.02²).
 
     `out_dtype` is the type of the output: `dtype` between two products, float32 where the result
-    joins the residual stream or is a logit.
+    joins the residual stream or is a logit. Without `use_bias`, `bias` is None.
     """
 
     def __init__(
@@ -184,10 +184,11 @@ class Linear(Layer):
         dtype: DTypeLike,
         out_dtype: DTypeLike,
         std: float = 0.02,
+        use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
         self.kernel = normal_param(rngs, (in_features, out_features), std)
-        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
         self.dtype = jnp.dtype(dtype)
         self.out_dtype = jnp.dtype(out_dtype)
 
@@ -195,7 +196,9 @@ class Linear(Layer):
         """Applies the layer to the last axis of x."""
         batch = "bn"[: x.ndim - 1]
         y = product(f"{batch}i,io->{batch}o", x.astype(self.dtype), self.kernel[...])
-        return (y + channels(self.bias[...], y)).astype(self.out_dtype)
+        if self.bias is not None:
+            y = y + channels(self.bias[...], y)
+        return y.astype(self.out_dtype)
 
 
 class _PatchProjection(nnx.Module):
@@ -238,10 +241,18 @@ class Mlp(Layer):
     """fc1, exact GELU, fc2; dropout after each of the two layers."""
 
     def __init__(
-        self, dim: int, hidden: int, *, drop_rate: float, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        drop_rate: float,
+        use_bias: bool = True,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
-        self.fc1 = Linear(dim, hidden, dtype=dtype, out_dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, dim, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        linear = {"dtype": dtype, "use_bias": use_bias, "rngs": rngs}
+        self.fc1 = Linear(dim, hidden, out_dtype=dtype, **linear)
+        self.fc2 = Linear(hidden, dim, out_dtype=jnp.float32, **linear)
         self.drop = Dropout(drop_rate)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""LayerNorm of the vision transformers and batch norm of RegNetY, both computed in float32."""
+"""LayerNorm and RMSNorm of the transformers, batch norm of RegNetY; all computed in float32."""
 
 import functools
 
@@ -67,6 +67,53 @@ class LayerNorm(Layer):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of x."""
         return layer_norm(self.dtype, x, self.scale[...], self.bias[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rms_norm(dtype: DTypeLike, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Divides x by the root mean square of its last axis, eps 1e-6, in float32; into `dtype`.
+
+    As for `layer_norm`, the backward pass keeps x and one number a token.
+    """
+    return _rms_norm_forward(dtype, x, scale)[0]
+
+
+def _rms_norm_forward(
+    dtype: DTypeLike, x: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
+    return (wide * inverse * channels(scale, x)).astype(dtype), (x, inverse, scale)
+
+
+def _rms_norm_backward(
+    dtype: DTypeLike, residuals: tuple[jax.Array, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, inverse, scale = residuals
+    grad = grad.astype(jnp.float32)
+    normalised = x.astype(jnp.float32) * inverse
+    inner = grad * channels(scale, x)
+    along = (inner * normalised).mean(-1, keepdims=True)
+    x_grad = (inner - normalised * along) * inverse
+    return x_grad.astype(x.dtype), (grad * normalised).sum(tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+class RMSNorm(Layer):
+    """RMSNorm (arXiv 1910.07467) with a learned scale and no bias."""
+
+    def __init__(self, features: int, *, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis of x."""
+        return rms_norm(self.dtype, x, self.scale[...])
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 class BatchNorm(Mode):

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
 from deit_jax.models.cait import Cait
-from deit_jax.models.info import BOOL, Check, ModelInfo, checked, number
+from deit_jax.models.info import BOOL, ModelInfo, checked, number, one_of
 from deit_jax.models.regnet import RegNetY
 from deit_jax.models.resmlp import ResMlp
 from deit_jax.models.vit import VisionTransformer
@@ -21,12 +21,10 @@ from deit_jax.models.vit import VisionTransformer
 # Options that change how a model is trained or computed, but neither its weights nor what it
 # predicts: no part of its description.
 _RATE = number(lambda value: 0 <= value < 1, "a number from 0 to below 1")
-_MODE = Check(lambda value: value in ("linear", "constant"), '"linear" or "constant"')
-_ATTENTION = Check(lambda value: value in ("auto", "xla", "pallas"), '"auto", "xla" or "pallas"')
 _TRAINING_OPTIONS = {
-    "attention": _ATTENTION,
+    "attention": one_of("auto", "xla", "pallas"),
     "drop_rate": _RATE,
-    "drop_path_mode": _MODE,
+    "drop_path_mode": one_of("linear", "constant"),
     "remat": BOOL,
 }
 _FAMILIES = {VisionTransformer: "vit", Cait: "cait", ResMlp: "resmlp", RegNetY: "regnet"}
@@ -67,6 +65,31 @@ def _cait(dim: int, depth: int, heads: int, image_size: int, scale: float) -> _E
 def _resmlp(dim: int, depth: int, scale: float, *, patch_size: int = 16) -> _Entry:
     options = {"embed_dim": dim, "depth": depth, "patch_size": patch_size}
     return _Entry(ResMlp, options | {"layer_scale_init": scale}, crop_ratio=0.9)
+
+
+def _rope(dim: int, depth: int, heads: int, rope: str, *, pos_embed: bool = False) -> _Entry:
+    entry = _deit3(dim, depth, heads)
+    options = entry.options | {"rope": rope, "pos_embed": pos_embed}
+    return dataclasses.replace(entry, options=options)
+
+
+def _rope_names() -> dict[str, _Entry]:
+    """Returns RoPE-ViT under timm's names: three sizes, axial or mixed, perhaps with pos_embed."""
+    sizes = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+    return {
+        f"vit_{size}_patch16_rope{kind}{ape}_224": _rope(
+            *shape, "mixed" if kind else "axial", pos_embed=bool(ape)
+        )
+        for size, shape in sizes.items()
+        for kind in ("", "_mixed")
+        for ape in ("", "_ape")
+    }
+
+
+def _vit5(dim: int, depth: int, heads: int, image_size: int = 224) -> _Entry:
+    entry = _deit3(dim, depth, heads, image_size)
+    options = {"rope": "vit5", "num_registers": 4, "norm": "rms", "qk_norm": True}
+    return dataclasses.replace(entry, options=entry.options | options | {"qkv_bias": False})
 
 
 def _regnety(w0: int, wa: float, wm: float, group_width: int, depth: int) -> _Entry:
@@ -113,6 +136,13 @@ _MODELS = {
     "resmlp_24_224": _resmlp(384, 24, 1e-5),
     "resmlp_36_224": _resmlp(384, 36, 1e-6),
     "resmlp_big_24_224": _resmlp(768, 24, 1e-6, patch_size=8),
+    **_rope_names(),
+    "vit5_small_patch16_224": _vit5(384, 12, 6),
+    "vit5_base_patch16_224": _vit5(768, 12, 12),
+    "vit5_base_patch16_384": _vit5(768, 12, 12, 384),
+    "vit5_large_patch16_224": _vit5(1024, 24, 16),
+    "vit5_large_patch16_384": _vit5(1024, 24, 16, 384),
+    "vit5_xlarge_patch16_224": _vit5(1152, 28, 16),
     "regnety_002": _regnety(24, 36.44, 2.49, 8, 13),
     "regnety_004": _regnety(48, 27.89, 2.09, 8, 16),
     "regnety_006": _regnety(48, 32.54, 2.32, 16, 15),
@@ -132,6 +162,9 @@ _MODELS = {
     "cait_testing": _testing(_cait(64, 4, 2, 32, 1e-5), patch_size=4),
     "resmlp_testing": _testing(_resmlp(64, 4, 0.1, patch_size=4)),
     "regnety_testing": _testing(_regnety(16, 16.0, 2.0, 32, 6), stem_width=16),
+    "vit5_testing": _testing(_vit5(64, 4, 2), patch_size=4),
+    "vit_testing_rope": _testing(_rope(64, 4, 2, "axial"), patch_size=4),
+    "vit_testing_rope_mixed_ape": _testing(_rope(64, 4, 2, "mixed", pos_embed=True), patch_size=4),
 }
 
 
@@ -151,8 +184,10 @@ def model_options(name: str) -> dict[str, Any]:
 
 
 def options(info: ModelInfo) -> dict[str, Any]:
-    """Returns the arguments of the constructor of the model that `info` describes."""
-    return model_options(info.name) | dict(info.overrides)
+    """Returns the arguments of the constructor of the model that `info` describes, defaults too."""
+    parameters = inspect.signature(_entry(info.name).build.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return defaults | model_options(info.name) | dict(info.overrides)
 
 
 def family(name: str) -> str:

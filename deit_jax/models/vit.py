@@ -1,4 +1,6 @@
-"""The vision transformers of DeiT (arXiv 2012.12877) and DeiT III (arXiv 2204.07118)."""
+"""The transformers of DeiT (arXiv 2012.12877) and DeiT III (2204.07118), RoPE-ViT and ViT-5."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
+from deit_jax.models import rope as rotary
 from deit_jax.models.attention import Attention, check_kernels
 from deit_jax.models.layers import (
     Dropout,
@@ -18,7 +21,7 @@ from deit_jax.models.layers import (
     normal_param,
 )
 from deit_jax.models.layouts import row_major
-from deit_jax.models.norms import LayerNorm
+from deit_jax.models.norms import NORMS
 
 
 class Block(Layer):
@@ -40,25 +43,34 @@ class Block(Layer):
         drop_rate: float,
         drop_path_rate: float,
         attention: str,
+        norm: str = "layer",
+        linear_bias: bool = True,
+        attention_switches: dict[str, object] | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.norm1 = LayerNorm(dim, dtype=dtype)
+        common = {"drop_rate": drop_rate, "dtype": dtype, "rngs": rngs}
+        self.norm1 = NORMS[norm](dim, dtype=dtype)
         self.attn = self.attention_layer(
-            dim, num_heads, drop_rate=drop_rate, implementation=attention, dtype=dtype, rngs=rngs
+            dim, num_heads, implementation=attention, **(attention_switches or {}), **common
         )
-        self.norm2 = LayerNorm(dim, dtype=dtype)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, dtype=dtype, rngs=rngs)
+        self.norm2 = NORMS[norm](dim, dtype=dtype)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), use_bias=linear_bias, **common)
         self.drop_path = DropPath(drop_path_rate)
         self.layer_scale = layer_scale_init is not None
         if self.layer_scale:
             self.ls1 = LayerScale(dim, layer_scale_init)
             self.ls2 = LayerScale(dim, layer_scale_init)
 
-    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Maps [B, N, D] to [B, N, D]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        rngs: nnx.Rngs | None = None,
+        *rotation: rotary.Rotation,
+    ) -> jax.Array:
+        """Maps [B, N, D] to [B, N, D], with at most one rotation."""
         x = row_major(x, "tpu")
-        branch = self.attn(self.norm1(x), rngs)
+        branch = self.attn(self.norm1(x), rngs, *rotation)
         x = x + self.drop_path(self.ls1(branch) if self.layer_scale else branch, rngs)
         branch = self.mlp(self.norm2(x), rngs)
         x = x + self.drop_path(self.ls2(branch) if self.layer_scale else branch, rngs)
@@ -66,10 +78,14 @@ class Block(Layer):
 
 
 class VisionTransformer(Layer):
-    """DeiT, distilled DeiT or DeiT III.
+    """DeiT, distilled DeiT, DeiT III, and what the switches make of them: RoPE-ViT, ViT-5.
 
-    Tokens are [class, patches], or [class, distillation, patches] if `distilled`. With
-    `no_embed_class` (DeiT III) the patches alone get position embeddings; otherwise all tokens do.
+    Tokens are [class, patches], or [class, distillation, patches] if `distilled`, then
+    `num_registers` registers. With `no_embed_class` (DeiT III) the patches alone get learned
+    position embeddings; otherwise the tokens before them do too; without `pos_embed` nothing does.
+    `rope` rotates queries and keys by the patches' places: "none", "axial" or "mixed" (RoPE-ViT),
+    or "vit5" (see `rope`). `norm` is "layer" or "rms"; `qk_norm` applies it to each query and key.
+    `qkv_bias` and `linear_bias` are the biases of qkv and of the other linear layers of the blocks.
     `drop_path_mode` is "linear" (block i of L drops with rate·i/(L-1), as DeiT) or "constant"
     (every block drops with the same rate, as DeiT III). `remat` recomputes each block in the
     backward pass instead of storing its intermediates. `attention` is "xla", "pallas" (kernels for
@@ -96,6 +112,13 @@ class VisionTransformer(Layer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         drop_path_mode: str = "linear",
+        rope: str = "none",
+        pos_embed: bool = True,
+        num_registers: int = 0,
+        norm: str = "layer",
+        qk_norm: bool = False,
+        qkv_bias: bool = True,
+        linear_bias: bool = True,
         attention: str = "auto",
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
@@ -106,9 +129,10 @@ class VisionTransformer(Layer):
         if embed_dim % num_heads:
             raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
 
-        num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+        grid = image_size[0] // patch_size, image_size[1] // patch_size
+        num_patches = grid[0] * grid[1]
         num_prefix = 2 if distilled else 1
-        self.num_tokens = num_prefix + num_patches
+        self.num_tokens = num_prefix + num_patches + num_registers
         if attention == "pallas":
             check_kernels(self.num_tokens, num_heads, embed_dim // num_heads, dtype)
 
@@ -117,12 +141,26 @@ class VisionTransformer(Layer):
         self.no_embed_class = no_embed_class
         self.remat = remat
         num_positions = num_patches if no_embed_class else num_prefix + num_patches
+        self.num_registers = num_registers
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim, dtype=dtype, rngs=rngs)
         self.cls_token = normal_param(rngs, (1, 1, embed_dim), 0.02)
         if distilled:
             self.dist_token = normal_param(rngs, (1, 1, embed_dim), 0.02)
-        self.pos_embed = normal_param(rngs, (1, num_positions, embed_dim), 0.02)
+        if num_registers:
+            self.reg_token = normal_param(rngs, (1, num_registers, embed_dim), 0.02)
+        shape = 1, num_positions, embed_dim
+        self.pos_embed = normal_param(rngs, shape, 0.02) if pos_embed else None
+        switches = {"qkv_bias": qkv_bias, "proj_bias": linear_bias}
+        switches["qk_norm"] = norm if qk_norm else None
+        self.rope = rotary.create(
+            rope,
+            rotary.Tokens(num_prefix, grid, num_registers),
+            depth=depth,
+            num_heads=num_heads,
+            head_dim=embed_dim // num_heads,
+            rngs=rngs,
+        )
         # DeiT III's reference has dropout in the blocks only.
         self.drop = Dropout(0.0 if no_embed_class else drop_rate)
         self.blocks = nnx.List(
@@ -134,12 +172,15 @@ class VisionTransformer(Layer):
                 drop_rate=drop_rate,
                 drop_path_rate=rate,
                 attention=attention,
+                norm=norm,
+                linear_bias=linear_bias,
+                attention_switches=switches,
                 dtype=dtype,
                 rngs=rngs,
             )
             for rate in _drop_path_rates(drop_path_rate, depth, drop_path_mode)
         )
-        self.norm = LayerNorm(embed_dim, dtype=jnp.float32)
+        self.norm = NORMS[norm](embed_dim, dtype=jnp.float32)
         head = {"dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
         self.head = Linear(embed_dim, num_classes, **head)
         if distilled:
@@ -175,24 +216,36 @@ class VisionTransformer(Layer):
         """
         x = self._embed(images)
         largest = []
-        for block in self.blocks:
-            largest.append(block.attn.largest_logit(block.norm1(x)))
-            x = block(x)
+        rotations = self._rotations()
+        for number, block in enumerate(self.blocks):
+            rotation = rotations[number : number + 1]
+            largest.append(block.attn.largest_logit(block.norm1(x), *rotation))
+            x = block(x, None, *rotation)
         return jnp.stack(largest)
 
     def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         x = self._embed(images)
         x = self.drop(x, rngs)
-        return run_blocks(self.blocks, x, rngs, self.remat)
+        return run_blocks(self.blocks, x, rngs, self.remat, self._rotations())
+
+    def _rotations(self) -> list[rotary.Rotation]:
+        return [] if self.rope is None else self.rope()
 
     def _embed(self, images: jax.Array) -> jax.Array:
         check_images(images, self.image_size)
         x = self.patch_embed(images)
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = [jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])) for token in tokens]
-        if self.no_embed_class:
-            return jnp.concatenate([*prefix, x + self.pos_embed[...]], axis=1)
-        return jnp.concatenate([*prefix, x], axis=1) + self.pos_embed[...]
+        learned = self.pos_embed is not None
+        if learned and self.no_embed_class:
+            x = x + self.pos_embed[...]
+        x = jnp.concatenate([*prefix, x], axis=1)
+        if learned and not self.no_embed_class:
+            x = x + self.pos_embed[...]
+        if self.num_registers:
+            shape = x.shape[0], self.num_registers, x.shape[2]
+            x = jnp.concatenate([x, jnp.broadcast_to(self.reg_token[...], shape)], axis=1)
+        return x
 
 
 def size_of(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -209,13 +262,23 @@ def check_mlp(embed_dim: int, mlp_ratio: float) -> None:
         raise InputError(f"mlp_ratio {mlp_ratio} of embed_dim {embed_dim} leaves no hidden unit")
 
 
-def run_blocks(blocks: nnx.List, x: jax.Array, rngs: nnx.Rngs | None, remat: bool) -> jax.Array:
-    """Passes x through the blocks, each recomputed in the backward pass if `remat`."""
-    for block in blocks:
+def run_blocks(
+    blocks: nnx.List,
+    x: jax.Array,
+    rngs: nnx.Rngs | None,
+    remat: bool,
+    rotations: Sequence[rotary.Rotation] = (),
+) -> jax.Array:
+    """Passes x through the blocks, each with its rotation, if any.
+
+    Each block is recomputed in the backward pass if `remat`.
+    """
+    for number, block in enumerate(blocks):
+        inputs = x, rngs, *rotations[number : number + 1]
         if remat:
-            x = nnx.remat(lambda block, x, rngs: block(x, rngs))(block, x, rngs)
+            x = nnx.remat(lambda block, *inputs: block(*inputs))(block, *inputs)
         else:
-            x = block(x, rngs)
+            x = block(*inputs)
     return x
 
 

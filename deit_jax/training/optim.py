@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the step runs without ml_collections, which GPU hosts may l
 
 # Every parameter name ends in one of these or is an error: a new layer has to take a side.
 _DECAYED = ("kernel",)
-_NOT_DECAYED = ("scale", "bias", "gamma", "pos_embed", "cls_token")
+_NOT_DECAYED = ("scale", "bias", "gamma", "pos_embed", "cls_token", "reg_token", "freqs")
 
 OPTIMIZERS = ("adamw", "lamb", "sgd")
 
@@ -64,9 +64,9 @@ def learning_rate(
 def decay_mask(params: Tree, *, decay_dist_token: bool = True) -> Tree:
     """Returns a tree like `params` with True where weight decay applies.
 
-    Kernels decay (also convolutions); biases, norm scales, LayerScale gammas, the class token and
-    position embeddings do not. The reference decays the distillation token on purpose; recent timm
-    does not: `decay_dist_token`.
+    Kernels decay (also convolutions); biases, norm scales, LayerScale gammas, the class token,
+    registers, position embeddings and rotary frequencies do not. The reference decays the
+    distillation token on purpose; recent timm does not: `decay_dist_token`.
 
     Raises:
       InputError: a parameter's name has no rule.

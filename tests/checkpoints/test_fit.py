@@ -244,6 +244,7 @@ DIFFERENT = [
     ("regnety_testing", {}, "deit_testing_distilled", {}, "missing .*blocks/0/"),
     ("resmlp_testing", {}, "resmlp_testing", {"image_size": 48}, "of 32×32 pixels, and no others"),
     ("deit_testing", {}, "deit_testing", {"num_heads": 4}, "2 attention heads.* 4;"),
+    ("vit_testing_rope", {}, "vit_testing_rope", {"rope": "none"}, 'rope "axial".*rope "none"'),
 ]
 
 

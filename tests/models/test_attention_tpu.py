@@ -101,9 +101,9 @@ def on_tpus():
         yield
 
 
-def lowered(platform, dtype="bfloat16", **options):
+def lowered(platform, name="deit_testing", dtype="bfloat16", **options):
     """A training pass and its gradient as XLA for a platform gets them."""
-    network, variables = steps.new_model("deit_testing", depth=1, dtype=dtype, **options)
+    network, variables = steps.new_model(name, depth=1, dtype=dtype, **options)
     images = jnp.zeros((2, 32, 32, 3))
 
     def loss(variables):
@@ -116,7 +116,13 @@ def lowered(platform, dtype="bfloat16", **options):
 @pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda"])
 @pytest.mark.parametrize(
     ("options", "kernels"),
-    [({}, 2), ({"dtype": "float32"}, 0), ({"attention": "xla"}, 0), ({"remat": True}, 3)],
+    [
+        ({}, 2),
+        ({"dtype": "float32"}, 0),
+        ({"attention": "xla"}, 0),
+        ({"remat": True}, 3),
+        ({"name": "vit5_testing"}, 2),
+    ],
 )
 def test_auto_is_the_kernels_on_tpus_alone(platform, options, kernels):
     """Also where a program that was traced for TPUs is compiled for something else."""
@@ -132,9 +138,12 @@ def test_without_a_mesh_the_only_device_has_kernels(monkeypatch, count, kernels)
     assert lowered("tpu").count("tpu_custom_call") == kernels
 
 
-def losses_and_gradients(**options):
-    network, variables = steps.new_model("deit_testing_distilled", depth=2, **options)
+def losses_and_gradients(name, **options):
+    network, variables = steps.new_model(name, depth=2, **options)
     sharper = jax.tree.map(lambda x: 2.5 * x if x.ndim == 2 else x, variables)
+    sharper = jax.tree_util.tree_map_with_path(  # a fresh LayerScale hides the branches
+        lambda path, x: jnp.ones_like(x) if "gamma" in str(path[-1]) else x, sharper
+    )
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
 
     @jax.jit
@@ -147,10 +156,13 @@ def losses_and_gradients(**options):
 
 
 @pytest.mark.slow
-def test_a_model_is_as_exact_with_kernels_as_without():
+@pytest.mark.parametrize(
+    "name", ["deit_testing_distilled", "vit_testing_rope_mixed_ape", "vit5_testing"]
+)
+def test_a_model_is_as_exact_with_kernels_as_without(name):
     """Losses and gradients beside float32, with attention that is not uniform; also with remat."""
-    want, want_grads = losses_and_gradients()
-    bfloat16 = functools.partial(losses_and_gradients, dtype="bfloat16", drop_path_rate=0.0)
+    want, want_grads = losses_and_gradients(name)
+    bfloat16 = functools.partial(losses_and_gradients, name, dtype="bfloat16", drop_path_rate=0.0)
     errors = {}
     for name, options in {
         "xla": {"attention": "xla"},

@@ -51,6 +51,21 @@ VITS = {
     "resmlp_36_224": (44_690_488, 438),
     "resmlp_big_24_224": (129_138_280, 294),
 }
+# RoPE-ViT: less the position embeddings; mixed with two frequencies for each pair of channels.
+for size, dim, depth in (("small", 384, 12), ("base", 768, 12), ("large", 1024, 24)):
+    deit3, tensors = VITS[f"deit3_{size}_patch16_224"]
+    for kind, freqs in (("", 0), ("_mixed", depth * dim)):
+        ape = deit3 + freqs, tensors + bool(freqs)
+        VITS[f"vit_{size}_patch16_rope{kind}_ape_224"] = ape
+        VITS[f"vit_{size}_patch16_rope{kind}_224"] = ape[0] - 196 * dim, ape[1] - 1
+VITS |= {  # the last only defined, without published weights
+    "vit5_small_patch16_224": (22_039_144, 164),
+    "vit5_base_patch16_224": (86_543_080, 164),
+    "vit5_base_patch16_384": (86_834_920, 164),
+    "vit5_large_patch16_224": (304_258_024, 320),
+    "vit5_large_patch16_384": (304_647_144, 320),
+    "vit5_xlarge_patch16_224": (448_505_128, 372),
+}
 REGNETS = {
     "regnety_002": 3_162_996,
     "regnety_004": 4_344_144,
@@ -68,6 +83,7 @@ REGNETS = {
 TESTING = [
     *("cait_testing", "deit3_testing", "deit_testing", "deit_testing_distilled"),
     *("regnety_testing", "resmlp_testing"),
+    *("vit5_testing", "vit_testing_rope", "vit_testing_rope_mixed_ape"),
 ]
 
 
@@ -120,6 +136,8 @@ def test_parameter_names_are_the_contract():
         ("deit_testing_distilled", {"depth": 1}),
         ("cait_testing", {"depth": 1}),
         ("resmlp_testing", {"depth": 1}),
+        ("vit_testing_rope_mixed_ape", {"depth": 1}),
+        ("vit5_testing", {"depth": 1}),
         ("regnety_testing", {"depth": 2, "wa": 0.0}),
     ],
 )
@@ -134,7 +152,7 @@ def test_graphs_are_static_and_hold_nothing_but_weights(name, options):
     assert hash(graphdef) == hash(nnx.graphdef(second))
     trees.check_like(params, split(abstract)[1])
     for leaf_name, leaf in trees.flat(split(second)[1]).items():
-        drawn = leaf_name.endswith(("kernel", "token", "pos_embed"))
+        drawn = leaf_name.endswith(("kernel", "token", "pos_embed", "freqs"))
         assert np.array_equal(leaf, trees.flat(params)[leaf_name]) != drawn or "/proj/" in leaf_name
     assert nnx.merge(*nnx.split(first)).info == first.info == abstract.info
 
@@ -157,6 +175,8 @@ def test_info_defaults_and_json():
         ("deit3_base_patch16_224", 224, 1.0),
         ("cait_m48_448", 448, 1.0),
         ("resmlp_36_224", 224, 0.9),
+        ("vit_base_patch16_rope_mixed_224", 224, 1.0),
+        ("vit5_base_patch16_384", 384, 1.0),
         ("regnety_160", 224, 0.875),
         ("deit_testing", 32, None),
     ):
@@ -196,6 +216,9 @@ def test_deit3_and_deit_drop_paths_differ():
         ("resmlp_testing", {"mlp_ratio": 1e-3}, "leaves no hidden unit"),
         ("deit_testing", {"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
         ("deit_testing", {"drop_path_mode": "cosine"}, "drop_path_mode is 'cosine'"),
+        ("deit_testing", {"rope": "2d"}, 'rope is \'2d\', expected "none", "axial", "mixed" or'),
+        ("deit_testing", {"rope": "axial", "embed_dim": 12}, "6 channels are not divisible by 4"),
+        ("vit5_testing", {"num_registers": 3}, "num_registers is 3, but rope .vit5. lays"),
     ],
 )
 def test_bad_arguments_are_named(name, arguments, message):

@@ -1,3 +1,4 @@
+import collections
 import functools
 import re
 
@@ -20,10 +21,14 @@ SMALL = {
     "num_heads": 4,
     "num_classes": 7,
 }
+DEIT3 = {"no_embed_class": True, "layer_scale_init": 1e-4}
 VARIANTS = {
     "plain": {},
     "distilled": {"distilled": True},
-    "deit3": {"no_embed_class": True, "layer_scale_init": 1e-4},
+    "deit3": DEIT3,
+    "rope": DEIT3 | {"rope": "axial", "pos_embed": False, "image_size": (16, 24)},
+    "rope_ape": DEIT3 | {"rope": "axial", "image_size": (24, 16)},
+    "rope_mixed": DEIT3 | {"rope": "mixed", "pos_embed": False, "image_size": (16, 24)},
     # Neither side is a multiple of the patch: the last pixels are dropped.
     "odd": {"image_size": (19, 14), "distilled": True},
 }
@@ -84,7 +89,7 @@ def test_outputs_equal_timm(variant):
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("variant", ["plain", "distilled", "deit3"])
+@pytest.mark.parametrize("variant", ["plain", "distilled", "deit3", "rope", "rope_mixed"])
 def test_every_gradient_equals_torch(variant):
     oracle, ours, images = pair(variant)
     heads = oracle_heads(oracle, images)
@@ -107,7 +112,7 @@ def test_every_gradient_equals_torch(variant):
         assert_close(gradient, want[name], 5e-5)
 
 
-@pytest.mark.parametrize("variant", ["distilled", "deit3"])
+@pytest.mark.parametrize("variant", ["distilled", "deit3", "rope_mixed"])
 def test_attention_maxima_are_those_of_timms_softmax(variant, monkeypatch):
     oracle, ours, images = pair(variant)
     seen = []
@@ -207,3 +212,26 @@ def test_initialisation():
             np.testing.assert_array_equal(leaf, np.float32(constant))
     kernels = [leaf for name, leaf in leaves.items() if name.endswith("attn/proj/kernel")]
     assert not np.array_equal(*kernels)
+
+
+def test_a_plain_model_has_no_operation_of_the_switches():
+    """DeiT III's forward, operation by operation: what a rotation or a register adds is seen."""
+
+    def operations(**switches):
+        options = SMALL | DEIT3 | switches
+        model = nnx.eval_shape(lambda: VisionTransformer(**options, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(model)
+        images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+        lowered = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x)).lower(state, images).as_text()
+        return collections.Counter(re.findall(r"= stablehlo\.(\w+)", lowered))
+
+    plain = operations()
+    # A patch embedding, six products in each of two blocks, a head; five norms; one sequence.
+    assert plain["dot_general"] == 1 + 2 * 6 + 1
+    assert plain["rsqrt"] == 5
+    assert plain["concatenate"] == 1
+    assert not {"sine", "cosine", "optimization_barrier", "pad"} & plain.keys()
+    for switch in ({"rope": "axial"}, {"rope": "mixed"}, {"num_registers": 1}, {"qk_norm": True},
+                   {"norm": "rms"}, {"qkv_bias": False}, {"linear_bias": False},
+                   {"pos_embed": False}):  # fmt: skip
+        assert operations(**switch) != plain, switch

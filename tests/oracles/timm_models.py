@@ -12,15 +12,22 @@ from flax import nnx
 
 from deit_jax import trees
 from deit_jax.models import registry
+from tests.oracles import reference_vit5
 from tests.oracles.torchvision_ops import import_torchvision
 
 import_torchvision()
 
 from timm.models.cait import Cait  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
+from timm.models.eva import Eva  # noqa: E402
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock  # noqa: E402
 from timm.models.regnet import RegNet, RegNetCfg  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+ROPE = {  # timm's options for each of ours
+    "axial": {"rope_type": "cat", "rope_temperature": 100.0},
+    "mixed": {"rope_type": "mixed", "rope_temperature": 10.0},
+}
 
 
 def fresh(name: str, *, num_classes: int, **options) -> torch.nn.Module:
@@ -33,6 +40,9 @@ def fresh(name: str, *, num_classes: int, **options) -> torch.nn.Module:
     if family == "regnet":
         chosen.pop("image_size")
     chosen.pop("drop_path_mode", None)
+    if chosen.get("rope") == "vit5":  # which timm lacks
+        names = (*reference_vit5.OPTIONS, "num_classes", "linear_bias")
+        return reference_vit5.ReferenceVit5(**{k: chosen[k] for k in names if k in chosen})
     return FRESH[family](**chosen)
 
 
@@ -44,6 +54,10 @@ def vit(*, seed: int = 0, **options) -> torch.nn.Module:
 def fresh_vit(**options) -> torch.nn.Module:
     """Builds timm's twin of our VisionTransformer(**options) as timm initialises it."""
     cls = VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
+    if rope := options.pop("rope", None):
+        options |= ROPE[rope] | {"use_abs_pos_emb": options.pop("pos_embed", True)}
+        options |= {"attn_type": "rope", "use_rot_pos_emb": True, "rope_grid_indexing": "xy"}
+        return Eva(global_pool="token", **_renamed(options))
     return cls(**_renamed(options))
 
 
@@ -86,9 +100,12 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     Fresh models hide mistakes: tiny position embeddings and LayerScale, unit norms, zero biases.
     """
     generator = torch.Generator().manual_seed(seed)
+    # Batch norm's statistics, but no constants.
+    drawn = {name for name in model.state_dict() if not name.endswith("freqs")}
+    drawn |= {name for name, _ in model.named_parameters()}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or name not in drawn:
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("running_var"):
@@ -96,6 +113,8 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             elif tensor.ndim == 1 or name.endswith(("alpha", "beta")):
                 centre = 0.0 if name.endswith(("bias", "mean", "beta")) else 1.0
                 noise = centre + 0.3 * noise
+            elif name.endswith("freqs"):
+                noise = 0.3 * noise
             elif "token" not in name and "pos_embed" not in name:
                 noise = noise / tensor[0].numel() ** 0.5
             tensor.copy_(noise)

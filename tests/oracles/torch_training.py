@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV2  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What the reference's models exclude from weight decay besides 1-D tensors; not dist_token.
-UNDECAYED = ("pos_embed", "cls_token")
+UNDECAYED = ("pos_embed", "cls_token", "reg_token", "freqs", "rope.freqs")
 
 
 class Draws(NamedTuple):
