@@ -3,8 +3,8 @@
 python -m experiments.verify_parity --write docs/parity.md
 python -m experiments.verify_parity deit_tiny_patch16_224 regnety_002
 
-For every name: timm's module (deit3_tiny and ViT-5, which timm lacks: independent modules of ours)
-with random weights, every tensor large enough to matter; its state dict goes through the converter.
+For every name: timm's module (deit3_tiny, ViT-5 and others, which timm lacks: modules of ours) with
+random weights, every tensor large enough to matter; its state dict goes through the converter.
 Four random and four real images (--images, a folder of JPEGs) go through both. Needs the extra
 `test` (torch, timm). Exits with 1 if a difference exceeds its limit.
 """
@@ -65,6 +65,7 @@ def torch_module(name: str) -> torch.nn.Module:
     options.pop("drop_path_mode")
     if options.get("rope") == "vit5":
         return timm_models.randomise(timm_models.fresh(name, num_classes=1000), seed=0)
+    options["parallel"] = registry.family(name) == "parallel"
     return timm_models.randomise(reference_vit.ReferenceVit(**options), seed=0)
 
 

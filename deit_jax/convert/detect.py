@@ -9,17 +9,22 @@ import numpy as np
 
 from deit_jax.convert import layouts, wrappers
 from deit_jax.errors import InputError
+from deit_jax.models import hmlp as hmlp_stem
 from deit_jax.models import registry
 from deit_jax.models.info import ModelInfo
 from deit_jax.models.regnet import stage_plan
 
 Tensors = Mapping[str, np.ndarray]
 # A tensor of the first block of which each block has one.
-_FIRST = {"resmlp": "blocks.0.linear_tokens.weight", "regnet": "s1.b1.conv1.conv.weight"}
+_FIRST = {
+    "parallel": "blocks.0.attns.1.attn.qkv.weight",
+    "resmlp": "blocks.0.linear_tokens.weight",
+    "regnet": "s1.b1.conv1.conv.weight",
+}
 
 _PLAIN = {  # what a family without these options is
     **{"distilled": False, "pos_embed": True, "rope": "none", "num_registers": 0, "norm": "layer"},
-    **{"qk_norm": False, "qkv_bias": True},
+    **{"qk_norm": False, "qkv_bias": True, "hmlp": False},
 }
 
 
@@ -115,22 +120,30 @@ def _identify_vit(
         return layout.key(timm_key) in tensors
 
     classes = _shape(tensors, layout.key("head.weight"), 2, what)[0]
-    patch = _shape(tensors, layout.key("patch_embed.proj.weight"), 4, what)[2]
+    hmlp = holds("patch_embed.proj.0.weight")
+    stem = layout.key("patch_embed.proj.weight")
+    patch = hmlp_stem.PATCH if hmlp else _shape(tensors, stem, 4, what)[2]
+    two_paths = layout.family == "parallel"
+    attn = "blocks.0.attns.0.attn" if two_paths else "blocks.0.attn"
+    norm, scale = ("attns.0.norm", "attns.0.ls") if two_paths else ("norm1", "ls1")
     traits = {
         "embed_dim": _shape(tensors, layout.key("cls_token"), 3, what)[2],
         "depth": depth_of(tensors, layout),
         "distilled": holds("dist_token"),
-        "layer_scale": holds("blocks.0.ls1.gamma"),
+        "layer_scale": holds(f"blocks.0.{scale}.gamma"),
         "pos_embed": holds("pos_embed"),
+        "hmlp": hmlp,
         "learned_rope": holds("rope.freqs"),
         "num_registers": _shape(tensors, "reg_token", 3, what)[1] if holds("reg_token") else 0,
-        "norm": "layer" if holds("blocks.0.norm1.bias") else "rms",
-        "qk_norm": holds("blocks.0.attn.q_norm.weight"),
-        "qkv_bias": holds("blocks.0.attn.qkv.bias"),
+        "norm": "layer" if holds(f"blocks.0.{norm}.bias") else "rms",
+        "qk_norm": holds(f"{attn}.q_norm.weight"),
+        "qkv_bias": holds(f"{attn}.qkv.bias"),
     }
-    # DeiT III, which has LayerScale, gives its prefix tokens no position.
-    prefix = 0 if traits["layer_scale"] else 1 + traits["distilled"]
-    size = _side(tensors, layout, prefix, what) * patch
+    tokens = 1 + traits["distilled"]
+    grid, prefix = _side(tensors, layout, tokens, what)
+    if traits["pos_embed"]:
+        traits["no_embed_class"] = prefix == 0
+    size = grid * patch
     preferred = _options(model).get("rope") if model else "none"
     candidates = []
     for name in registry.list_models():
@@ -155,26 +168,31 @@ def _identify_vit(
 
 def _options(name: str) -> dict[str, Any]:
     options = _PLAIN | registry.options(registry.model_info(name))
+    options.setdefault("no_embed_class", registry.family(name) == "cait")
     options["layer_scale"] = options.get("layer_scale_init") is not None
     options["learned_rope"] = options.get("rope") == "mixed"
     return options
 
 
-def _side(tensors: Tensors, layout: layouts.Layout, prefix: int, what: str) -> int:
-    """Returns the number of patches along a side, 0 where no tensor tells."""
+def _side(tensors: Tensors, layout: layouts.Layout, tokens: int, what: str) -> tuple[int, int]:
+    """Returns the number of patches along a side, and of tokens with positions before them.
+
+    (0, 0) where no tensor tells. Positions that make a square are of patches alone.
+    """
     if (key := layout.key("pos_embed")) in tensors:
         positions = _shape(tensors, key, 3, what)[1]
     elif "freqs_t_x" in tensors:  # a buffer of the reference (`buffers`)
-        positions, prefix = _shape(tensors, "freqs_t_x", 1, what)[0], 0
+        positions = _shape(tensors, "freqs_t_x", 1, what)[0]
     else:
-        return 0
+        return 0, 0
+    prefix = 0 if math.isqrt(positions) ** 2 == positions else tokens
     side = math.isqrt(max(positions - prefix, 0))
     if side == 0 or side * side + prefix != positions:
         raise InputError(
             f"{what}: {positions} position embeddings, {prefix} of them for prefix tokens, make no "
             "square grid; only square images are supported"
         )
-    return side
+    return side, prefix
 
 
 def _identify_resmlp(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:

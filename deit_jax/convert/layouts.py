@@ -47,6 +47,18 @@ _TORCHVISION = (
     (r"\.conv\.", r".0."),
     (r"\.bn\.", r".1."),
 )
+_REFERENCE_PARALLEL = (
+    (r"\.attns\.0\.norm\.", r".norm1."),
+    (r"\.attns\.1\.norm\.", r".norm11."),
+    (r"\.ffns\.0\.norm\.", r".norm2."),
+    (r"\.ffns\.1\.norm\.", r".norm21."),
+    (r"\.attns\.0\.ls\.gamma$", r".gamma_1"),
+    (r"\.attns\.1\.ls\.gamma$", r".gamma_1_1"),
+    (r"\.ffns\.0\.ls\.gamma$", r".gamma_2"),
+    (r"\.ffns\.1\.ls\.gamma$", r".gamma_2_1"),
+    (r"\.(?:attn|ffn)s\.0\.(attn|mlp)\.", r".\1."),
+    (r"\.(?:attn|ffn)s\.1\.(attn|mlp)\.", r".\g<1>1."),
+)
 _RESMLP = (
     (r"(norm\d?)\.weight$", r"\1.alpha"),
     (r"(norm\d?)\.bias$", r"\1.beta"),
@@ -112,6 +124,10 @@ TIMM_VIT = Layout("timm", "vit")
 REFERENCE = Layout("reference", "vit", lambda key: (_gamma(key).removeprefix("rope."),))
 TIMM_ROPE = Layout("timm", "vit", lambda key: (_gamma(key),))  # RoPE-ViT is of timm's `eva.py`
 CAIT = Layout("timm", "cait", TIMM_ROPE.rename)  # also the reference's
+TIMM_PARALLEL = Layout("timm", "parallel")
+REFERENCE_PARALLEL = Layout(
+    "reference", "parallel", lambda key: (_substitute(key, _REFERENCE_PARALLEL),)
+)
 HF_VIT = _transformers("ViT", module="vit")
 HF_DEIT = _transformers("DeiT", module="deit")
 TIMM_RESMLP = Layout(
@@ -122,6 +138,8 @@ TIMM_REGNET = Layout("timm", "regnet")
 TORCHVISION = Layout("torchvision", "regnet", _torchvision)
 ALL = (  # in the order in which `detect` tries them
     CAIT,
+    TIMM_PARALLEL,
+    REFERENCE_PARALLEL,
     TIMM_ROPE,
     REFERENCE,
     TIMM_VIT,

@@ -16,6 +16,8 @@ FORMATS = ("timm", "fb", "hf", "torchvision")
 _LAYOUTS = {  # by format but "hf", and the model's family
     ("timm", "vit"): layouts.TIMM_VIT,
     ("fb", "vit"): layouts.REFERENCE,
+    ("timm", "parallel"): layouts.TIMM_PARALLEL,
+    ("fb", "parallel"): layouts.REFERENCE_PARALLEL,
     ("timm", "cait"): layouts.CAIT,
     ("fb", "cait"): layouts.CAIT,
     ("timm", "resmlp"): layouts.TIMM_RESMLP,

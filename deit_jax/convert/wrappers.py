@@ -16,6 +16,7 @@ from deit_jax.errors import InputError
 # timm's keys that only one layout of a family can have as its own.
 MARKS = {
     "vit": ("cls_token", "blocks.0.attn.qkv.weight"),
+    "parallel": ("cls_token", "blocks.0.attns.1.attn.qkv.weight"),
     "cait": ("cls_token", "blocks_token_only.0.attn.q.weight"),
     "resmlp": ("norm.weight", "blocks.0.linear_tokens.weight"),
     "regnet": ("stem.conv.weight",),

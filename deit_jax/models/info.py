@@ -185,7 +185,7 @@ _OPTIONS: dict[str, Check] = {
     **dict.fromkeys(("patch_size", "embed_dim", "w0", "group_width", "stem_width"), _integer(8192)),
     **dict.fromkeys(("depth", "depth_token_only", "num_heads"), _integer(256)),
     **dict.fromkeys(("mlp_ratio", "se_ratio"), _POSITIVE),
-    **dict.fromkeys(("distilled", "no_embed_class", "pos_embed"), BOOL),
+    **dict.fromkeys(("distilled", "no_embed_class", "pos_embed", "hmlp"), BOOL),
     **dict.fromkeys(("qk_norm", "qkv_bias", "linear_bias"), BOOL),
     "num_registers": _integer(256, least=0),
     "norm": one_of("layer", "rms"),

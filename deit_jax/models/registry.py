@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from deit_jax.errors import InputError
 from deit_jax.models.cait import Cait
 from deit_jax.models.info import BOOL, ModelInfo, checked, number, one_of
+from deit_jax.models.parallel import ParallelVisionTransformer
 from deit_jax.models.regnet import RegNetY
 from deit_jax.models.resmlp import ResMlp
 from deit_jax.models.vit import VisionTransformer
@@ -27,7 +28,13 @@ _TRAINING_OPTIONS = {
     "drop_path_mode": one_of("linear", "constant"),
     "remat": BOOL,
 }
-_FAMILIES = {VisionTransformer: "vit", Cait: "cait", ResMlp: "resmlp", RegNetY: "regnet"}
+_FAMILIES = {
+    VisionTransformer: "vit",
+    ParallelVisionTransformer: "parallel",
+    Cait: "cait",
+    ResMlp: "resmlp",
+    RegNetY: "regnet",
+}
 # Arguments of the constructors that create_model sets itself.
 _GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
 
@@ -55,6 +62,20 @@ def _deit3(
     options = {"embed_dim": dim, "depth": depth, "num_heads": heads, "patch_size": patch_size}
     options |= {"no_embed_class": True, "layer_scale_init": 1e-4, "drop_path_mode": "constant"}
     return _Entry(VisionTransformer, options, image_size, crop_ratio=1.0)
+
+
+def _deep(dim: int, depth: int, heads: int) -> _Entry:
+    """timm's models of "Three things": unlike the paper's, all tokens have positions."""
+    entry = _deit3(dim, depth, heads)
+    return _entry_with(entry, no_embed_class=False, layer_scale_init=1e-5)
+
+
+def _parallel(entry: _Entry) -> _Entry:
+    return dataclasses.replace(entry, build=ParallelVisionTransformer)
+
+
+def _entry_with(entry: _Entry, **options: Any) -> _Entry:
+    return dataclasses.replace(entry, options=entry.options | options)
 
 
 def _cait(dim: int, depth: int, heads: int, image_size: int, scale: float) -> _Entry:
@@ -99,9 +120,7 @@ def _regnety(w0: int, wa: float, wm: float, group_width: int, depth: int) -> _En
 
 def _testing(entry: _Entry, **options: Any) -> _Entry:
     """Shrinks an entry to 32×32 images that are evaluated whole."""
-    return dataclasses.replace(
-        entry, options=entry.options | options, image_size=32, crop_ratio=None
-    )
+    return dataclasses.replace(_entry_with(entry, **options), image_size=32, crop_ratio=None)
 
 
 _MODELS = {
@@ -122,6 +141,15 @@ _MODELS = {
     "deit3_large_patch16_224": _deit3(1024, 24, 16),
     "deit3_large_patch16_384": _deit3(1024, 24, 16, 384),
     "deit3_huge_patch14_224": _deit3(1280, 32, 16, patch_size=14),
+    "deit3_small_patch16_36x1_224": _deit3(384, 36, 6),
+    "deit3_small_patch16_18x2_224": _parallel(_deit3(384, 18, 6)),
+    "deit3_base_patch16_36x1_224": _deit3(768, 36, 12),
+    "deit3_base_patch16_18x2_224": _parallel(_deit3(768, 18, 12)),
+    "deit3_small_hmlp_224": _entry_with(_deit3(384, 12, 6), hmlp=True),
+    "deit3_base_hmlp_224": _entry_with(_deit3(768, 12, 12), hmlp=True),
+    "vit_small_patch16_36x1_224": _deep(384, 36, 6),
+    "vit_small_patch16_18x2_224": _parallel(_deep(384, 18, 6)),
+    "vit_base_patch16_18x2_224": _parallel(_deep(768, 18, 12)),
     "cait_xxs24_224": _cait(192, 24, 4, 224, 1e-5),
     "cait_xxs24_384": _cait(192, 24, 4, 384, 1e-5),
     "cait_xxs36_224": _cait(192, 36, 4, 224, 1e-5),
@@ -159,6 +187,8 @@ _MODELS = {
     "deit_testing": _testing(_deit(64, 4, 2), patch_size=4),
     "deit_testing_distilled": _testing(_deit(64, 4, 2, distilled=True), patch_size=4),
     "deit3_testing": _testing(_deit3(64, 4, 2, patch_size=4)),
+    "parallel_testing": _testing(_parallel(_deit3(64, 4, 2)), patch_size=4),
+    "hmlp_testing": _testing(_entry_with(_deit3(64, 4, 2), hmlp=True)),
     "cait_testing": _testing(_cait(64, 4, 2, 32, 1e-5), patch_size=4),
     "resmlp_testing": _testing(_resmlp(64, 4, 0.1, patch_size=4)),
     "regnety_testing": _testing(_regnety(16, 16.0, 2.0, 32, 6), stem_width=16),
@@ -191,7 +221,7 @@ def options(info: ModelInfo) -> dict[str, Any]:
 
 
 def family(name: str) -> str:
-    """Returns what a registered model's layers are: "vit", "cait", "resmlp" or "regnet"."""
+    """Returns what a registered model's layers are: a value of `_FAMILIES`."""
     return _FAMILIES[_entry(name).build]
 
 
@@ -244,7 +274,7 @@ def create_model(
         all.
       dtype: of the matmuls, float32 or bfloat16; parameters and logits are float32.
       rngs: draws the parameters.
-      overrides: further arguments of the model's class: VisionTransformer, Cait, ResMlp or RegNetY.
+      overrides: further arguments of the model's class, such as VisionTransformer or RegNetY.
 
     Returns:
       The module; `model.info` is its ModelInfo.

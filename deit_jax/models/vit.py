@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from deit_jax.errors import InputError
 from deit_jax.models import rope as rotary
 from deit_jax.models.attention import Attention, check_kernels
+from deit_jax.models.hmlp import HmlpStem
 from deit_jax.models.layers import (
     Dropout,
     DropPath,
@@ -87,7 +88,8 @@ class VisionTransformer(Layer):
     or "vit5" (see `rope`). `norm` is "layer" or "rms"; `qk_norm` applies it to each query and key.
     `qkv_bias` and `linear_bias` are the biases of qkv and of the other linear layers of the blocks.
     `drop_path_mode` is "linear" (block i of L drops with rate·i/(L-1), as DeiT) or "constant"
-    (every block drops with the same rate, as DeiT III). `remat` recomputes each block in the
+    (every block drops with the same rate, as DeiT III). `hmlp` embeds the patches by an HmlpStem in
+    place of one projection. `remat` recomputes each block in the
     backward pass instead of storing its intermediates. `attention` is "xla", "pallas" (kernels for
     TPUs, in bfloat16; elsewhere interpreted, slowly), or "auto": the kernels where they are faster.
 
@@ -119,6 +121,7 @@ class VisionTransformer(Layer):
         qk_norm: bool = False,
         qkv_bias: bool = True,
         linear_bias: bool = True,
+        hmlp: bool = False,
         attention: str = "auto",
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
@@ -139,11 +142,13 @@ class VisionTransformer(Layer):
         self.image_size = image_size
         self.distilled = distilled
         self.no_embed_class = no_embed_class
+        self.hmlp = hmlp
         self.remat = remat
         num_positions = num_patches if no_embed_class else num_prefix + num_patches
         self.num_registers = num_registers
 
-        self.patch_embed = PatchEmbed(patch_size, embed_dim, dtype=dtype, rngs=rngs)
+        stem = HmlpStem if hmlp else PatchEmbed
+        self.patch_embed = stem(patch_size, embed_dim, dtype=dtype, rngs=rngs)
         self.cls_token = normal_param(rngs, (1, 1, embed_dim), 0.02)
         if distilled:
             self.dist_token = normal_param(rngs, (1, 1, embed_dim), 0.02)
@@ -224,16 +229,16 @@ class VisionTransformer(Layer):
         return jnp.stack(largest)
 
     def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        x = self._embed(images)
+        x = self._embed(images, rngs)
         x = self.drop(x, rngs)
         return run_blocks(self.blocks, x, rngs, self.remat, self._rotations())
 
     def _rotations(self) -> list[rotary.Rotation]:
         return [] if self.rope is None else self.rope()
 
-    def _embed(self, images: jax.Array) -> jax.Array:
+    def _embed(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         check_images(images, self.image_size)
-        x = self.patch_embed(images)
+        x = self.patch_embed(images, rngs) if self.hmlp else self.patch_embed(images)
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = [jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])) for token in tokens]
         learned = self.pos_embed is not None

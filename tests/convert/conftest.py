@@ -15,7 +15,8 @@ from tests.oracles import timm_models
 
 SMALL = (
     *("deit_testing", "deit_testing_distilled", "deit3_testing", "cait_testing"),
-    *("resmlp_testing", "regnety_testing", "vit_testing_rope", "vit_testing_rope_mixed_ape"),
+    *("parallel_testing", "hmlp_testing", "resmlp_testing", "regnety_testing"),
+    *("vit_testing_rope", "vit_testing_rope_mixed_ape"),
 )
 
 

@@ -105,16 +105,18 @@ def test_from_jax_and_back_in_every_format(tmp_path, name):
                 assert read.info == info
 
 
-@pytest.mark.parametrize("name", SMALL[:3])
+@pytest.mark.parametrize("name", [*SMALL[:3], "parallel_testing", "hmlp_testing"])
 def test_reference_layout(tmp_path, name, images):
     """A file under "model", with gamma_1 for DeiT III, loads into a module with those names."""
     chosen = options(name) | {"num_classes": 7}
+    if name == "parallel_testing":
+        chosen["parallel"] = True
     want = timm_models.randomise(reference_vit.ReferenceVit(**chosen), seed=0)
     source = tmp_path / "a.pth"
     torch.save({"model": want.state_dict(), "optimizer": {}, "epoch": 299}, source)
     read = from_torch.read(source)
     assert read.info.name == name
-    assert read.layout == ("reference" if name == "deit3_testing" else "timm")
+    assert read.layout == ("timm" if name.startswith("deit_") else "reference")
     assert_same_logits(read.model(), want, images)
     state = load(write_back(read, tmp_path / "b.pth", "fb"))
     assert_same_bits(state, numpy_state(want))

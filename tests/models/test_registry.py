@@ -36,6 +36,15 @@ VITS = {
     "deit3_large_patch16_224": (304_374_760, 344),
     "deit3_large_patch16_384": (304_763_880, 344),
     "deit3_huge_patch14_224": (632_126_440, 456),
+    "deit3_small_patch16_36x1_224": (64_665_064, 512),
+    "deit3_small_patch16_18x2_224": (64_665_064, 512),
+    "deit3_base_patch16_36x1_224": (256_731_112, 512),
+    "deit3_base_patch16_18x2_224": (256_731_112, 512),
+    "deit3_small_hmlp_224": (21_954_856, 186),
+    "deit3_base_hmlp_224": (86_744_680, 186),
+    "vit_small_patch16_36x1_224": (64_665_448, 512),
+    "vit_small_patch16_18x2_224": (64_665_448, 512),
+    "vit_base_patch16_18x2_224": (256_731_880, 512),
     "cait_xxs24_224": (11_956_264, 476),
     "cait_xxs24_384": (12_029_224, 476),
     "cait_xxs36_224": (17_299_720, 692),
@@ -81,8 +90,8 @@ REGNETS = {
     "regnety_320": 145_046_770,
 }
 TESTING = [
-    *("cait_testing", "deit3_testing", "deit_testing", "deit_testing_distilled"),
-    *("regnety_testing", "resmlp_testing"),
+    *("cait_testing", "deit3_testing", "deit_testing", "deit_testing_distilled", "hmlp_testing"),
+    *("parallel_testing", "regnety_testing", "resmlp_testing"),
     *("vit5_testing", "vit_testing_rope", "vit_testing_rope_mixed_ape"),
 ]
 
@@ -105,7 +114,7 @@ def test_published_sizes(name):
     tensors, norms = len(trees.leaf_names(params)), len(trees.leaf_names(stats)) // 2
     size = trees.param_count(params)
     if name in VITS:
-        assert (size, tensors, norms) == (*VITS[name], 0)
+        assert (size, tensors, norms) == (*VITS[name], 3 * ("hmlp" in name))
     else:
         assert size == REGNETS[name]
     if name == "regnety_160":  # a PyTorch file has 428: with one step counter for each batch norm

@@ -63,12 +63,52 @@ class Block(nn.Module):
         return x + (self.gamma_2 * branch if self.layer_scale else branch)
 
 
+class ParallelBlock(nn.Module):
+    """Two attentions, then two MLPs, each pair from one input; the second's names end with 1."""
+
+    def __init__(self, dim: int, num_heads: int, layer_scale_init: float):
+        super().__init__()
+        for one in ("", "1"):
+            for number in (1, 2):
+                setattr(self, f"norm{number}{one}", nn.LayerNorm(dim, eps=1e-6))
+                gamma = nn.Parameter(torch.full((dim,), layer_scale_init))
+                setattr(self, f"gamma_{number}{one and '_1'}", gamma)
+            setattr(self, f"attn{one}", Attention(dim, num_heads))
+            setattr(self, f"mlp{one}", Mlp(dim, 4 * dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.attn(self.norm1(x)), self.attn1(self.norm11(x))
+        x = x + self.gamma_1 * first + self.gamma_1_1 * second
+        first, second = self.mlp(self.norm2(x)), self.mlp1(self.norm21(x))
+        return x + self.gamma_2 * first + self.gamma_2_1 * second
+
+
 class PatchEmbed(nn.Module):
     """Images [B, 3, H, W] → tokens [B, P, D], row by row; drops what fills no whole patch."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class HmlpStem(nn.Module):
+    """The stem of "Three things": 4, 2 and 2 pixels, batch norm and GELU; as timm's PatchEmbed."""
+
+    def __init__(self, img_size, patch_size: int, in_chans: int, embed_dim: int, **_):
+        super().__init__()
+        self.img_size = img_size if isinstance(img_size, tuple) else (img_size, img_size)
+        self.grid_size = tuple(side // patch_size for side in self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        width = embed_dim // 4
+        steps = ((in_chans, width, 4), (width, width, 2), (width, embed_dim, 2))
+        layers = []
+        for inputs, outputs, side in steps:
+            layers += [nn.Conv2d(inputs, outputs, side, stride=side), nn.BatchNorm2d(outputs)]
+            layers += [nn.GELU()]
+        self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)
@@ -89,6 +129,8 @@ class ReferenceVit(nn.Module):
         distilled: bool = False,
         no_embed_class: bool = False,
         layer_scale_init: float | None = None,
+        hmlp: bool = False,
+        parallel: bool = False,
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -97,13 +139,18 @@ class ReferenceVit(nn.Module):
             positions += 2 if distilled else 1
         self.distilled = distilled
         self.no_embed_class = no_embed_class
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = (
+            HmlpStem((height, width), patch_size, 3, embed_dim)
+            if hmlp
+            else PatchEmbed(patch_size, embed_dim)
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, layer_scale_init) for _ in range(depth)
+            (ParallelBlock if parallel else Block)(embed_dim, num_heads, layer_scale_init)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)

@@ -13,6 +13,7 @@ from flax import nnx
 from deit_jax import trees
 from deit_jax.models import registry
 from tests.oracles import reference_vit5
+from tests.oracles.reference_vit import HmlpStem
 from tests.oracles.torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -22,7 +23,10 @@ from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.eva import Eva  # noqa: E402
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock  # noqa: E402
 from timm.models.regnet import RegNet, RegNetCfg  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from timm.models.vision_transformer import (  # noqa: E402
+    ParallelThingsBlock,
+    VisionTransformer,
+)
 
 ROPE = {  # timm's options for each of ours
     "axial": {"rope_type": "cat", "rope_temperature": 100.0},
@@ -58,7 +62,14 @@ def fresh_vit(**options) -> torch.nn.Module:
         options |= ROPE[rope] | {"use_abs_pos_emb": options.pop("pos_embed", True)}
         options |= {"attn_type": "rope", "use_rot_pos_emb": True, "rope_grid_indexing": "xy"}
         return Eva(global_pool="token", **_renamed(options))
+    if options.pop("hmlp", False):
+        options["embed_layer"] = HmlpStem
     return cls(**_renamed(options))
+
+
+def fresh_parallel(**options) -> torch.nn.Module:
+    """Builds timm's twin of our ParallelVisionTransformer(**options) as timm initialises it."""
+    return fresh_vit(block_fn=ParallelThingsBlock, **options)
 
 
 def fresh_cait(**options) -> torch.nn.Module:
@@ -91,7 +102,13 @@ def fresh_regnety(
     return RegNet(cfg, num_classes=num_classes, drop_path_rate=drop_path_rate)
 
 
-FRESH = {"vit": fresh_vit, "cait": fresh_cait, "resmlp": fresh_resmlp, "regnet": fresh_regnety}
+FRESH = {
+    "vit": fresh_vit,
+    "parallel": fresh_parallel,
+    "cait": fresh_cait,
+    "resmlp": fresh_resmlp,
+    "regnet": fresh_regnety,
+}
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -72,11 +72,16 @@ def test_others_are_not(monkeypatch, tmp_path, name, function, words):
     assert run.config.model.attention == "auto"  # another start tries again
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wanted")
-def test_talking_heads_never_use_the_kernels(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("parallel_testing", "kernels for TPUs (Pallas)"), ("cait_testing", "XLA")],  # talking heads
+)
+def test_other_blocks_say_how_they_attend(tmp_path, name, words):
     config = digits.get_config()
-    config.model.name, config.train.dtype = "cait_testing", "bfloat16"
-    assert said(setup.check(config, str(tmp_path))) == ["attention XLA"]
+    config.model.name, config.train.dtype = name, "bfloat16"
+    assert said(setup.check(config, str(tmp_path))) == [f"attention {words}"]
 
 
 def test_a_model_without_attention_says_nothing_of_it(tmp_path):
