@@ -158,7 +158,7 @@ def _side(size: Any) -> int | None:
 _FIXED = {
     **{"layer_scale_init": None, "no_embed_class": False, "pos_embed": True, "rope": "none"},
     **{"num_registers": 0, "norm": "layer", "qk_norm": False, "qkv_bias": True},
-    "linear_bias": True,
+    **{"linear_bias": True, "hmlp": False},
 }
 
 
@@ -169,7 +169,8 @@ def layout(info: ModelInfo) -> layouts.Layout:
       InputError: transformers has no such model (DeiT III, RegNetY).
     """
     _, options = info.side, registry.options(info)
-    if any(options.get(option, "none here") != value for option, value in _FIXED.items()):
+    other = any(options.get(option, "none here") != value for option, value in _FIXED.items())
+    if other or registry.family(info.name) != "vit":
         raise InputError(
             f"{info.name}: transformers has ViT and DeiT without LayerScale and with positions for "
             "all tokens; use --format timm or fb"

@@ -300,6 +300,7 @@ def test_a_model_fine_tuned_in_transformers_is_described_anew(tmp_path):
     ("name", "overrides"),
     [
         ("deit_testing", {"no_embed_class": True}),
+        ("parallel_testing", {"layer_scale_init": None, "no_embed_class": False}),
         ("deit_testing", {"layer_scale_init": 1e-4}),
         ("deit3_testing", {"no_embed_class": False}),
         ("deit_testing", {"num_heads": 4, "depth": 2}),
