@@ -3,11 +3,11 @@
 python -m experiments.verify_training --write docs/training_parity.md
 python -m experiments.verify_training --image_size 224 --deit3 deit3_base_patch16_224
 
-Four recipes of configs/ on made-up images of 10 classes: DeiT, distilled hard and soft, DeiT III.
-Both sides start from the weights of one PyTorch module, every tensor large enough to matter, and
-get equal batches and equal draws of erasing, mixup and cutmix; stochastic depth is off. The rates
-are such that the weights move: warm-up and cosine within the few steps. Needs the extra `test`
-(torch, timm). Exits with 1 if a difference exceeds its limit.
+Five recipes of configs/ on made-up images of 10 classes: DeiT, distilled hard and soft, DeiT III,
+and CaiT, whose one head is distilled. Both sides start from the weights of one PyTorch module,
+every tensor large enough to matter, and get equal batches and equal draws of erasing, mixup and
+cutmix; stochastic depth is off. The rates are such that the weights move: warm-up and cosine within
+the few steps. Needs the extra `test` (torch, timm). Exits with 1 if a difference exceeds its limit.
 """
 
 import shlex
@@ -64,6 +64,7 @@ CASES = {
     "DeiT, hard distillation": Case("deit_distill:ti", "distilled", "hard", 1e-3),
     "DeiT, soft distillation": Case("deit_distill:ti", "distilled", "soft", 1e-3),
     "DeiT III": Case("deit3:ti", "deit3", "none", 4e-3),
+    "CaiT, hard distillation": Case("cait_distill:xxs24", "cait", "hard", 1e-3),
 }
 
 
@@ -178,14 +179,17 @@ def compare(
 
 
 def _effective(params: dict) -> dict:
-    """The parameters without the biases of keys.
+    """The parameters without the biases of keys, and those of talking heads before the softmax.
 
     Such a bias adds one number to all of a query's logits, which the softmax takes out again. Its
     gradient is rounding noise, and Adam makes full steps of that.
     """
 
     def keep(path: tuple, leaf: np.ndarray) -> np.ndarray:
-        if jax.tree_util.keystr(path[-2:], simple=True, separator="/") != "qkv/bias":
+        name = jax.tree_util.keystr(path[-2:], simple=True, separator="/")
+        if name in ("k/bias", "proj_l/bias"):
+            return leaf * 0
+        if name != "qkv/bias":
             return leaf
         return np.delete(leaf, np.s_[len(leaf) // 3 : 2 * len(leaf) // 3])
 
@@ -269,6 +273,7 @@ def _run(argv: list[str]) -> int:
     add("--deit", default="deit_tiny_patch16_224")
     add("--distilled", default="deit_tiny_distilled_patch16_224")
     add("--deit3", default="deit3_tiny_patch16_224")
+    add("--cait", default="cait_xxs24_224")
     add("--teacher", default="regnety_002")
     add("--steps", dest="num_steps", **number, default=50)
     add("--image_size", **number, default=64)
@@ -277,8 +282,8 @@ def _run(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.num_steps % _EPOCHS:
         raise InputError(f"--steps is {arguments.num_steps}, expected a multiple of {_EPOCHS}")
-    for name in (arguments.deit, arguments.distilled, arguments.deit3, arguments.teacher):
-        registry.model_options(name)
+    for student in ("deit", "distilled", "deit3", "cait", "teacher"):
+        registry.model_options(getattr(arguments, student))
     sizes = {name: getattr(arguments, name) for name in ("num_steps", "image_size", "batch_size")}
     rows = []
     for case, (_, student, _, _) in CASES.items():

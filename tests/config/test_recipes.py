@@ -197,9 +197,10 @@ def test_two_steps_with_a_small_model(recipe):
         options |= {"num_classes": 5, "image_size": 16, "rngs": nnx.Rngs(0)}
         return split_model(registry.create_model(name, **options))
 
-    network, variables = small(
-        smallest_relative(config.model.name), depth=2, drop_path_rate=config.model.drop_path_rate
-    )
+    name, options = smallest_relative(config.model.name), {"depth": 2}
+    if name == "cait_testing":  # the published 1e-5 hides steps of so small rates behind rounding
+        options["layer_scale_init"] = 0.1
+    network, variables = small(name, drop_path_rate=config.model.drop_path_rate, **options)
     distilled = config.distill.kind != "none"
     teacher, teacher_variables = small("regnety_testing", depth=4) if distilled else (None, None)
     optimizer = optim.make_optimizer(variables.params, config.optimizer)

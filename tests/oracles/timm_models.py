@@ -132,7 +132,7 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
                 noise = centre + 0.3 * noise
             elif name.endswith("freqs"):
                 noise = 0.3 * noise
-            elif "token" not in name and "pos_embed" not in name:
+            elif not name.endswith("token") and "pos_embed" not in name:
                 noise = noise / tensor[0].numel() ** 0.5
             tensor.copy_(noise)
     return model.eval()

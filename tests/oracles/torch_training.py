@@ -81,7 +81,10 @@ def total_loss(
     reduction: str = "numel",
     base_loss: str = "cross_entropy",
 ) -> torch.Tensor:
-    """The reference's DistillationLoss, a scalar; `heads` and `teacher` are logits [B,K]."""
+    """The reference's DistillationLoss, a scalar; `heads` and `teacher` are logits [B,K].
+
+    An only head has both parts, as in table 3 of the paper; the reference's code has two heads.
+    """
     if base_loss == "bce":
         base = torch.nn.BCEWithLogitsLoss()(heads[0], targets.gt(0.0).type(targets.dtype))
     else:
@@ -89,12 +92,12 @@ def total_loss(
     if kind == "none":
         return base
     if kind == "hard":
-        distill = F.cross_entropy(heads[1], teacher.argmax(dim=1))
+        distill = F.cross_entropy(heads[-1], teacher.argmax(dim=1))
     else:
         divergence = torch.nn.KLDivLoss(reduction="sum", log_target=True)(
-            F.log_softmax(heads[1] / temperature, dim=1), F.log_softmax(teacher / temperature, 1)
+            F.log_softmax(heads[-1] / temperature, dim=1), F.log_softmax(teacher / temperature, 1)
         )
-        count = heads[1].numel() if reduction == "numel" else len(heads[1])
+        count = heads[-1].numel() if reduction == "numel" else len(heads[-1])
         distill = divergence * temperature**2 / count
     return base * (1 - alpha) + distill * alpha
 
@@ -154,7 +157,8 @@ class Training:
         teacher: torch.nn.Module | None = None,
     ):
         self.model = model.train()
-        self.distilled = config.distill.kind != "none"
+        two_heads = hasattr(model, "set_distilled_training")
+        self.distilled = config.distill.kind != "none" and two_heads
         if self.distilled:
             model.set_distilled_training(True)  # otherwise timm trains the mean of the heads
         self.teacher = teacher
