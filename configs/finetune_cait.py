@@ -10,8 +10,8 @@ Command: deit-jax train --config=finetune_cait:s24_384 --workdir=DIR \\
 | xxs24_384 | cait_distill.py:xxs24 | 81.0 | low: as m48_448 |
 | xxs36_384 | cait_distill.py:xxs36 | 82.2 | low: as m48_448 |
 | xs24_384 | cait_distill.py:xs24 | 84.1 | low: as m48_448 |
-| s24_384 | cait_distill.py:s24 | 85.0 | low: as m48_448 |
-| s36_384 | cait_distill.py:s36 | 85.5 | low: as m48_448 |
+| s24_384 | cait_distill.py:s24 | 85.1 | low: as m48_448 |
+| s36_384 | cait_distill.py:s36 | 85.4 | low: as m48_448 |
 | m36_384 | cait_distill.py:m36 | 86.1 | low: as m48_448 |
 | m48_448 | cait_distill.py:m48 | 86.5 | high: an author's list (issue 108 of the reference) |
 

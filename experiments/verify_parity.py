@@ -129,7 +129,7 @@ def _run(argv: list[str]) -> int:
     add("--images", type=Path, default=images, help="folder of JPEGs")
     add("--write", type=new_file, metavar="FILE", help="also put the table into this file")
     arguments = parser.parse_args(argv)
-    names = arguments.names or [n for n in registry.list_models() if "testing" not in n]
+    names = arguments.names or registry.list_models()
     for name in names:
         registry.model_options(name)  # raises for an unknown name
     pictures = _pictures(arguments.images)

@@ -104,7 +104,7 @@ def ambiguous(info: ModelInfo, layout: layouts.Layout, model: str | None) -> lis
     visible = ("embed_dim", "depth", "rope", "pos_embed", "layer_scale", "distilled")
     others = [
         name
-        for name in registry.list_models()
+        for name in registry.names_of()
         if all(_options(name).get(key, "none here") == alike[key] for key in visible)
     ]
     if own["rope"] != "none" or not others:
@@ -146,7 +146,7 @@ def _identify_vit(
     size = grid * patch
     preferred = _options(model).get("rope") if model else "none"
     candidates = []
-    for name in registry.list_models():
+    for name in registry.names_of():
         options = _options(name)
         if registry.family(name) != layout.family:
             continue
@@ -206,7 +206,7 @@ def _identify_resmlp(tensors: Tensors, layout: layouts.Layout, what: str) -> Mod
             f"{what}: its linear layers over {tokens} patches are of no square grid; only square "
             "images are supported"
         )
-    for name in registry.list_models("resmlp*"):
+    for name in registry.names_of("resmlp*"):
         if traits.items() <= registry.model_options(name).items():
             return registry.model_info(name, num_classes=classes, image_size=side * patch)
     found = ", ".join(f"{key} {value}" for key, value in traits.items())
@@ -215,7 +215,7 @@ def _identify_resmlp(tensors: Tensors, layout: layouts.Layout, what: str) -> Mod
 
 def _identify_regnet(tensors: Tensors, layout: layouts.Layout, what: str) -> ModelInfo:
     classes = _shape(tensors, layout.key("head.fc.weight"), 2, what)[0]
-    for name in registry.list_models("regnety*"):
+    for name in registry.names_of("regnety*"):
         if _is_regnet(tensors, layout, registry.model_options(name)):
             return registry.model_info(name, num_classes=classes)
     widths = [

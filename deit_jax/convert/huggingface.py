@@ -80,7 +80,7 @@ def _timm_description(config: dict[str, Any]) -> dict[str, Any]:
     said = dict(config.get("pretrained_cfg", config))
     said |= {"crop_ratio": said.get("crop_pct"), "class_names": config.get("label_names")}
     kinds = {"mean": _three, "std": _three, "crop_ratio": float, "interpolation": str}
-    kinds["model"] = lambda name: name if name in registry.list_models() else None
+    kinds["model"] = lambda name: name if name in registry.names_of() else None
     said["model"] = config["architecture"]
     kinds["class_names"] = lambda names: tuple(map(str, names))
     return {name: kind(said[name]) for name, kind in kinds.items() if said.get(name) is not None}

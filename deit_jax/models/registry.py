@@ -12,7 +12,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
+from deit_jax.models import figures
 from deit_jax.models.cait import Cait
+from deit_jax.models.figures import ModelRow
 from deit_jax.models.info import BOOL, ModelInfo, checked, number, one_of
 from deit_jax.models.parallel import ParallelVisionTransformer
 from deit_jax.models.regnet import RegNetY
@@ -66,8 +68,7 @@ def _deit3(
 
 def _deep(dim: int, depth: int, heads: int) -> _Entry:
     """timm's models of "Three things": unlike the paper's, all tokens have positions."""
-    entry = _deit3(dim, depth, heads)
-    return _entry_with(entry, no_embed_class=False, layer_scale_init=1e-5)
+    return _entry_with(_deit3(dim, depth, heads), no_embed_class=False, layer_scale_init=1e-5)
 
 
 def _parallel(entry: _Entry) -> _Entry:
@@ -89,9 +90,7 @@ def _resmlp(dim: int, depth: int, scale: float, *, patch_size: int = 16) -> _Ent
 
 
 def _rope(dim: int, depth: int, heads: int, rope: str, *, pos_embed: bool = False) -> _Entry:
-    entry = _deit3(dim, depth, heads)
-    options = entry.options | {"rope": rope, "pos_embed": pos_embed}
-    return dataclasses.replace(entry, options=options)
+    return _entry_with(_deit3(dim, depth, heads), rope=rope, pos_embed=pos_embed)
 
 
 def _rope_names() -> dict[str, _Entry]:
@@ -108,9 +107,8 @@ def _rope_names() -> dict[str, _Entry]:
 
 
 def _vit5(dim: int, depth: int, heads: int, image_size: int = 224) -> _Entry:
-    entry = _deit3(dim, depth, heads, image_size)
-    options = {"rope": "vit5", "num_registers": 4, "norm": "rms", "qk_norm": True}
-    return dataclasses.replace(entry, options=entry.options | options | {"qkv_bias": False})
+    switches = {"rope": "vit5", "num_registers": 4, "norm": "rms", "qk_norm": True}
+    return _entry_with(_deit3(dim, depth, heads, image_size), **switches, qkv_bias=False)
 
 
 def _regnety(w0: int, wa: float, wm: float, group_width: int, depth: int) -> _Entry:
@@ -198,8 +196,17 @@ _MODELS = {
 }
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Returns the sorted names that match a shell-style pattern, for instance "deit3*"."""
+def list_models(pattern: str = "*", *, details: bool = False) -> list[str] | list[ModelRow]:
+    """Returns the sorted names that match a shell-style pattern, for instance "deit3*".
+
+    With `details` a ModelRow for each. Models for tests are among them if the pattern has "testing".
+    """
+    names = [n for n in names_of(pattern) if "testing" in pattern or "testing" not in n]
+    return [figures.row(name, _MODELS[name].image_size) for name in names] if details else names
+
+
+def names_of(pattern: str = "*") -> list[str]:
+    """Returns the sorted names that match a pattern, with the models for tests."""
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 

@@ -182,7 +182,13 @@ def test_list_models(deit_jax_command):
     assert list(rows) == registry.list_models("deit*tiny*")
     assert rows["deit_tiny_patch16_224"] == (5_717_416, 224)
     text = deit_jax_command("list-models", "deit_tiny_p*").out
-    assert text.split() == ["deit_tiny_patch16_224", "5,717,416", "parameters", "224×224"]
+    assert text.splitlines()[0] == "DeiT"
+    assert text.split()[1:] == [
+        *("deit_tiny_patch16_224", "5,717,416", "parameters", "224×224", "1.3", "GMACs"),
+        *("top-1", "72.2", "hf:timm/deit_tiny_patch16_224.fb_in1k"),
+    ]
+    assert "testing" not in deit_jax_command("list-models").out
+    assert "cait_testing" in deit_jax_command("list-models", "*testing*").out
 
 
 @pytest.mark.parametrize(

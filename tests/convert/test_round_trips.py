@@ -232,7 +232,7 @@ def test_torchvision_regnet():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in registry.list_models() if "testing" not in n])
+@pytest.mark.parametrize("name", registry.list_models())
 def test_every_registered_model_is_recognised_by_its_shapes(name):
     _, like = split_model(registry.abstract_model(name, num_classes=3))
     forms = ("timm", "torchvision") if name.startswith("regnet") else ("timm", "fb")

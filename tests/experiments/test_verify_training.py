@@ -57,7 +57,7 @@ def test_a_run_beyond_a_limit_is_named(monkeypatch, tmp_path, capsys):
     assert "--steps" in capsys.readouterr().err
 
 
-VITS = [name for name in registry.list_models() if "embed_dim" in registry.model_options(name)]
+VITS = [name for name in registry.names_of() if "embed_dim" in registry.model_options(name)]
 
 
 @pytest.mark.parametrize("name", VITS)

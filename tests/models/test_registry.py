@@ -15,6 +15,7 @@ from deit_jax.models.registry import (
     is_distilled,
     list_models,
     model_info,
+    names_of,
 )
 
 # Published sizes: (trained parameters, trained tensors).
@@ -102,7 +103,9 @@ def split(model):
 
 
 def test_names():
-    assert list_models() == sorted([*VITS, *REGNETS, *TESTING])
+    assert list_models() == sorted([*VITS, *REGNETS])
+    assert names_of() == sorted([*VITS, *REGNETS, *TESTING])
+    assert list_models("deit3*") == [name for name in sorted(VITS) if name.startswith("deit3")]
     assert list_models("*testing*") == TESTING
     assert list_models("nothing*") == []
     assert [name for name in list_models() if is_distilled(name)] == list_models("*distilled*")

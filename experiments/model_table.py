@@ -1,0 +1,116 @@
+"""Writes the table of models into README.md, and counts what `models/figures.py` says of them.
+
+python -m experiments.model_table --write README.md
+python -m experiments.model_table --count deit3_base_patch16_224
+
+The table stands between two comments, `<!-- models -->` and `<!-- end of models -->`. `--count`
+prints parameters and GMACs of one image, as a new row of `figures.py` needs them: products of
+all matrix multiplications and convolutions of an evaluation.
+"""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from deit_jax import trees
+from deit_jax.cli.arguments import Parser
+from deit_jax.cli.status import exit_status
+from deit_jax.errors import InputError
+from deit_jax.models import registry
+from deit_jax.models.network import split_model
+from deit_jax.planning.markdown import table
+
+_MARKS = "<!-- models -->", "<!-- end of models -->"
+
+
+def count(name: str) -> tuple[int, float]:
+    """Returns a model's parameters and its GMACs for one image, from shapes alone."""
+    network, variables = split_model(registry.abstract_model(name))
+    size = network.info.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    program = jax.make_jaxpr(lambda variables, image: network(variables, image)[0])
+    return trees.param_count(variables.params), _macs(program(variables, image).jaxpr) / 1e9
+
+
+def _macs(program: core.Jaxpr) -> int:
+    total = 0
+    for equation in program.eqns:
+        out, name = equation.outvars[0].aval, equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval
+            total += out.size * math.prod(left.shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += out.size * kernel.size // outputs
+        else:
+            inner = [_macs(each) for each in _programs(equation.params)]
+            # Of branches for several platforms, one runs.
+            total += max(inner, default=0) if name == "cond" else sum(inner)
+    return total
+
+
+def _programs(params: dict[str, object]) -> list[core.Jaxpr]:
+    found = []
+    for value in params.values():
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, core.ClosedJaxpr):
+                found.append(each.jaxpr)
+            elif isinstance(each, core.Jaxpr):
+                found.append(each)
+    return found
+
+
+def lines() -> list[str]:
+    """Returns the table in Markdown, a row for each model."""
+    rows = [
+        (
+            f"`{row.name}`", f"{row.parameters / 1e6:.1f}", str(row.image_size), f"{row.gmacs:.1f}",
+            f"{row.top1:.1f}" if row.top1 else "", f"`{row.weights}`" if row.weights else "",
+        )
+        for row in registry.list_models(details=True)
+    ]  # fmt: skip
+    return list(table("model", "M parameters", "pixels", "GMACs", "top-1", "weights", rows=rows))
+
+
+def updated(text: str) -> str:
+    """Returns a document with the current table between its marks.
+
+    Raises:
+      InputError: it has none.
+    """
+    start, end = _MARKS
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise InputError(f"the file has no {start} ... {end} to put the table between")
+    return pattern.sub(lambda _: "\n".join([start, "", *lines(), "", end]), text)
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this file")
+    parser.add_argument("--count", nargs="+", default=[], metavar="NAME", help="count these models")
+    arguments = parser.parse_args(argv)
+    for name in arguments.count:
+        parameters, gmacs = count(name)
+        print(f"{name}: {parameters:_}, {gmacs:.2f}")
+    if arguments.write:
+        arguments.write.write_text(updated(arguments.write.read_text()))
+    elif not arguments.count:
+        print("\n".join(lines()))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
