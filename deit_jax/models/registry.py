@@ -199,7 +199,7 @@ _MODELS = {
 def list_models(pattern: str = "*", *, details: bool = False) -> list[str] | list[ModelRow]:
     """Returns the sorted names that match a shell-style pattern, for instance "deit3*".
 
-    With `details` a ModelRow for each. Models for tests are among them if the pattern has "testing".
+    With `details` a ModelRow for each. Models for tests need "testing" in the pattern.
     """
     names = [n for n in names_of(pattern) if "testing" in pattern or "testing" not in n]
     return [figures.row(name, _MODELS[name].image_size) for name in names] if details else names
