@@ -71,7 +71,7 @@ def lines() -> list[str]:
     """Returns the table in Markdown, a row for each model."""
     rows = [
         (
-            f"`{row.name}`", f"{row.parameters / 1e6:.1f}", str(row.image_size), f"{row.gmacs:.1f}",
+            f"`{row.name}`", f"{row.parameters / 1e6:.1f}", str(row.image_size), f"{row.gmacs:.2f}",
             f"{row.top1:.1f}" if row.top1 else "", f"`{row.weights}`" if row.weights else "",
         )
         for row in registry.list_models(details=True)

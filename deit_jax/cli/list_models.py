@@ -38,7 +38,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
             size = f"{row.image_size}×{row.image_size}"
             top1 = "" if row.top1 is None else f"top-1 {row.top1:.1f}"
             line = (
-                f"  {row.name:36}{row.parameters:>13,} parameters  {size}  {row.gmacs:>6.1f} GMACs"
+                f"  {row.name:36}{row.parameters:>13,} parameters  {size}  {row.gmacs:>6.2f} GMACs"
             )
             log(f"{line}  {top1:10}  {row.weights}".rstrip())
     emit([row._asdict() for row in rows])
