@@ -54,7 +54,9 @@ def taken(
         got, want = tensors[key], buffers[key]
         if got.shape != want.shape:
             raise InputError(f"{what}: {key} has shape {got.shape}, expected {want.shape}")
-        error = float(np.max(np.abs(got - want) / np.maximum(np.abs(want), 1e-30), initial=0.0))
+        error = float(
+            np.max(np.abs(got - want) / np.where(want == 0, 1.0, np.abs(want)), initial=0.0)
+        )
         if not error <= _MOST:
             raise InputError(
                 f"{what}: {key} differs from the model's own by {error:.1e}, relative: the file is "
