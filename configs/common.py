@@ -46,3 +46,20 @@ def deit3() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.train.batch_size = 2048
     return config
+
+
+def finetune_deit3() -> ConfigDict:
+    """Returns what DeiT III uses for 20 epochs at a small rate after its pre-training.
+
+    DeiT's augmentation and loss without erasing and repeats.
+    """
+    config = default_config()
+    config.init_from = PRETRAINED
+    config.input.repeats = 1
+    config.input.crop_ratio = 1.0
+    config.mixing.random_erasing = 0.0
+    config.optimizer.lr = 1e-5  # effective: not scaled by the batch
+    config.optimizer.weight_decay = 0.1
+    config.schedule.epochs = 20
+    config.train.batch_size = 512
+    return config

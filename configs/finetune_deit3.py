@@ -23,8 +23,6 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from deit_jax.config.fields import default_config
-
 from . import common
 
 
@@ -49,17 +47,9 @@ RUNS = {
 def get_config(run: str = "b_224") -> ConfigDict:
     """Returns DeiT's augmentation and loss without erasing and repeats, at a small rate."""
     row = common.choose(RUNS, run, __file__)
-    config = default_config()
-    config.init_from = common.PRETRAINED
+    config = common.finetune_deit3()
     config.model.name = row.model
     config.model.drop_path_rate = row.drop_path_rate
     config.input.image_size = row.image_size
-    config.input.repeats = 1
-    config.input.crop_ratio = 1.0
-    config.mixing.random_erasing = 0.0
     config.mixing.group_size = row.group_size
-    config.optimizer.lr = 1e-5  # effective: not scaled by the batch
-    config.optimizer.weight_decay = 0.1
-    config.schedule.epochs = 20
-    config.train.batch_size = 512
     return config

@@ -21,6 +21,8 @@ def default_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "deit_base_patch16_224"  # see deit_jax.list_models(); "": as in init_from
     config.model.patch_size = 0  # 0: the model's own
+    # Structural options in place of the model's, for instance "rope=mixed num_registers=4".
+    config.model.options = ""
     # Stochastic depth: rises to this over the blocks of DeiT, equal in all blocks of DeiT III.
     config.model.drop_path_rate = 0.1
     # auto (the fastest that is known to be right where it runs) | xla | pallas (kernels for TPUs)

@@ -1,5 +1,7 @@
 """Describes a model: what travels with its weights in `model.json` and in converted files."""
 
+import ast
+import contextlib
 import dataclasses
 import json
 import math
@@ -118,6 +120,25 @@ def checked(name: str, value: Any, check: Check | None = None) -> Any:
     if not check.passes(value):
         raise InputError(f"{name} is {value!r:.60}, expected {check.expected}")
     return value
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Reads structural options as a config has them: "rope=mixed num_registers=4".
+
+    Raises:
+      InputError: not NAME=VALUE, no such option, or a value that it cannot have.
+    """
+    options = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"config.model.options: {word!r} is not NAME=VALUE, as in rope=mixed")
+        if name == "patch_size":
+            raise InputError("config.model.options: patch_size is config.model.patch_size")
+        with contextlib.suppress(ValueError, SyntaxError):  # a text without quotes
+            value = ast.literal_eval(value)
+        options[name] = checked(name, value)
+    return options
 
 
 def _plain(value: Any) -> Any:

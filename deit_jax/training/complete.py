@@ -15,8 +15,8 @@ from deit_jax.errors import InputError
 def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
     """Returns the config checked, with what it leaves to the model of `init_from` filled in.
 
-    That is `model.name` where it is "", with the model's patch size, and `input.image_size` where
-    it is 0.
+    That is `model.name` where it is "", with the model's patch size and options, and
+    `input.image_size` where it is 0.
 
     Args:
       config: as parsed; it stays as it is.
@@ -36,10 +36,13 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
             except InputError as error:
                 raise InputError(f"--config.init_from={config.init_from}: {error}") from error
             known = {"input.image_size": info.side, "model.name": info.name}
-            known["model.patch_size"] = dict(info.overrides).get("patch_size", 0)
+            own = dict(info.overrides)
+            known["model.patch_size"] = own.pop("patch_size", 0)
+            known["model.options"] = " ".join(f"{name}={value}" for name, value in own.items())
         if not config.model.name:
             config.model.name = known["model.name"]
             config.model.patch_size = config.model.patch_size or known["model.patch_size"]
+            config.model.options = config.model.options or known.get("model.options", "")
         config.input.image_size = config.input.image_size or known["input.image_size"]
     validate(config)
     return config

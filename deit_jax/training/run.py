@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from deit_jax.models import registry
+from deit_jax.models.info import parse_options
 from deit_jax.models.network import Network, Variables
 
 if TYPE_CHECKING:  # the step runs without ml_collections, which GPU hosts may lack
@@ -64,6 +65,7 @@ def build_model(config: "ConfigDict", plan: "RunPlan", *, rngs: object = None) -
     }
     if config.model.patch_size:
         options["patch_size"] = config.model.patch_size
+    options |= parse_options(config.model.options)
     if config.model.attention != "auto":
         options["attention"] = config.model.attention
     if config.model.remat:

@@ -106,10 +106,12 @@ def _model(run: Run, origin: str) -> str:
     some = f" ({trained:,} of them train)" if trained < count else ""
     rate = run.config.model.drop_path_rate
     drop = f", drop path {rate:g}" if rate else ""
+    options = run.config.model.options
+    options = f", with {options}" if options else ""
     return (
         f"{info.name}, {count:,} parameters{some}, {info.image_size}×{info.image_size}"
         f"{_unseen(info)}, "
-        f"{info.num_classes} classes{drop}, {origin}"
+        f"{info.num_classes} classes{drop}{options}, {origin}"
     )
 
 

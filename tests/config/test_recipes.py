@@ -57,7 +57,7 @@ def test_the_batch_is_that_of_the_published_hardware():
             assert config.train.batch_size == gpus * images
             assert config.mixing.group_size == images
             checked += 1
-    assert checked == 31
+    assert checked == 45
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,8 @@ def smallest_relative(name: str) -> str:
     """The testing model of the same family."""
     if registry.is_distilled(name):
         return "deit_testing_distilled"
-    return f"{name.partition('_')[0]}_testing"
+    family = name.partition("_")[0]
+    return {"vit": "vit_testing_rope_mixed_ape"}.get(family, f"{family}_testing")
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ from configs import digits
 from deit_jax import trees
 from deit_jax.checkpoints import model_folder
 from deit_jax.config.files import load_config
+from deit_jax.config.plan import plan_run
 from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.training import loop
 from deit_jax.training.complete import complete
+from deit_jax.training.run import build_model
 from tests import kill_and_resume
 
 CLASSES = (5, 6, 7, 8, 9)
@@ -173,14 +175,37 @@ def test_the_folder_recipe_starts_from_any_model(base, five_classes, tmp_path, c
 
 
 def test_a_model_is_what_init_from_holds_unless_it_is_named(tmp_path):
-    network, like = split_model(registry.abstract_model("deit_testing_distilled", image_size=48))
+    options = {"image_size": 48, "patch_size": 8, "norm": "rms", "num_registers": 4}
+    network, like = split_model(registry.abstract_model("deit_testing_distilled", **options))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     model_folder.write_model(tmp_path / "model", zeros, network.info)
     config = load_config("folder:finetune")
     config.init_from = str(tmp_path / "model")
     alone = complete(config)
     assert (alone.model.name, alone.input.image_size) == ("deit_testing_distilled", 48)
+    plan = plan_run(alone, num_train=512, num_classes=1000, num_devices=1)
+    info = build_model(alone, plan).info
+    assert (info.name, info.overrides) == (network.info.name, network.info.overrides)
     assert (config.model.name, config.input.image_size) == ("", 0)
     config.model.name, config.input.image_size = "deit_testing", 64
     named = complete(config)
     assert (named.model.name, named.input.image_size) == ("deit_testing", 64)
+    assert named.model.options == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("rope", "'rope' is not NAME=VALUE"),
+        ("rope=2d", "rope is '2d', expected"),
+        ("registers=4", "'registers' is not a structural option, only .*num_registers"),
+        ("patch_size=8", "patch_size is config.model.patch_size"),
+        ("num_registers=4 wm=2.0", 'model deit_testing has no option "wm"'),
+    ],
+)
+def test_options_that_no_model_has_are_named(options, message):
+    config = load_config("digits")
+    config.model.name, config.model.options = "deit_testing", options
+    plan = plan_run(config, num_train=512, num_classes=10, num_devices=1)
+    with pytest.raises(InputError, match=message):
+        build_model(config, plan)
