@@ -24,7 +24,7 @@ def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
     model.info = dataclasses.replace(model.info, class_names=names)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        deit_jax.save_model("runs/digits/model", model)
+        deit_jax.save_model("runs/digits/model", model, replace=True)
     network, variables = split_model(model)
     ema = jax.tree.map(lambda x: x + 1, variables)
     state = new_state(variables, optax.adam(1e-3), ema=True).replace(ema=ema)

@@ -27,18 +27,18 @@ _BEGUN = ".writing"  # in a folder that is being written
 _FORMAT = 2  # 1 had no checksums
 
 
-def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
+def save_model(path: str | os.PathLike, model: nnx.Module, *, replace: bool = False) -> None:
     """Writes a model folder: `model.json` and the weights as a plain Orbax checkpoint.
-
-    An existing folder is replaced only once the new one is complete.
 
     Args:
       path: the folder to write; its parents are created.
       model: any model of the registry; `model.info` goes to `model.json`.
+      replace: a model folder that is there is replaced, once the new one is complete.
 
     Raises:
-      InputError: `path` exists and is not a model folder, or the weights are not those of the model
-        that `model.info` describes: `load_model` could not read them.
+      InputError: `path` holds a model and `replace` is False; it exists and is no model folder; or
+        the weights are not those of the model that `model.info` describes: `load_model` could not
+        read them.
       TransientError: it cannot be written: a full disk, for example.
     """
     if not isinstance(getattr(model, "info", None), registry.ModelInfo):
@@ -48,6 +48,10 @@ def save_model(path: str | os.PathLike, model: nnx.Module) -> None:
     network, variables = split_model(model)
     _, like = split_model(build(network.info, registry.abstract_model))
     trees.check_like(variables, like, "the weights to be saved")
+    if not replace and (storage.path_of(path) / _MODEL_FILE).is_file():
+        raise InputError(
+            f"{path} holds a model already; name another folder, or replace that by replace=True"
+        )
     write_model(path, variables, network.info)
 
 

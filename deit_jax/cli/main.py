@@ -20,6 +20,7 @@ from argparse import Namespace
 from deit_jax.cli import startup
 from deit_jax.cli.arguments import Parser
 from deit_jax.cli.status import exit_status
+from deit_jax.console import log_error
 from deit_jax.errors import InputError, did_you_mean
 
 COMMANDS = {  # their modules, and their lines of --help
@@ -112,6 +113,11 @@ def _parse(name: str, module: types.ModuleType, argv: list[str], prog: str) -> N
     parser.set_defaults(command=name, command_line=f"{parser.prog} {shlex.join(argv)}")
     if not module.RECIPE:
         return parser.parse_args(argv)
+    if not argv or not {"-h", "--help"}.isdisjoint(argv):
+        from deit_jax.config.files import describe_recipes
+
+        known = "".join(f"\n  {name:26}{line}" for name, line in describe_recipes().items())
+        parser.epilog += f"\nrecipes:{known}\n"
     parser.add_argument(
         "--config",
         metavar="RECIPE",
@@ -119,7 +125,12 @@ def _parse(name: str, module: types.ModuleType, argv: list[str], prog: str) -> N
     )
     from deit_jax.config.flags import parse
 
-    arguments = parse(parser, argv)
+    try:
+        arguments = parse(parser, argv)
+    except InputError:
+        if not argv:  # asked for nothing: who starts sees an example
+            log_error(parser.format_help())
+        raise
     if arguments.config is None and module.RECIPE == "required":
         raise InputError("--config is missing; name a recipe, such as --config=digits")
     return arguments

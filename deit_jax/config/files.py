@@ -1,5 +1,6 @@
 """Recipes and configs as files: finding, reading, writing and comparing them."""
 
+import ast
 import difflib
 import importlib.util
 import inspect
@@ -76,6 +77,14 @@ def packaged_recipes() -> dict[str, Path]:
         if files := sorted(folder.glob("*.py")):
             return {file.stem: file for file in files if file.stem != "common"}
     return {}
+
+
+def describe_recipes() -> dict[str, str]:
+    """Returns the first line of each packaged recipe's docstring, by name."""
+    return {
+        name: (ast.get_docstring(ast.parse(file.read_bytes())) or "").partition("\n")[0]
+        for name, file in packaged_recipes().items()
+    }
 
 
 def find_recipe(recipe: str, folder: str | os.PathLike) -> str:

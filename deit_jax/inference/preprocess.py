@@ -1,4 +1,4 @@
-"""Prepares one image for inference as evaluation does, with PIL and NumPy only.
+"""Prepares images for inference as evaluation does, with PIL and NumPy only.
 
 The pixels equal those of the reference: torchvision's Resize, CenterCrop, ToTensor and Normalize on
 PIL images.
@@ -21,9 +21,9 @@ _INTERPOLATIONS = {
 
 
 def preprocess(
-    model_or_info: ModelInfo | Any, image: str | os.PathLike | Image.Image | np.ndarray
+    model_or_info: ModelInfo | Any, image: str | os.PathLike | Image.Image | np.ndarray | list
 ) -> np.ndarray:
-    """Turns an image into the model's input.
+    """Turns an image, or a batch of images of any sizes, into the model's input.
 
     The short side is resized to `int(S / crop_ratio)` and the centre S×S is cut out; with
     `crop_ratio` None (small images) the whole image is resized to S×S. Then
@@ -31,14 +31,34 @@ def preprocess(
 
     Args:
       model_or_info: a ModelInfo, or a model that carries one as `info`.
-      image: a path, a PIL image of any mode, or a uint8 array [H,W,3] or [H,W].
+      image: a path, a PIL image of any mode, or a uint8 array [H,W,3] or [H,W]; of several images a
+        list, or a uint8 array [B,H,W,3].
 
     Returns:
-      float32 [1,S,S,3].
+      float32 [B,S,S,3], of one image [1,S,S,3].
 
     Raises:
-      InputError: a missing or unreadable file, an unusable array or a bad field of `info`.
+      InputError: a missing or unreadable file, an unusable array, an empty list or a bad field of
+        `info`.
     """
+    if not isinstance(image, (list, tuple)) and getattr(image, "ndim", 0) != 4:
+        return _prepare(model_or_info, image)
+    images = list(image)
+    if not images:
+        raise InputError("the list of images is empty; expected at least one")
+    prepared = []
+    for place, one in enumerate(images):
+        try:
+            prepared.append(_prepare(model_or_info, one))
+        except InputError as error:
+            raise InputError(f"image {place} of {len(images)}: {error}") from error
+    return np.concatenate(prepared)
+
+
+def _prepare(
+    model_or_info: ModelInfo | Any, image: str | os.PathLike | Image.Image | np.ndarray
+) -> np.ndarray:
+    """Prepares one image, to [1,S,S,3]."""
     info = getattr(model_or_info, "info", model_or_info)
     if info.interpolation not in _INTERPOLATIONS:
         raise InputError(
@@ -96,7 +116,7 @@ def _load(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
     rgb = array.ndim == 3 and array.shape[-1] == 3
     if array.dtype != np.uint8 or not (rgb or array.ndim == 2) or array.size == 0:
         raise InputError(
-            f"image is a {array.dtype} array of shape {array.shape}: expected uint8 [H,W,3] or "
-            "[H,W] with values 0..255, not normalised and without a batch axis"
+            f"image is a {array.dtype} array of shape {array.shape}: expected uint8 "
+            "[H,W,3], [H,W] or [B,H,W,3] with values 0..255, not normalised"
         )
     return Image.fromarray(array).convert("RGB")

@@ -265,7 +265,7 @@ def create_model(
     image_size: int | tuple[int, int] | None = None,
     drop_path_rate: float = 0.0,
     dtype: DTypeLike = jnp.float32,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None = None,
     **overrides: Any,
 ) -> nnx.Module:
     """Creates a randomly initialised model.
@@ -280,7 +280,7 @@ def create_model(
       drop_path_rate: stochastic depth of vision transformers, of the last block or (DeiT III) of
         all.
       dtype: of the matmuls, float32 or bfloat16; parameters and logits are float32.
-      rngs: draws the parameters.
+      rngs: draws the parameters; None: nnx.Rngs(0), so the same at every call.
       overrides: further arguments of the model's class, such as VisionTransformer or RegNetY.
 
     Returns:
@@ -302,6 +302,8 @@ def create_model(
         for option, value in overrides.items()
     }
     dtype, drop_path_rate = _dtype(dtype), checked("drop_path_rate", drop_path_rate, _RATE)
+    if rngs is None:
+        rngs = nnx.Rngs(0)
     if getattr(rngs, "params", None) is None:
         raise InputError(
             f"rngs is a {type(rngs).__name__} that draws no params, expected nnx.Rngs(seed)"

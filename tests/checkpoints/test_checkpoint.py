@@ -121,10 +121,11 @@ def test_a_crash_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch,
         # A killed process clears up nothing.
         patch.setattr(model_folder, "_clear", lambda *_, **__: None)
         with pytest.raises(_Crash):
-            save_model(path, new)
+            save_model(path, new, replace=True)
     for reader in (path, tmp_path):
         _assert_equal(load_model(reader), old if stage == "replace_text" else new)
-    save_model(path, newer)
+    assert "name another folder" in refusal(save_model, path, newer)
+    save_model(path, newer, replace=True)
     _assert_equal(load_model(path), newer)
     assert len(list(path.iterdir())) == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

@@ -49,7 +49,17 @@ def test_help_and_mistakes_are_quick(run_python):
         assert f"examples:\ndeit-jax {example}" in text
         assert "--json" in text
         assert ("--config.GROUP.FIELD=VALUE" in text) == (name not in NO_RECIPE)
+        assert ("\n  digits_distill            A tiny DeiT" in text) == (name not in NO_RECIPE)
     assert done.stderr.count("unknown flag --jsno, did you mean --json?") == len(COMMANDS)
+
+
+@pytest.mark.parametrize("by_mode", [False, True])
+def test_nothing_asked_is_answered_with_an_example(deit_jax_command, by_mode):
+    status, out, err = deit_jax_command(*([] if by_mode else ["train"]), by_mode=by_mode)
+    assert (status, out) == (2, "")
+    assert "\ndeit-jax train --config=digits_distill --workdir=runs/digits\n" in err
+    assert "\n  deit3_21k                 DeiT III on ImageNet-21k" in err
+    assert err.splitlines()[-1].startswith("error: the following arguments are required: --workdir")
 
 
 def test_a_dash_is_an_underscore():

@@ -242,7 +242,7 @@ def test_linked_folders_are_searched_and_files_stay_in_order(photos, tmp_path):
 def test_models_that_cannot_predict(predict_command, photos, tmp_path):
     good, model = _save(tmp_path / "model", "deit_testing", ("a", "b"))
     model.head.bias[...] = np.full(2, np.nan, np.float32)
-    deit_jax.save_model(good, model)
+    deit_jax.save_model(good, model, replace=True)
     for folder, words in ((photos, "is not a model folder"), (good, "the logits are not finite")):
         flags = (photos / "b.jpg", "--csv", tmp_path / "x.csv")
         status, out, err = predict_command(folder, *flags)

@@ -212,3 +212,46 @@ def test_tiles_are_enlarged_and_nothing_is_written_over_them():
     assert (below[:, : gap + side] < 100).any(), "there is a caption"
     assert (below[:, gap + side :] == 255).all(), "which stays below its image"
     assert (sheet[tops[0] : tops[2], gap + side + 1 :] == 255).all(), "a gap is empty"
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """DejaVu's, in the order given: the one of equal widths has no Hebrew; neither has Chinese."""
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setattr(drawing.shutil, "which", lambda name: None)  # as where no font has more
+
+    def chosen(*names):
+        folder = f"{matplotlib.get_data_path()}/fonts/ttf"
+        monkeypatch.setattr(drawing, "_FONTS", [f"{folder}/{name}.ttf" for name in names])
+        for function in (drawing._fonts, drawing._has, drawing._by_fontconfig, drawing._note):
+            function.cache_clear()
+
+    yield chosen
+    chosen()
+
+
+def test_the_font_has_the_letters(fonts, capsys):
+    fonts("DejaVuSansMono", "DejaVuSans")
+    assert drawing._font("a cat, 0.5 · Bär", 14).getname()[0] == "DejaVu Sans Mono"
+    assert drawing._font("a \u05d7\u05ea\u05d5\u05dc", 14).getname()[0] == "DejaVu Sans"
+    assert capsys.readouterr().err == ""
+    for _ in range(2):  # said once
+        assert drawing._font("\u05d7 \u732b", 14).getname()[0] == "DejaVu Sans"
+    assert capsys.readouterr().err.count("no font here has the letters \u732b,") == 1
+
+
+def test_wide_letters_stay_within_the_picture():
+    lines = drawing._text("\u732b" * 40, 14, 160).height // 18
+    assert lines == 4  # of 11 letters
+
+
+def test_fontconfig_is_asked_for_other_scripts(fonts, monkeypatch, tmp_path):
+    """It names a file for the letters, which stands here for a Chinese font."""
+    fonts("DejaVuSansMono")
+    wanted = drawing._FONTS[0].replace("Mono", "")
+    script = tmp_path / "fc-match"
+    script.write_text(f'#!/bin/sh\n[ "$2" = ":charset=5d7" ] && printf %s "{wanted}"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(drawing.shutil, "which", lambda name: str(script))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert drawing._font("a \u05d7", 14).getname()[0] == "DejaVu Sans"

@@ -118,6 +118,18 @@ def test_bit_equal_to_the_references_loader_on_other_files(tmp_path: Path, name)
         assert_as_torchvision(info(**changes), tmp_path / name)
 
 
+def test_a_batch_is_its_images(tmp_path: Path):
+    noise(60, 45).save(tmp_path / "file.png")
+    images = [tmp_path / "file.png", noise(30, 50), np.asarray(noise(20, 20)), np.zeros((9, 8))]
+    images[3] = images[3].astype(np.uint8)
+    alone = np.concatenate([preprocess(info(), image) for image in images])
+    np.testing.assert_array_equal(preprocess(info(), images), alone)
+    np.testing.assert_array_equal(preprocess(info(), tuple(images)), alone)
+    array = np.stack([np.asarray(noise(20, 20)), np.full((20, 20, 3), 7, np.uint8)])
+    alone = np.concatenate([preprocess(info(), image) for image in array])
+    np.testing.assert_array_equal(preprocess(info(), array), alone)
+
+
 def test_bad_files_and_arrays_give_one_clear_line(tmp_path: Path):
     text = tmp_path / "notes.jpg"
     text.write_text("not an image")
@@ -131,7 +143,9 @@ def test_bad_files_and_arrays_give_one_clear_line(tmp_path: Path):
         (tmp_path, r"cannot be read \(Is a directory\)"),
         (Image.new("I;16", (8, 8)), r"more than eight bits \(mode I;16\), expected eight"),
         (np.zeros((8, 8, 3), np.float32), r"float32 array of shape \(8, 8, 3\): expected uint8"),
-        (np.zeros((1, 8, 8, 3), np.uint8), "without a batch axis"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"image 0 of 2: .*shape \(3, 8, 8\)"),
+        ([noise(8, 8), tmp_path / "missing.jpg"], "image 1 of 2: .*no such image file"),
+        ([], "list of images is empty"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
         (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),
         (None, "object array"),

@@ -250,3 +250,12 @@ def test_bad_arguments_are_named(name, arguments, message):
 def test_wrong_images_are_named(name, shape, dtype, message):
     with pytest.raises(InputError, match=message):
         jax.eval_shape(abstract_model(name), jax.ShapeDtypeStruct(shape, dtype))
+
+
+def test_without_rngs_it_is_the_same_model_every_time():
+    found, expected = (
+        jax.tree.leaves(nnx.state(create_model("deit_testing", **options)))
+        for options in ({}, {"rngs": nnx.Rngs(0)})
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
