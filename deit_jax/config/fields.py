@@ -25,7 +25,8 @@ def default_config() -> ConfigDict:
     config.model.options = ""
     # Stochastic depth: rises to this over the blocks of DeiT, equal in all blocks of DeiT III.
     config.model.drop_path_rate = 0.1
-    # auto (the fastest that is known to be right where it runs) | xla | pallas (kernels for TPUs)
+    # auto (pallas on TPUs, xla elsewhere) | xla | pallas (kernels for TPUs) | cudnn (for GPUs from
+    # Hopper on, whose gradients do not repeat to the bit)
     config.model.attention = "auto"
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
 

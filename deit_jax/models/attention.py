@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
-from deit_jax.models import attention_tpu
+from deit_jax.models import attention_cudnn, attention_tpu
 from deit_jax.models.layers import Dropout, Layer, Linear, channels, product
 from deit_jax.models.norms import NORMS
 from deit_jax.models.rope import Rotation, rotate
@@ -86,21 +86,25 @@ def _pad_parts(weights: jax.Array, absent: int) -> jax.Array:
 def choose(
     implementation: str, tokens: int, num_heads: int, head_dim: int, dtype: DTypeLike
 ) -> str:
-    """Returns how attention of such sequences is computed here: "xla" or "pallas"."""
+    """Returns how attention of such sequences is computed here: "xla", "pallas" or "cudnn"."""
     if implementation != "auto":
         return implementation
     on_tpu = devices.platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
     return "pallas" if on_tpu and attention_tpu.pays(tokens, num_heads, head_dim) else "xla"
 
 
-def check_kernels(tokens: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> None:
-    """Raises InputError where the kernels cannot compute such attention."""
+def check_kernels(
+    implementation: str, tokens: int, num_heads: int, head_dim: int, dtype: DTypeLike
+) -> None:
+    """Raises InputError where the kernels that are asked for cannot compute such attention."""
+    if implementation in ("auto", "xla"):
+        return
     if jnp.dtype(dtype) != jnp.bfloat16:
         raise InputError(
-            f'attention is "pallas", whose kernels compute in bfloat16, but dtype is {dtype}; set '
-            'attention to "auto"'
+            f'attention is "{implementation}", whose kernels compute in bfloat16, but dtype is '
+            f'{dtype}; set attention to "auto"'
         )
-    if not attention_tpu.fits(tokens, num_heads, head_dim):
+    if implementation == "pallas" and not attention_tpu.fits(tokens, num_heads, head_dim):
         raise InputError(
             f'attention is "pallas", whose kernels have no room for {tokens} tokens of {num_heads} '
             f'heads of {head_dim}; set attention to "auto"'
@@ -206,11 +210,20 @@ class Attention(Layer):
     ) -> jax.Array:
         """Maps [B, N, D] to float32 [B, N, D]."""
         chosen = choose(self.implementation, x.shape[1], self.num_heads, self.head_dim, x.dtype)
-        out = self._in_vmem(x, rotation) if chosen == "pallas" else self._in_xla(x, rotation)
-        return self.drop(out, rngs)
+        ways = {"xla": self._in_xla, "pallas": self._in_vmem, "cudnn": self._in_cudnn}
+        return self.drop(ways[chosen](x, rotation), rngs)
 
     def _in_xla(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
         return self.proj(attend(self.num_heads, self._qkv(x, rotation)))
+
+    def _in_cudnn(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
+        tokens, absent = x.shape[1], x.shape[1] % 2
+        rows = ((0, 0), (0, absent), (0, 0))
+        if rotation is None:  # of a third of qkv's width
+            qkv = self._qkv(jnp.pad(x, rows), None)
+        else:
+            qkv = jnp.pad(self._qkv(x, rotation), rows)
+        return self.proj(attention_cudnn.attend(self.num_heads, qkv, absent))[:, :tokens]
 
     def _in_vmem(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
         absent = attention_tpu.padded(self.num_heads, self.head_dim) - x.shape[-1]

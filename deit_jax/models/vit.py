@@ -91,7 +91,8 @@ class VisionTransformer(Layer):
     (every block drops with the same rate, as DeiT III). `hmlp` embeds the patches by an HmlpStem in
     place of one projection. `remat` recomputes each block in the
     backward pass instead of storing its intermediates. `attention` is "xla", "pallas" (kernels for
-    TPUs, in bfloat16; elsewhere interpreted, slowly), or "auto": the kernels where they are faster.
+    TPUs, in bfloat16; elsewhere interpreted, slowly), "cudnn" (kernels for GPUs, in bfloat16), or
+    "auto": those for TPUs where they are faster.
 
     Raises InputError for dimensions that do not fit together.
     """
@@ -136,8 +137,7 @@ class VisionTransformer(Layer):
         num_patches = grid[0] * grid[1]
         num_prefix = 2 if distilled else 1
         self.num_tokens = num_prefix + num_patches + num_registers
-        if attention == "pallas":
-            check_kernels(self.num_tokens, num_heads, embed_dim // num_heads, dtype)
+        check_kernels(attention, self.num_tokens, num_heads, embed_dim // num_heads, dtype)
 
         self.image_size = image_size
         self.distilled = distilled

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from deit_jax.errors import InputError, brief
@@ -13,6 +14,7 @@ from deit_jax.planning.report import GIB, Report
 
 _CARDS = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}  # as JAX names them
 _TAKEN = 0.75  # of a GPU's memory, by JAX's default
+_CUDNN = 92101  # 9.21.1, as below
 _SHAPE = re.compile(r"cuda:(\w+?)x([1-8])")
 
 # What CUDA says of a Hopper card in SXM form, as the protocol buffer in text that XLA asks for.
@@ -68,8 +70,9 @@ def devices(topology: str) -> list[jax.Device]:
     target = _HOPPER.format(
         name=name, memory=int(chip.memory * GIB), bandwidth=int(chip.bandwidth * 1e9)
     )
-    # No GPU of this machine is looked for.
+    # No GPU of this machine is looked for, and no cuDNN, of which JAX asks the version.
     jax.config.update("jax_platforms", "cpu")
+    fused_attention_stablehlo.check_cudnn_version = lambda: _CUDNN
     try:
         return topologies.get_topology_desc(
             "", platform="cuda", topology=f"1x1x{match[2]}", target_config=target

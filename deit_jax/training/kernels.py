@@ -1,17 +1,18 @@
-"""How a run computes attention; TPU kernels are tried on the device before they are trusted.
+"""How a run computes attention; kernels are tried on the device before they are trusted.
 
-They were written without one: the compiler of another version may refuse them, or a device may
-compute something else than their interpretation on a CPU.
+Ours for TPUs were written without one: the compiler of another version may refuse them, or a device
+may compute something else than their interpretation on a CPU. cuDNN finds no plan for some shapes.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from deit_jax.errors import brief
-from deit_jax.models import attention, attention_tpu
+from deit_jax.errors import InputError, brief
+from deit_jax.models import attention, attention_cudnn, attention_tpu
 from deit_jax.models.network import join_model, split_model
 from deit_jax.models.vit import VisionTransformer
 from deit_jax.parallel import devices, hosts
@@ -22,7 +23,7 @@ _MAX_ERROR = 0.03  # relative; both round to bfloat16 at the same places and dif
 
 
 def implementation(run: Run) -> str:
-    """Returns how the run computes attention, "xla" or "pallas"; "" for a model without any."""
+    """Returns how the run computes attention, "xla", "pallas" or "cudnn"; "" without any."""
     model = join_model(run.network, run.abstract)
     if not isinstance(model, VisionTransformer):
         return ""
@@ -34,15 +35,22 @@ def tried(run: Run) -> Run:
     """Compares the kernels with XLA on random numbers, on one device of each process; a second.
 
     Returns:
-      The run as it is; without the kernels, and with a note, where they fail on any process.
+      The run as it is; without the kernels, and with a note, where those for TPUs fail on any
+      process.
+
+    Raises:
+      InputError: cuDNN, which only the config can ask for, fails on any process.
     """
-    if implementation(run) != "pallas":
+    chosen = implementation(run)
+    if chosen in ("xla", ""):
         return run
     _, *shape = _facts(join_model(run.network, run.abstract))
-    problems = hosts.gather("the trial of the TPU kernels", _problem(*shape))
+    problems = hosts.gather("the trial of the kernels for attention", _problem(chosen, *shape))
     problem = next(filter(None, problems), None)
     if problem is None:
         return run
+    if chosen == "cudnn":
+        raise InputError(f"config.model.attention is 'cudnn': {problem}; set it to auto")
     config = run.config.copy_and_resolve_references()  # the run's own stays: another start tries
     config.model.attention = "xla"
     network, _ = split_model(build_model(config, run.plan))
@@ -55,10 +63,10 @@ def _facts(model: VisionTransformer) -> tuple[str, int, int, int]:
     return first.implementation, model.num_tokens, first.num_heads, first.head_dim
 
 
-def _problem(tokens: int, num_heads: int, head_dim: int) -> str:
+def _problem(chosen: str, tokens: int, num_heads: int, head_dim: int) -> str:
     """Returns what is wrong with the kernels on this process's first device, or ""."""
-    width = attention_tpu.padded(num_heads, head_dim)
     here = num_heads * head_dim
+    width = attention_tpu.padded(num_heads, head_dim) if chosen == "pallas" else here
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (_IMAGES, tokens, 3, width), (3, width), (_IMAGES, tokens, width)
     real = jnp.arange(width) < here  # the kernels want zeros where there is no head
@@ -68,9 +76,12 @@ def _problem(tokens: int, num_heads: int, head_dim: int) -> str:
     )
     projected, bias = projected.reshape(_IMAGES, tokens, -1), bias.reshape(-1)
 
-    def xla(projected: jax.Array, bias: jax.Array) -> jax.Array:
-        qkv = (projected + bias[None, None]).astype(jnp.bfloat16)
-        return attention.attend(width // head_dim, qkv)
+    def with_bias(attend: Callable, projected: jax.Array, bias: jax.Array) -> jax.Array:
+        return attend(width // head_dim, (projected + bias[None, None]).astype(jnp.bfloat16))
+
+    def cudnn(num_heads: int, qkv: jax.Array) -> jax.Array:
+        qkv = jnp.pad(qkv, ((0, 0), (0, tokens % 2), (0, 0)))
+        return attention_cudnn.attend(num_heads, qkv, tokens % 2)[:, :tokens]
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(function: object, grad: jax.Array) -> tuple[jax.Array, ...]:
@@ -79,6 +90,9 @@ def _problem(tokens: int, num_heads: int, head_dim: int) -> str:
 
     interpret = jax.default_backend() != "tpu"
     kernel = functools.partial(attention.attend_in_vmem, num_heads, head_dim, interpret)
+    if chosen == "cudnn":
+        kernel = functools.partial(with_bias, cudnn)
+    xla = functools.partial(with_bias, attention.attend)
     try:
         pairs = zip(run(kernel, grad), run(xla, grad), strict=True)
         errors = [float(_relative(found, want)) for found, want in pairs]

@@ -85,10 +85,11 @@ def check_model(config: ConfigDict, platform: str) -> None:
             f"config.train.log_attention is True, but config.model.name {config.model.name!r} has "
             "no attention; set it to False"
         )
-    if config.model.attention == "pallas" and platform != "tpu":
+    wanted = {"pallas": "tpu", "cudnn": "gpu"}.get(config.model.attention, platform)
+    if platform != wanted:
         raise InputError(
-            "config.model.attention is 'pallas', whose kernels are for TPUs, but the devices here "
-            f"are {platform}s; set it to auto"
+            f"config.model.attention is {config.model.attention!r}, whose kernels are for "
+            f"{wanted.upper()}s, but the devices here are {platform.upper()}s; set it to auto"
         )
     if config.distill.kind != "none" and not registry.can_distil(config.model.name):
         raise InputError(

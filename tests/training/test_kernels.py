@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import digits, digits_teacher
-from deit_jax.models import attention, attention_tpu
+from deit_jax.errors import InputError
+from deit_jax.models import attention, attention_cudnn, attention_tpu
 from deit_jax.training import kernels, setup, summary
 
 
@@ -82,6 +83,36 @@ def test_other_blocks_say_how_they_attend(tmp_path, name, words):
     config = digits.get_config()
     config.model.name, config.train.dtype = name, "bfloat16"
     assert said(setup.check(config, str(tmp_path))) == [f"attention {words}"]
+
+
+@pytest.mark.parametrize(("kernels_of", "platform"), [("pallas", "gpu"), ("cudnn", "tpu")])
+def test_kernels_for_other_devices_are_refused(kernels_of, platform):
+    config = digits.get_config()
+    config.model.attention = kernels_of
+    with pytest.raises(InputError, match=f"'{kernels_of}', whose kernels are for .PUs"):
+        setup.check_model(config, platform)
+
+
+@pytest.mark.parametrize("fault", [0.0, 1.0, None])
+def test_cudnn_is_tried_and_no_run_goes_on_without_it(monkeypatch, tmp_path, fault):
+    """By the formulas of the package, with a fault; None: by cuDNN, which is not here."""
+    config = digits.get_config()
+    config.train.dtype = "bfloat16"
+    config.model.attention = "cudnn"
+    monkeypatch.setattr(setup, "check_model", lambda *_: None)
+
+    def attend(num_heads, qkv, absent):
+        out = attention.attend(num_heads, qkv[:, : qkv.shape[1] - absent]) * (1 + fault)
+        return jnp.pad(out, ((0, 0), (0, absent), (0, 0)))
+
+    if fault is not None:
+        monkeypatch.setattr(attention_cudnn, "attend", attend)
+    if fault == 0.0:
+        assert said(setup.check(config, str(tmp_path))) == ["attention cuDNN"]
+        return
+    answer = "cuDNN is not detected" if fault is None else "they differ from XLA: 1.0"
+    with pytest.raises(InputError, match=f"config.model.attention is 'cudnn': .*{answer}"):
+        setup.check(config, str(tmp_path))
 
 
 def test_a_model_without_attention_says_nothing_of_it(tmp_path):
