@@ -55,7 +55,8 @@ def _profile(*arguments: str) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):  # the report names it as not counted
             subprocess.run(
                 [sys.executable, "-m", __name__, *arguments],
-                env=os.environ | {"LIBTPU_INIT_ARGS": flags.strip()},
+                # Its log, hundreds of megabytes with this flag, goes with the folder.
+                env=os.environ | {"LIBTPU_INIT_ARGS": flags.strip(), "TPU_LOG_DIR": folder},
                 capture_output=True,
                 timeout=_SECONDS,
                 check=False,
