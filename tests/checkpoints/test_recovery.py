@@ -1,6 +1,7 @@
 """Full disks, read-only folders, damaged checkpoints, SIGTERM at a bad time: nothing is lost."""
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -295,9 +296,8 @@ def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(model_folder.storage, "replace_text", full)
-        line = refusal(
-            model_folder.save_model, tmp_path / "model", _tiny(seed=2), kind=TransientError
-        )
+        again = functools.partial(model_folder.save_model, replace=True)
+        line = refusal(again, tmp_path / "model", _tiny(seed=2), kind=TransientError)
     assert line == f"{tmp_path / 'model'} cannot be written (No space left on device)"
     _assert_equal(model_folder.load_model(tmp_path / "model"), _tiny(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
