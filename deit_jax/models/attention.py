@@ -30,13 +30,13 @@ def attend(num_heads: int, qkv: jax.Array) -> jax.Array:
 def _attend_forward(
     num_heads: int, qkv: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    q, k, v = _heads(qkv, num_heads, 3)
-    scores = _scores(q, k)
+    q, k, v = split_heads(qkv, num_heads, 3)
+    scores = attention_scores(q, k)
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
     out = product("bhqk,bhkd->bhqd", (weights / total).astype(v.dtype), v)
-    out = _merge_heads(out).astype(qkv.dtype)
+    out = merge_heads(out).astype(qkv.dtype)
     return out, (qkv, out, largest + jnp.log(total))
 
 
@@ -44,10 +44,10 @@ def _attend_backward(
     num_heads: int, residuals: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array]:
     qkv, out, log_total = residuals
-    q, k, v = _heads(qkv, num_heads, 3)
-    (grad,) = _heads(grad.astype(qkv.dtype), num_heads)
-    (out,) = _heads(out, num_heads)
-    weights = jnp.exp(_scores(q, k) - log_total)
+    q, k, v = split_heads(qkv, num_heads, 3)
+    (grad,) = split_heads(grad.astype(qkv.dtype), num_heads)
+    (out,) = split_heads(out, num_heads)
+    weights = jnp.exp(attention_scores(q, k) - log_total)
     # Σ_k weights · their gradient, which softmax's derivative subtracts, is also grad · out.
     mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     scores_grad = weights * (product("bhqd,bhkd->bhqk", grad, v) - mean)
@@ -56,21 +56,21 @@ def _attend_backward(
     q_grad = product("bhqk,bhkd->bhqd", scores_grad, k) * q.shape[-1] ** -0.5
     k_grad = product("bhqk,bhqd->bhkd", scores_grad, q) * q.shape[-1] ** -0.5
     v_grad = product("bhqk,bhqd->bhkd", weights.astype(v.dtype), grad)
-    grads = [_merge_heads(x).astype(qkv.dtype) for x in (q_grad, k_grad, v_grad)]
+    grads = [merge_heads(x).astype(qkv.dtype) for x in (q_grad, k_grad, v_grad)]
     return (jnp.concatenate(grads, axis=-1),)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _heads(x: jax.Array, num_heads: int, parts: int = 1) -> jax.Array:
+def split_heads(x: jax.Array, num_heads: int, parts: int = 1) -> jax.Array:
     """Splits [B, N, parts · H · hd] into [parts, B, H, N, hd]."""
     batch, tokens, width = x.shape
     x = x.reshape(batch, tokens, parts, num_heads, width // (parts * num_heads))
     return x.transpose(2, 0, 3, 1, 4)
 
 
-def _merge_heads(x: jax.Array) -> jax.Array:
+def merge_heads(x: jax.Array) -> jax.Array:
     """Merges [B, H, N, hd] into [B, N, H · hd]."""
     batch, num_heads, tokens, width = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch, tokens, num_heads * width)
@@ -111,7 +111,8 @@ def check_kernels(
         )
 
 
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Computes q · k · hd^-0.5 of [B, H, N, hd] and [B, H, M, hd], float32 [B, H, N, M]."""
     return product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
 
 
@@ -263,5 +264,5 @@ class Attention(Layer):
 
     def largest_logit(self, x: jax.Array, rotation: Rotation | None = None) -> jax.Array:
         """Returns the largest attention logit by magnitude, float32 []."""
-        q, k, _ = _heads(self._qkv(x, rotation), self.num_heads, 3)
-        return jnp.abs(_scores(q, k)).max()
+        q, k, _ = split_heads(self._qkv(x, rotation), self.num_heads, 3)
+        return jnp.abs(attention_scores(q, k)).max()

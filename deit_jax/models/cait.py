@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
-from deit_jax.models.attention import Attention, _heads, _merge_heads, _scores
+from deit_jax.models.attention import Attention, attention_scores, merge_heads, split_heads
 from deit_jax.models.layers import Dropout, Layer, Linear, product
 from deit_jax.models.vit import Block, VisionTransformer, run_blocks
 
@@ -20,8 +20,8 @@ Mix = tuple[jax.Array, jax.Array]  # weights [H, H] and bias [H] of a linear lay
 
 def _mixed(num_heads: int, qkv: jax.Array, before: Mix) -> jax.Array:
     """Returns the logits that the softmax gets, float32 [B, H, N, N]."""
-    q, k, _ = _heads(qkv, num_heads, 3)
-    return _mix(_scores(q, k), before, qkv.dtype)
+    q, k, _ = split_heads(qkv, num_heads, 3)
+    return _mix(attention_scores(q, k), before, qkv.dtype)
 
 
 def _mix(x: jax.Array, layer: Mix, dtype: DTypeLike) -> jax.Array:
@@ -49,9 +49,9 @@ def attend_talking(num_heads: int, qkv: jax.Array, before: Mix, after: Mix) -> j
       [B, N, D] in the dtype of `qkv`; the softmax is in float32.
     """
     weights = jax.nn.softmax(_mixed(num_heads, qkv, before))
-    _, _, v = _heads(qkv, num_heads, 3)
+    _, _, v = split_heads(qkv, num_heads, 3)
     mixed = _mix(weights, after, qkv.dtype).astype(qkv.dtype)
-    return _merge_heads(product("bhqk,bhkd->bhqd", mixed, v)).astype(qkv.dtype)
+    return merge_heads(product("bhqk,bhkd->bhqd", mixed, v)).astype(qkv.dtype)
 
 
 class TalkingHeads(Attention):
@@ -102,15 +102,15 @@ class ClassAttention(Layer):
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps [B, N, D] to float32 [B, 1, D]."""
-        (v,) = _heads(self.v(x), self.num_heads)
+        (v,) = split_heads(self.v(x), self.num_heads)
         weights = jax.nn.softmax(self._logits(x)).astype(v.dtype)
-        out = _merge_heads(product("bhqk,bhkd->bhqd", weights, v)).astype(v.dtype)
+        out = merge_heads(product("bhqk,bhkd->bhqd", weights, v)).astype(v.dtype)
         return self.drop(self.proj(out), rngs)
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        (q,) = _heads(self.q(x[:, :1]), self.num_heads)
-        (k,) = _heads(self.k(x), self.num_heads)
-        return _scores(q, k)
+        (q,) = split_heads(self.q(x[:, :1]), self.num_heads)
+        (k,) = split_heads(self.k(x), self.num_heads)
+        return attention_scores(q, k)
 
     def largest_logit(self, x: jax.Array) -> jax.Array:
         """Returns the largest attention logit by magnitude, float32 []."""
