@@ -1,6 +1,7 @@
 """Multi-head self-attention, with a backward pass that recomputes the weights."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +11,29 @@ from jax.typing import DTypeLike
 from deit_jax.errors import InputError
 from deit_jax.models import attention_cudnn, attention_tpu
 from deit_jax.models.layers import Dropout, Layer, Linear, channels, product
+from deit_jax.models.layouts import TILE_ROWS
 from deit_jax.models.norms import NORMS
 from deit_jax.models.rope import Rotation, rotate
 from deit_jax.parallel import devices
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(num_heads: int, qkv: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
+def attend(num_heads: int, qkv: jax.Array, absent: int = 0) -> jax.Array:
     """Computes softmax attention, [B, N, 3D] → [B, N, D] in qkv's dtype, softmax in float32.
 
     The last axis of `qkv` is [q|k|v] × [head] × [hd]; scores are scaled by hd^-0.5. The weights,
     [B, H, N, N], are the largest tensors of a block: the backward pass recomputes them from the
     logarithms of the softmax's sums instead of storing them (as FlashAttention, arXiv 2205.14135,
-    section 3.1, but in whole matmuls).
+    section 3.1, but in whole matmuls). Nothing attends to the last `absent` rows of an image.
     """
-    return _attend_forward(num_heads, qkv)[0]
+    return _attend_forward(num_heads, qkv, absent)[0]
 
 
 def _attend_forward(
-    num_heads: int, qkv: jax.Array
+    num_heads: int, qkv: jax.Array, absent: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     q, k, v = split_heads(qkv, num_heads, 3)
-    scores = attention_scores(q, k)
+    scores = attention_scores(q, k, absent)
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
@@ -41,13 +43,16 @@ def _attend_forward(
 
 
 def _attend_backward(
-    num_heads: int, residuals: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array
+    num_heads: int,
+    absent: int,
+    residuals: tuple[jax.Array, jax.Array, jax.Array],
+    grad: jax.Array,
 ) -> tuple[jax.Array]:
     qkv, out, log_total = residuals
     q, k, v = split_heads(qkv, num_heads, 3)
     (grad,) = split_heads(grad.astype(qkv.dtype), num_heads)
     (out,) = split_heads(out, num_heads)
-    weights = jnp.exp(attention_scores(q, k) - log_total)
+    weights = jnp.exp(attention_scores(q, k, absent) - log_total)
     # Σ_k weights · their gradient, which softmax's derivative subtracts, is also grad · out.
     mean = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     scores_grad = weights * (product("bhqd,bhkd->bhqk", grad, v) - mean)
@@ -93,6 +98,18 @@ def choose(
     return "pallas" if on_tpu and attention_tpu.pays(tokens, num_heads, head_dim) else "xla"
 
 
+def absent_rows(chosen: str, tokens: int) -> int:
+    """Returns how many rows that are no tokens an image of so many tokens gets in the blocks.
+
+    On TPUs those that fill the last tile of rows, without which `in_rows` would move the stream;
+    for cuDNN an even number, as JAX differentiates its attention of no other.
+    """
+    if chosen == "cudnn":
+        return tokens % 2
+    on_tpu = chosen == "pallas" or devices.platform() == "tpu"
+    return -tokens % TILE_ROWS if on_tpu else 0
+
+
 def check_kernels(
     implementation: str, tokens: int, num_heads: int, head_dim: int, dtype: DTypeLike
 ) -> None:
@@ -111,64 +128,87 @@ def check_kernels(
         )
 
 
-def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Computes q · k · hd^-0.5 of [B, H, N, hd] and [B, H, M, hd], float32 [B, H, N, M]."""
-    return product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+def attention_scores(q: jax.Array, k: jax.Array, absent: int = 0) -> jax.Array:
+    """Computes q · k · hd^-0.5 of [B, H, N, hd] and [B, H, M, hd], float32 [B, H, N, M].
+
+    The last `absent` keys are no tokens: the softmax gives them no weight.
+    """
+    scores = product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if not absent:
+        return scores
+    tokens = jnp.arange(k.shape[2]) < k.shape[2] - absent
+    return jnp.where(channels(tokens, scores), scores, attention_tpu.NO_WEIGHT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+class Sequences(NamedTuple):
+    """What the kernels are told of qkv: H, hd, rows of an image, and how many are no tokens."""
+
+    num_heads: int
+    head_dim: int
+    rows: int
+    absent: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend_in_vmem(
-    num_heads: int, head_dim: int, interpret: bool, projected: jax.Array, bias: jax.Array
+    sequences: Sequences, interpret: bool, projected: jax.Array, bias: jax.Array
 ) -> jax.Array:
     """Computes what `attend` does, by the kernels of attention_tpu where it runs on a TPU.
 
     Args:
-      num_heads: H.
-      head_dim: hd.
+      sequences: what the rows are.
       interpret: elsewhere, too, the kernels run, slowly; else the formulas of `attend`.
-      projected: qkv before its bias, float32 [B, N, 3D], with D as `attention_tpu.padded` says.
+      projected: qkv before its bias, float32 [B·N, 3D], with D as `attention_tpu.padded` says.
       bias: float32 [3D]. Its gradient, a sum over all tokens, comes from the kernel as well.
 
     Returns:
-      bfloat16 [B, N, D].
+      bfloat16 [B·N, D].
     """
-    return _kernel_forward(num_heads, head_dim, interpret, projected, bias)[0]
+    return _kernel_forward(sequences, interpret, projected, bias)[0]
 
 
 def _kernel_forward(
-    num_heads: int, head_dim: int, interpret: bool, projected: jax.Array, bias: jax.Array
+    sequences: Sequences, interpret: bool, projected: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    # Rounded before it is divided into images, or XLA for TPUs stores it in float32 as well.
     qkv = (projected + channels(bias, projected)).astype(jnp.bfloat16)
-    kernel = functools.partial(attention_tpu.forward, num_heads=num_heads, head_dim=head_dim)
+    qkv = qkv.reshape(-1, sequences.rows, qkv.shape[-1])
+    kernel = functools.partial(attention_tpu.forward, **_told(sequences))
 
     def formulas(qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out, (_, _, log_total) = _attend_forward(qkv.shape[2] // 3 // head_dim, qkv)
+        heads = qkv.shape[2] // 3 // sequences.head_dim
+        out, (_, _, log_total) = _attend_forward(heads, qkv, sequences.absent)
         return out, log_total[..., 0].transpose(0, 2, 1)
 
     elsewhere = functools.partial(kernel, interpret=True) if interpret else formulas
     out, log_total = jax.lax.platform_dependent(qkv, tpu=kernel, default=elsewhere)
-    return out, (qkv, out, log_total)
+    return out.reshape(-1, out.shape[-1]), (qkv, out, log_total)
 
 
 def _kernel_backward(
-    num_heads: int,
-    head_dim: int,
+    sequences: Sequences,
     interpret: bool,
     residuals: tuple[jax.Array, jax.Array, jax.Array],
     grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    kernel = functools.partial(attention_tpu.backward, num_heads=num_heads, head_dim=head_dim)
+    kernel = functools.partial(attention_tpu.backward, **_told(sequences))
 
     def formulas(
         qkv: jax.Array, out: jax.Array, log_total: jax.Array, grad: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         log_total = log_total.transpose(0, 2, 1)[..., None]
-        (qkv_grad,) = _attend_backward(log_total.shape[1], (qkv, out, log_total), grad)
+        residuals = qkv, out, log_total
+        (qkv_grad,) = _attend_backward(log_total.shape[1], sequences.absent, residuals, grad)
         return qkv_grad, qkv_grad.astype(jnp.float32).sum(1)
 
     elsewhere = functools.partial(kernel, interpret=True) if interpret else formulas
+    grad = grad.reshape(residuals[1].shape)
     qkv_grad, sums = jax.lax.platform_dependent(*residuals, grad, tpu=kernel, default=elsewhere)
-    return qkv_grad.astype(jnp.float32), sums.sum(0)
+    return qkv_grad.reshape(-1, qkv_grad.shape[-1]).astype(jnp.float32), sums.sum(0)
+
+
+def _told(sequences: Sequences) -> dict[str, int]:
+    return {name: n for name, n in sequences._asdict().items() if name != "rows"}
 
 
 attend_in_vmem.defvjp(_kernel_forward, _kernel_backward)
@@ -207,39 +247,49 @@ class Attention(Layer):
         self.drop = Dropout(drop_rate)
 
     def __call__(
-        self, x: jax.Array, rngs: nnx.Rngs | None = None, rotation: Rotation | None = None
+        self,
+        x: jax.Array,
+        rngs: nnx.Rngs | None = None,
+        rotation: Rotation | None = None,
+        *,
+        absent: int = 0,
     ) -> jax.Array:
-        """Maps [B, N, D] to float32 [B, N, D]."""
-        chosen = choose(self.implementation, x.shape[1], self.num_heads, self.head_dim, x.dtype)
-        ways = {"xla": self._in_xla, "pallas": self._in_vmem, "cudnn": self._in_cudnn}
-        return self.drop(ways[chosen](x, rotation), rngs)
-
-    def _in_xla(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
-        return self.proj(attend(self.num_heads, self._qkv(x, rotation)))
-
-    def _in_cudnn(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
-        tokens, absent = x.shape[1], x.shape[1] % 2
-        rows = ((0, 0), (0, absent), (0, 0))
-        if rotation is None:  # of a third of qkv's width
-            qkv = self._qkv(jnp.pad(x, rows), None)
+        """Maps [B, N, D] to float32 [B, N, D]; the last `absent` rows of an image are no tokens."""
+        chosen = self._chosen(x.shape[1])
+        if chosen == "pallas":
+            out = self._in_vmem(x, rotation, absent)
         else:
-            qkv = jnp.pad(self._qkv(x, rotation), rows)
-        return self.proj(attention_cudnn.attend(self.num_heads, qkv, absent))[:, :tokens]
+            attention = attention_cudnn.attend if chosen == "cudnn" else attend
+            out = self.proj(attention(self.num_heads, self._qkv(x, rotation), absent))
+        return self.drop(out, rngs)
 
-    def _in_vmem(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
-        absent = attention_tpu.padded(self.num_heads, self.head_dim) - x.shape[-1]
+    def _chosen(self, tokens: int) -> str:
+        dtype = self.qkv.dtype
+        return choose(self.implementation, tokens, self.num_heads, self.head_dim, dtype)
+
+    def absent_rows(self, tokens: int) -> int:
+        """Returns how many rows that are no tokens an image should get in the blocks."""
+        return absent_rows(self._chosen(tokens), tokens)
+
+    def _in_vmem(self, x: jax.Array, rotation: Rotation | None, absent: int) -> jax.Array:
+        shape = x.shape
+        no_heads = attention_tpu.padded(self.num_heads, self.head_dim) - shape[-1]
         if self.qk_norm or rotation is not None or self.qkv.bias is None:
             # The kernels add the bias; here it has been added, or there is none.
-            projected = _pad_parts(self._qkv(x, rotation), absent).astype(jnp.float32)
+            projected = _pad_parts(self._qkv(x, rotation), no_heads).astype(jnp.float32)
+            projected = projected.reshape(-1, projected.shape[-1])
             bias = jnp.zeros(projected.shape[-1:], jnp.float32)
         else:
-            projected = product("bni,io->bno", x, _pad_parts(self.qkv.kernel[...], absent))
-            bias = _pad_parts(self.qkv.bias[...], absent)
+            kernel = _pad_parts(self.qkv.kernel[...], no_heads)
+            projected = product("ri,io->ro", x.reshape(-1, shape[-1]), kernel)
+            bias = _pad_parts(self.qkv.bias[...], no_heads)
+        sequences = Sequences(self.num_heads, self.head_dim, shape[1], absent)
         interpret = devices.platform() != "tpu"
-        kernels = functools.partial(attend_in_vmem, self.num_heads, self.head_dim, interpret)
+        kernels = functools.partial(attend_in_vmem, sequences, interpret)
         out = devices.on_each(kernels, projected, bias)
-        out = product("bni,io->bno", out, jnp.pad(self.proj.kernel[...], ((0, absent), (0, 0))))
-        return out if self.proj.bias is None else out + channels(self.proj.bias[...], out)
+        out = product("ri,io->ro", out, jnp.pad(self.proj.kernel[...], ((0, no_heads), (0, 0))))
+        out = out if self.proj.bias is None else out + channels(self.proj.bias[...], out)
+        return out.reshape(shape)
 
     def _qkv(self, x: jax.Array, rotation: Rotation | None) -> jax.Array:
         """Returns the projection [B, N, 3D], queries and keys normalised and rotated."""

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 _MAX_ROWS = 304  # of queries at a time: longer sequences are divided
 _ROW_TILE = 16  # rows of bfloat16 that are stored together
+NO_WEIGHT = -1e30  # of a score: its exponential is 0
 _SCORES = 6  # arrays of scores that live at a time
 _DEFAULT_VMEM, _MAX_VMEM = 16 * 2**20, 32 * 2**20  # bytes for a kernel, of at least 64 MiB a chip
 
@@ -47,7 +48,7 @@ def pays(tokens: int, num_heads: int, head_dim: int) -> bool:
 
 
 def forward(
-    qkv: jax.Array, *, num_heads: int, head_dim: int, interpret: bool = False
+    qkv: jax.Array, *, num_heads: int, head_dim: int, absent: int = 0, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the softmax attention of every image.
 
@@ -56,6 +57,7 @@ def forward(
         zeros where there is room for more heads.
       num_heads: H.
       head_dim: hd, which divides 128.
+      absent: the last so many rows of an image are no tokens, and none attends to them.
       interpret: runs on any device, slowly.
 
     Returns:
@@ -67,7 +69,9 @@ def forward(
         jax.ShapeDtypeStruct((batch, tokens, width // 3), qkv.dtype),
         jax.ShapeDtypeStruct((batch, tokens, width // 3 // head_dim), jnp.float32),
     ]
-    kernel = functools.partial(_forward_kernel, num_heads=num_heads, head_dim=head_dim)
+    kernel = functools.partial(
+        _forward_kernel, num_heads=num_heads, head_dim=head_dim, absent=absent
+    )
     return _call("attention_forward", kernel, [qkv], outs, products=2, interpret=interpret)
 
 
@@ -79,6 +83,7 @@ def backward(
     *,
     num_heads: int,
     head_dim: int,
+    absent: int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the gradient of qkv from that of the output, and what `forward` took and returned.
@@ -91,7 +96,9 @@ def backward(
         jax.ShapeDtypeStruct((qkv.shape[0], 1, qkv.shape[2]), jnp.float32),
     ]
     operands = [qkv, out, log_total, grad.astype(qkv.dtype)]
-    kernel = functools.partial(_backward_kernel, num_heads=num_heads, head_dim=head_dim)
+    kernel = functools.partial(
+        _backward_kernel, num_heads=num_heads, head_dim=head_dim, absent=absent
+    )
     qkv_grad, sums = _call(
         "attention_backward", kernel, operands, outs, products=5, interpret=interpret
     )
@@ -99,10 +106,11 @@ def backward(
 
 
 def _forward_kernel(
-    qkv_ref: Ref, out_ref: Ref, log_total_ref: Ref, *, num_heads: int, head_dim: int
+    qkv_ref: Ref, out_ref: Ref, log_total_ref: Ref, *, num_heads: int, head_dim: int, absent: int
 ) -> None:
     tokens, width = out_ref.shape[1:]
     per_group, chunks = LANES // head_dim, _chunks(tokens)
+    to_none = _to_none(tokens, absent)
 
     def group(number: int | jax.Array, log_totals: list[jax.Array]) -> list[jax.Array]:
         q_lanes, k_lanes, v_lanes = _lanes(number, width)
@@ -113,7 +121,7 @@ def _forward_kernel(
             q = qkv_ref[0, rows, q_lanes].astype(jnp.float32)
             out = jnp.zeros_like(q)
             for place, own in enumerate(heads):
-                scores = _scores(q, own, k, head_dim)
+                scores = _scores(q, own, k, head_dim, to_none)
                 largest = scores.max(-1, keepdims=True)
                 weights = jnp.exp(scores - largest)
                 total = weights.sum(-1, keepdims=True)
@@ -140,9 +148,11 @@ def _backward_kernel(
     *,
     num_heads: int,
     head_dim: int,
+    absent: int,
 ) -> None:
     tokens, width = out_ref.shape[1:]
     per_group, scale = LANES // head_dim, head_dim**-0.5
+    to_none = _to_none(tokens, absent)
 
     def group(number: int | jax.Array, _: list[jax.Array]) -> list[jax.Array]:
         q_lanes, k_lanes, v_lanes = _lanes(number, width)
@@ -157,7 +167,7 @@ def _backward_kernel(
             q_grad = jnp.zeros_like(wide_q)
             for place, own in enumerate(heads):
                 mine = _is_column(log_total, number * per_group + place)
-                scores = _scores(wide_q, own, k, head_dim)
+                scores = _scores(wide_q, own, k, head_dim, to_none)
                 weights = jnp.exp(scores - _sum_where(mine, log_total))
                 weights_grad = _product(_of_head(wide_grad, own, v), v, _A_BT)
                 scores_grad = (weights * (weights_grad - _sum_where(own, along))).astype(k.dtype)
@@ -222,12 +232,24 @@ def _of_head(x: jax.Array, own: jax.Array, like: jax.Array, *, factor: float = 1
     return (x * jnp.where(own, factor, 0.0)).astype(like.dtype)
 
 
-def _scores(q: jax.Array, own: jax.Array, k: jax.Array, head_dim: int) -> jax.Array:
-    """Returns the scaled scores of a head."""
+def _scores(
+    q: jax.Array, own: jax.Array, k: jax.Array, head_dim: int, to_none: jax.Array | None
+) -> jax.Array:
+    """Returns the scaled scores of a head, plus what `_to_none` says."""
     scale = head_dim**-0.5
     if math.frexp(scale)[0] == 0.5:  # a power of two, which rounds nothing
-        return _product(_of_head(q, own, k, factor=scale), k, _A_BT)
-    return _product(_of_head(q, own, k), k, _A_BT) * scale
+        scores = _product(_of_head(q, own, k, factor=scale), k, _A_BT)
+    else:
+        scores = _product(_of_head(q, own, k), k, _A_BT) * scale
+    return scores if to_none is None else scores + to_none
+
+
+def _to_none(tokens: int, absent: int) -> jax.Array | None:
+    """Returns what to add to scores, [1, N], so that the last `absent` keys have no weight."""
+    if not absent:
+        return None
+    key = jax.lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
+    return jnp.where(key < tokens - absent, 0.0, NO_WEIGHT)
 
 
 def _is_column(x: jax.Array, number: int | jax.Array) -> jax.Array:

@@ -5,6 +5,19 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from deit_jax.parallel import devices
 
+TILE_ROWS = 8  # of an array in a TPU's memory
+
+
+def in_rows(x: jax.Array) -> jax.Array:
+    """Returns [B, N, D] as [B·N, D]; as it is where that would move it in a TPU's memory.
+
+    XLA for TPUs adds the biases and the branches to large products of two axes in one pass; of
+    three axes it stores them in float32 first.
+    """
+    if devices.platform() == "tpu" and x.shape[1] % TILE_ROWS:
+        return x
+    return x.reshape(-1, x.shape[-1])
+
 
 def row_major(x: jax.Array, *platforms: str) -> jax.Array:
     """Returns x, whose last axis the compiler must keep contiguous; so too x's cotangent.

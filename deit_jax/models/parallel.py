@@ -35,10 +35,10 @@ class Branch(Layer):
         self.drop_path = DropPath(drop_path_rate)
 
     def __call__(
-        self, x: jax.Array, rngs: nnx.Rngs | None = None, *rotation: Rotation
+        self, x: jax.Array, rngs: nnx.Rngs | None = None, *rotation: Rotation, **absent: int
     ) -> jax.Array:
-        """Maps [B, N, D] to float32 [B, N, D], an attention with at most one rotation."""
-        out = getattr(self, self.kind)(self.norm(x), rngs, *rotation)
+        """Maps [B, N, D] to float32 [B, N, D], an attention with what it takes besides."""
+        out = getattr(self, self.kind)(self.norm(x), rngs, *rotation, **absent)
         return self.drop_path(self.ls(out) if self.layer_scale else out, rngs)
 
 
@@ -82,11 +82,11 @@ class ParallelBlock(Layer):
         return self.attns[0].attn
 
     def __call__(
-        self, x: jax.Array, rngs: nnx.Rngs | None = None, *rotation: Rotation
+        self, x: jax.Array, rngs: nnx.Rngs | None = None, *rotation: Rotation, **absent: int
     ) -> jax.Array:
-        """Maps [B, N, D] to [B, N, D], with at most one rotation."""
+        """Maps [B, N, D] to [B, N, D], as Block does."""
         x = row_major(x, "tpu")
-        x = x + sum(branch(x, rngs, *rotation) for branch in self.attns)
+        x = x + sum(branch(x, rngs, *rotation, **absent) for branch in self.attns)
         x = x + sum(branch(x, rngs) for branch in self.ffns)
         return row_major(x, "tpu", "cuda")
 

@@ -21,7 +21,7 @@ from deit_jax.models.layers import (
     PatchEmbed,
     normal_param,
 )
-from deit_jax.models.layouts import row_major
+from deit_jax.models.layouts import in_rows, row_major
 from deit_jax.models.norms import NORMS
 
 
@@ -68,14 +68,20 @@ class Block(Layer):
         x: jax.Array,
         rngs: nnx.Rngs | None = None,
         *rotation: rotary.Rotation,
+        **absent: int,
     ) -> jax.Array:
-        """Maps [B, N, D] to [B, N, D], with at most one rotation."""
-        x = row_major(x, "tpu")
-        branch = self.attn(self.norm1(x), rngs, *rotation)
-        x = x + self.drop_path(self.ls1(branch) if self.layer_scale else branch, rngs)
+        """Maps [B, N, D] to [B, N, D], with at most one rotation, and `absent` as Attention has."""
+        images = x.shape
+        x = in_rows(row_major(x, "tpu"))
+        branch = self.attn(self.norm1(x).reshape(images), rngs, *rotation, **absent)
+        branch = branch.reshape(x.shape)
+        x = x + self._drop(self.ls1(branch) if self.layer_scale else branch, images, rngs)
         branch = self.mlp(self.norm2(x), rngs)
-        x = x + self.drop_path(self.ls2(branch) if self.layer_scale else branch, rngs)
-        return row_major(x, "tpu", "cuda")
+        x = x + self._drop(self.ls2(branch) if self.layer_scale else branch, images, rngs)
+        return row_major(x.reshape(images), "tpu", "cuda")
+
+    def _drop(self, branch: jax.Array, images: tuple[int, ...], rngs: nnx.Rngs | None) -> jax.Array:
+        return self.drop_path(branch.reshape(images), rngs).reshape(branch.shape)
 
 
 class VisionTransformer(Layer):
@@ -231,7 +237,15 @@ class VisionTransformer(Layer):
     def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         x = self._embed(images, rngs)
         x = self.drop(x, rngs)
-        return run_blocks(self.blocks, x, rngs, self.remat, self._rotations())
+        tokens = x.shape[1]
+        absent = self.blocks[0].attn.absent_rows(tokens)
+        rotations = [
+            rotary.Rotation(*(_with_rows(table, absent) for table in rotation))
+            for rotation in self._rotations()
+        ]
+        x = _with_rows(x, absent)
+        x = run_blocks(self.blocks, x, rngs, self.remat, rotations, absent=absent)
+        return x[:, :tokens]
 
     def _rotations(self) -> list[rotary.Rotation]:
         return [] if self.rope is None else self.rope()
@@ -251,6 +265,11 @@ class VisionTransformer(Layer):
             shape = x.shape[0], self.num_registers, x.shape[2]
             x = jnp.concatenate([x, jnp.broadcast_to(self.reg_token[...], shape)], axis=1)
         return x
+
+
+def _with_rows(x: jax.Array, count: int) -> jax.Array:
+    """Appends so many rows of zeros to the second axis."""
+    return jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2)) if count else x
 
 
 def size_of(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -273,6 +292,7 @@ def run_blocks(
     rngs: nnx.Rngs | None,
     remat: bool,
     rotations: Sequence[rotary.Rotation] = (),
+    **absent: int,
 ) -> jax.Array:
     """Passes x through the blocks, each with its rotation, if any.
 
@@ -281,9 +301,9 @@ def run_blocks(
     for number, block in enumerate(blocks):
         inputs = x, rngs, *rotations[number : number + 1]
         if remat:
-            x = nnx.remat(lambda block, *inputs: block(*inputs))(block, *inputs)
+            x = nnx.remat(lambda block, *inputs: block(*inputs, **absent))(block, *inputs)
         else:
-            x = block(*inputs)
+            x = block(*inputs, **absent)
     return x
 
 

@@ -65,34 +65,36 @@ def _facts(model: VisionTransformer) -> tuple[str, int, int, int]:
 
 def _problem(chosen: str, tokens: int, num_heads: int, head_dim: int) -> str:
     """Returns what is wrong with the kernels on this process's first device, or ""."""
-    here = num_heads * head_dim
+    here, absent = num_heads * head_dim, attention.absent_rows(chosen, tokens)
+    rows = tokens + absent
     width = attention_tpu.padded(num_heads, head_dim) if chosen == "pallas" else here
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (_IMAGES, tokens, 3, width), (3, width), (_IMAGES, tokens, width)
+    shapes = (_IMAGES, rows, 3, width), (3, width), (_IMAGES, rows, width)
     real = jnp.arange(width) < here  # the kernels want zeros where there is no head
     projected, bias, grad = (
         jnp.where(real, jax.random.normal(key, shape), 0.0)
         for key, shape in zip(keys, shapes, strict=True)
     )
-    projected, bias = projected.reshape(_IMAGES, tokens, -1), bias.reshape(-1)
+    projected, bias = projected.reshape(_IMAGES * rows, -1), bias.reshape(-1)
+    grad = grad.at[:, tokens:].set(0.0)
 
     def with_bias(attend: Callable, projected: jax.Array, bias: jax.Array) -> jax.Array:
-        return attend(width // head_dim, (projected + bias[None, None]).astype(jnp.bfloat16))
-
-    def cudnn(num_heads: int, qkv: jax.Array) -> jax.Array:
-        qkv = jnp.pad(qkv, ((0, 0), (0, tokens % 2), (0, 0)))
-        return attention_cudnn.attend(num_heads, qkv, tokens % 2)[:, :tokens]
+        qkv = (projected + bias[None]).astype(jnp.bfloat16).reshape(_IMAGES, rows, -1)
+        return attend(width // head_dim, qkv, absent)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(function: object, grad: jax.Array) -> tuple[jax.Array, ...]:
+    def run(function: Callable, grad: jax.Array) -> tuple[jax.Array, ...]:
         out, gradient = jax.vjp(function, projected, bias)
-        return out, *gradient(grad.astype(out.dtype))
+        grads = gradient(grad.astype(out.dtype).reshape(out.shape))
+        return out.reshape(_IMAGES, rows, -1)[:, :tokens], *grads
 
-    interpret = jax.default_backend() != "tpu"
-    kernel = functools.partial(attention.attend_in_vmem, num_heads, head_dim, interpret)
-    if chosen == "cudnn":
-        kernel = functools.partial(with_bias, cudnn)
     xla = functools.partial(with_bias, attention.attend)
+    if chosen == "cudnn":
+        kernel = functools.partial(with_bias, attention_cudnn.attend)
+    else:
+        sequences = attention.Sequences(num_heads, head_dim, rows, absent)
+        interpret = jax.default_backend() != "tpu"
+        kernel = functools.partial(attention.attend_in_vmem, sequences, interpret)
     try:
         pairs = zip(run(kernel, grad), run(xla, grad), strict=True)
         errors = [float(_relative(found, want)) for found, want in pairs]

@@ -34,32 +34,43 @@ def error(found, want):
 
 @pytest.mark.parametrize("interpret", [True, False], ids=["kernels", "formulas"])
 @pytest.mark.parametrize(
-    ("tokens", "num_heads", "head_dim"),
+    ("tokens", "num_heads", "head_dim", "absent"),
     [
-        (37, 2, 64),
-        pytest.param(197, 4, 64, marks=pytest.mark.slow),  # two groups of lanes
-        (20, 3, 64),  # a group with room for another head
-        (17, 3, 32),
-        (16, 1, 128),
-        pytest.param(LONGER, 2, 64, marks=pytest.mark.slow),
+        (37, 2, 64, 0),
+        (37, 2, 64, 3),
+        pytest.param(197, 4, 64, 3, marks=pytest.mark.slow),  # two groups of lanes
+        (20, 3, 64, 0),  # a group with room for another head
+        (17, 3, 32, 7),
+        (16, 1, 128, 0),
+        pytest.param(LONGER, 2, 64, 0, marks=pytest.mark.slow),
+        pytest.param(LONGER - 5, 2, 64, 5, marks=pytest.mark.slow),
     ],
 )
-def test_values_and_gradients_are_as_exact_as_those_of_xla(tokens, num_heads, head_dim, interpret):
+def test_values_and_gradients_are_as_exact_as_those_of_xla(
+    tokens, num_heads, head_dim, absent, interpret
+):
+    """Whatever the rows that are no tokens hold."""
     width = num_heads * head_dim
     rng = np.random.default_rng(0)
     projected = (1.5 * rng.normal(size=(2, tokens, 3 * width))).astype(np.float32)
     bias, grad = rng.normal(size=3 * width), rng.normal(size=(2, tokens, width))
     bias, grad = bias.astype(np.float32), jnp.asarray(grad, jnp.bfloat16)
     want, want_grad = exact(num_heads, projected + bias, grad)
-    absent = attention_tpu.padded(num_heads, head_dim) - width
+    no_heads = attention_tpu.padded(num_heads, head_dim) - width
+    rows = [(0, 0), (0, absent), (0, 0)]
+    sequences = attention.Sequences(num_heads, head_dim, tokens + absent, absent)
 
     def kernels(projected, bias):
-        pad = functools.partial(attention._pad_parts, absent=absent)
-        kernel = functools.partial(attention.attend_in_vmem, num_heads, head_dim, interpret)
-        return kernel(pad(projected), pad(bias))[..., :width]
+        pad = functools.partial(attention._pad_parts, absent=no_heads)
+        projected = pad(jnp.pad(projected, rows, constant_values=30.0))
+        projected = projected.reshape(-1, projected.shape[-1])
+        out = attention.attend_in_vmem(sequences, interpret, projected, pad(bias))
+        return out.reshape(2, tokens + absent, -1)[:, :tokens, :width]
 
     def xla(projected, bias):
-        return attention.attend(num_heads, (projected + bias[None, None]).astype(jnp.bfloat16))
+        qkv = (projected + bias[None, None]).astype(jnp.bfloat16)
+        qkv = jnp.pad(qkv, rows, constant_values=30.0)
+        return attention.attend(num_heads, qkv, absent)[:, :tokens]
 
     errors = []
     for function in (kernels, xla):
