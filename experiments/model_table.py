@@ -9,7 +9,6 @@ all matrix multiplications and convolutions of an evaluation.
 """
 
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -20,12 +19,9 @@ from jax.extend import core
 from deit_jax import trees
 from deit_jax.cli.arguments import Parser
 from deit_jax.cli.status import exit_status
-from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
-from deit_jax.planning.markdown import table
-
-_MARKS = "<!-- models -->", "<!-- end of models -->"
+from deit_jax.planning.markdown import table, write_between
 
 
 def count(name: str) -> tuple[int, float]:
@@ -79,19 +75,6 @@ def lines() -> list[str]:
     return list(table("model", "M parameters", "pixels", "GMACs", "top-1", "weights", rows=rows))
 
 
-def updated(text: str) -> str:
-    """Returns a document with the current table between its marks.
-
-    Raises:
-      InputError: it has none.
-    """
-    start, end = _MARKS
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(text):
-        raise InputError(f"the file has no {start} ... {end} to put the table between")
-    return pattern.sub(lambda _: "\n".join([start, "", *lines(), "", end]), text)
-
-
 def _run(argv: list[str]) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this file")
@@ -101,7 +84,7 @@ def _run(argv: list[str]) -> int:
         parameters, gmacs = count(name)
         print(f"{name}: {parameters:_}, {gmacs:.2f}")
     if arguments.write:
-        arguments.write.write_text(updated(arguments.write.read_text()))
+        write_between(arguments.write, "models", lines())
     elif not arguments.count:
         print("\n".join(lines()))
     return 0

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from deit_jax.console import log
+from deit_jax.errors import InputError
 from deit_jax.parallel import cpus
 
 
@@ -72,3 +73,18 @@ def write_section(file: Path, section: list[str]) -> None:
     rest = re.search(r"^## .*", after[0], re.MULTILINE | re.DOTALL) if after else None
     parts = [before.strip(), "\n".join(section).strip(), rest[0].strip() if rest else ""]
     file.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+
+
+def write_between(file: Path, name: str, section: Iterable[str]) -> None:
+    """Writes lines into a Markdown file, between `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+    Raises:
+      InputError: the file has no such comments.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, first, rest = file.read_text(encoding="utf-8").partition(start)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise InputError(f"{file} has no {start} ... {end} to put the table between")
+    lines = "\n".join([start, "", *section, "", end])
+    file.write_text(before + lines + after, encoding="utf-8")

@@ -1,0 +1,155 @@
+"""Compiles training steps for chips that are not here; writes the tables of docs/tpu.md and gpu.md.
+
+python -m experiments.compiled tpu
+python -m experiments.compiled gpu
+
+A row is the report of one `deit-jax compile-for --json`, which takes minutes. Rows are kept in
+docs/results/compiled_tpu.jsonl and compiled_gpu.jsonl, and are not compiled again: delete a line
+there to renew it. The tables stand between `<!-- compiled -->` and `<!-- end of compiled -->`.
+"""
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from deit_jax.cli.arguments import Parser
+from deit_jax.cli.status import exit_status
+from deit_jax.console import log
+from deit_jax.errors import InputError
+from deit_jax.planning.markdown import table, write_between
+
+_DOCS = Path("docs")
+_REMAT = "--config.model.remat=True"
+_CUDNN = "--config.model.attention=cudnn"
+_SIZES = ("deit:ti", "deit:s", "deit_b")
+_COLUMNS = {
+    "attention": "attention",
+    "MLP": "MLP",
+    "norms": "norms",
+    "teacher": "teacher",
+    "optimiser": "optimiser, EMA, guard",
+    "data": "moving data",
+}
+
+
+def _cells(kind: str) -> Iterator[tuple[str, str, int, str]]:
+    """Yields (topology, recipe, images a chip, further flags) of every row."""
+    images = (64, 128, 256)
+    if kind == "tpu":
+        yield from (("v5e:2x2", size, count, "") for size in _SIZES for count in images)
+        yield "v5e:2x2", "deit_b_distill", 64, ""
+        yield "v5e:2x2", "deit3:l", 64, ""
+        yield "v5e:4x8", "deit3:h", 64, _REMAT
+        yield "v5e:4x8", "deit3:h", 64, f"--config.parallel.fsdp=8 {_REMAT}"
+        for slice_ in ("v5p:2x2x1", "v6e:2x2"):
+            yield from ((slice_, size, 128, "") for size in _SIZES)
+            yield slice_, "deit_b", 64, ""
+            yield slice_, "deit_b_distill", 64, ""
+    else:
+        for how in ("", _CUDNN):
+            yield from (("cuda:H200x1", size, 256, how) for size in _SIZES)
+            yield "cuda:H100x1", "deit_b", 256, how
+            yield "cuda:H200x8", "deit_b_distill", 256, how
+        yield from (("cuda:H200x1", "deit_b", count, _CUDNN) for count in (64, 128))
+        yield from (("cuda:H200x8", f"deit3:{size}", 64, _CUDNN) for size in "lh")
+
+
+def _command(topology: str, recipe: str, images: int, flags: str) -> str:
+    kind, _, shape = topology.partition(":")
+    counts = shape.split("x")[kind == "cuda" :]  # of which the first is then the GPU's name
+    devices = math.prod(map(int, counts))
+    batch = f"--config.train.batch_size={images * devices}"
+    words = "deit-jax compile-for", f"--config={recipe} --topology {topology}", batch, flags
+    return " ".join(filter(None, words))
+
+
+def _compiled(command: str) -> dict[str, object]:
+    """Returns what a table needs of the report."""
+    flags = shlex.split(command)[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "deit_jax", *flags, "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(f"`{command}` ended with status {done.returncode}")
+    report = json.loads(done.stdout)
+    names = "model", "image_size", "topology", "devices", "batch", "remat", "mesh", "fits"
+    row = {"command": command} | {name: report[name] for name in (*names, "date", "versions")}
+    row["memory"] = report["memory"] and report["memory"]["total"]
+    row["collectives"] = report["collectives"]
+    estimate = report["estimate"]
+    if estimate:
+        row |= {name: estimate[name] for name in ("seconds", "mfu")}
+        whole = sum(part["forward"] + part["backward"] for part in estimate["parts"])
+        row["parts"] = {
+            part["part"]: (part["forward"] + part["backward"]) / whole for part in estimate["parts"]
+        }
+    return row
+
+
+def _kept(file: Path) -> dict[str, dict[str, object]]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {row["command"]: row for row in map(json.loads, lines)}
+
+
+def lines(rows: list[dict[str, object]]) -> Iterator[str]:
+    """Yields the table: what is estimated of each step, and of its parts in milliseconds."""
+    cells = []
+    for row in rows:
+        batch = row["batch"] // row["devices"]
+        how = [f"fsdp {row['mesh']['fsdp']}"] * (row["mesh"]["fsdp"] > 1) + ["remat"] * row["remat"]
+        how += ["cuDNN"] * (_CUDNN in row["command"])
+        name = ", ".join([row["model"].removesuffix("_224"), *how])
+        first = name, row["topology"], batch
+        if "seconds" not in row:
+            cells.append((*first, "does not fit", *[""] * (3 + len(_COLUMNS))))
+            continue
+        parts = [row["seconds"] * row["parts"].get(part, 0.0) for part in _COLUMNS.values()]
+        speed = (
+            f"{1e3 * row['seconds']:.1f}",
+            f"{100 * row['mfu']:.1f} %",
+            f"{batch / row['seconds']:,.0f}",
+            f"{row['memory'] / 2**30:.1f}",
+        )
+        cells.append((*first, *speed, *(f"{1e3 * part:.1f}" if part else "" for part in parts)))
+    columns = "model", "chips", "images a chip", "ms", "MFU", "images/s a chip", "GiB a chip"
+    yield from table(*columns, *_COLUMNS, rows=cells)
+    yield ""
+    origins = {(row["date"], *row["versions"].items()) for row in rows}
+    for date, *versions in sorted(origins):
+        yield f"{date}; {', '.join(f'{name} {number}' for name, number in versions)}."
+
+
+def _run(argv: list[str]) -> int:
+    """Compiles what is missing, row by row, and writes the table after each."""
+    parser = Parser(__doc__)
+    parser.add_argument("kind", choices=("tpu", "gpu"))
+    kind = parser.parse_args(argv).kind
+    kept, document = _DOCS / "results" / f"compiled_{kind}.jsonl", _DOCS / f"{kind}.md"
+    wanted = [_command(*cell) for cell in _cells(kind)]
+    for number, command in enumerate(wanted, 1):
+        rows = _kept(kept)
+        if command not in rows:
+            log(f"{number} of {len(wanted)}: {command}")
+            rows[command] = _compiled(command)
+            kept.parent.mkdir(exist_ok=True)
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[command]) + "\n")
+        shown = lines([rows[each] for each in wanted if each in rows])
+        write_between(document, "compiled", shown)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
