@@ -99,7 +99,8 @@ def _problem(chosen: str, tokens: int, num_heads: int, head_dim: int) -> str:
         pairs = zip(run(kernel, grad), run(xla, grad), strict=True)
         errors = [float(_relative(found, want)) for found, want in pairs]
     except Exception as error:  # whatever a compiler or a device raises
-        return f"they fail: {brief(error)}"
+        cause = error.__cause__ if isinstance(error, InputError) else error  # no advice twice
+        return f"they fail: {brief(cause).rstrip('.')}"
     if all(error <= _MAX_ERROR for error in errors):  # NaN is no number below
         return ""
     return f"they differ from XLA: {', '.join(f'{error:.3f}' for error in errors)}"

@@ -110,8 +110,9 @@ def test_cudnn_is_tried_and_no_run_goes_on_without_it(monkeypatch, tmp_path, fau
     if fault == 0.0:
         assert said(setup.check(config, str(tmp_path))) == ["attention cuDNN"]
         return
-    answer = "cuDNN is not detected" if fault is None else "they differ from XLA: 1.0"
-    with pytest.raises(InputError, match=f"config.model.attention is 'cudnn': .*{answer}"):
+    answer = "they fail: cuDNN is not detected" if fault is None else "they differ from XLA: 1.0.*"
+    message = f"^config.model.attention is 'cudnn': {answer}; set it to auto$"
+    with pytest.raises(InputError, match=message):
         setup.check(config, str(tmp_path))
 
 
