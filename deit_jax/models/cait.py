@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from deit_jax.errors import InputError
 from deit_jax.models.attention import Attention, attention_scores, merge_heads, split_heads
 from deit_jax.models.layers import Dropout, Layer, Linear, product
-from deit_jax.models.vit import Block, VisionTransformer, run_blocks
+from deit_jax.models.vit import Block, VisionTransformer, check_scale, run_blocks
 
 Mix = tuple[jax.Array, jax.Array]  # weights [H, H] and bias [H] of a linear layer over heads
 
@@ -144,7 +144,7 @@ class Cait(VisionTransformer):
     the same rate, those of the second none; `remat` recomputes the blocks of the first. `attention`
     is "auto" or "xla": talking heads have no kernels.
 
-    Raises InputError for dimensions that do not fit together.
+    Raises InputError for dimensions that do not fit together, and without LayerScale.
     """
 
     block = TalkingBlock
@@ -168,10 +168,11 @@ class Cait(VisionTransformer):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if attention == "pallas":
+        check_scale(layer_scale_init)
+        if attention not in ("auto", "xla"):
             raise InputError(
-                'attention is "pallas", but talking heads, which mix the logits of all heads, have '
-                'no kernels; set attention to "auto"'
+                f'attention is "{attention}", but talking heads, which mix the logits of all '
+                'heads, have no kernels; set attention to "auto"'
             )
         same = {"mlp_ratio": mlp_ratio, "layer_scale_init": layer_scale_init, "dtype": dtype}
         same |= {"attention": "xla", "rngs": rngs}

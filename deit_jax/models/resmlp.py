@@ -14,7 +14,7 @@ from deit_jax.models.layers import (
     PatchEmbed,
     channels,
 )
-from deit_jax.models.vit import check_images, check_mlp, run_blocks, size_of
+from deit_jax.models.vit import check_images, check_mlp, check_scale, run_blocks, size_of
 
 
 class Affine(Layer):
@@ -73,7 +73,8 @@ class ResMlp(Layer):
     The weights over the patches fix the image size. All blocks drop their branches with the same
     rate. `remat` recomputes each block in the backward pass.
 
-    Raises InputError for an image smaller than a patch, or an MLP without a hidden unit.
+    Raises InputError for an image smaller than a patch, an MLP without a hidden unit, and without
+    LayerScale.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class ResMlp(Layer):
         rngs: nnx.Rngs,
     ):
         check_mlp(embed_dim, mlp_ratio)
+        check_scale(layer_scale_init)
         self.image_size = size_of(image_size, patch_size)
         self.remat = remat
         num_patches = (self.image_size[0] // patch_size) * (self.image_size[1] // patch_size)

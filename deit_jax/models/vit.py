@@ -286,6 +286,15 @@ def check_mlp(embed_dim: int, mlp_ratio: float) -> None:
         raise InputError(f"mlp_ratio {mlp_ratio} of embed_dim {embed_dim} leaves no hidden unit")
 
 
+def check_scale(layer_scale_init: float | None) -> None:
+    """Raises InputError without LayerScale, for a family that is not published so."""
+    if layer_scale_init is None:
+        raise InputError(
+            "layer_scale_init is None, but all models of this family have LayerScale; set it to a "
+            "number, as 1e-5"
+        )
+
+
 def run_blocks(
     blocks: nnx.List,
     x: jax.Array,
