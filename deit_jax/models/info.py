@@ -141,6 +141,14 @@ def parse_options(text: str) -> dict[str, Any]:
     return options
 
 
+def format_options(options: dict[str, Any]) -> str:
+    """Returns structural options as `parse_options` reads them."""
+    texts = {
+        name: value if isinstance(value, str) else repr(value) for name, value in options.items()
+    }
+    return " ".join(f"{name}={''.join(text.split())}" for name, text in texts.items())
+
+
 def _plain(value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value

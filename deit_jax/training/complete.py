@@ -10,6 +10,7 @@ from deit_jax.config.files import recorded_fields
 from deit_jax.config.structure import check_structure
 from deit_jax.config.validate import validate
 from deit_jax.errors import InputError
+from deit_jax.models.info import format_options
 
 
 def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
@@ -38,7 +39,7 @@ def complete(config: ConfigDict, workdir: str = "") -> ConfigDict:
             known = {"input.image_size": info.side, "model.name": info.name}
             own = dict(info.overrides)
             known["model.patch_size"] = own.pop("patch_size", 0)
-            known["model.options"] = " ".join(f"{name}={value}" for name, value in own.items())
+            known["model.options"] = format_options(own)
         if not config.model.name:
             config.model.name = known["model.name"]
             config.model.patch_size = config.model.patch_size or known["model.patch_size"]

@@ -14,6 +14,7 @@ from deit_jax.checkpoints import model_folder
 from deit_jax.config.files import load_config
 from deit_jax.config.plan import plan_run
 from deit_jax.errors import InputError
+from deit_jax.models import info as descriptions
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.training import loop
@@ -191,6 +192,15 @@ def test_a_model_is_what_init_from_holds_unless_it_is_named(tmp_path):
     named = complete(config)
     assert (named.model.name, named.input.image_size) == ("deit_testing", 64)
     assert named.model.options == ""
+
+
+def test_options_of_every_type_survive_a_config(monkeypatch):
+    pair = descriptions.Check(lambda value: value == (1, 2.5), "a pair")
+    monkeypatch.setitem(descriptions._OPTIONS, "a_pair", pair)
+    options = {"rope": "mixed", "num_registers": 4, "layer_scale_init": None, "mlp_ratio": 1e-06}
+    options |= {"qk_norm": True, "qkv_bias": False, "a_pair": (1, 2.5)}
+    text = descriptions.format_options(options)
+    assert descriptions.parse_options(text) == options
 
 
 @pytest.mark.parametrize(
