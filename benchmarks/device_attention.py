@@ -23,7 +23,7 @@ Case = tuple[Callable[[], Any], Callable[[Any], None]]  # runs once; waits for w
 
 def build(work: Work, library: str, device: str) -> Program:
     """Measures in turns; the fact `cases` holds a row for each way and number of tokens."""
-    options = registry.model_options(work.model)
+    options = registry.options(registry.model_info(work.model))
     heads, width = options["num_heads"], options["embed_dim"]
     patches = (options["image_size"] // options["patch_size"]) ** 2
     make = {"jax": _jax_cases, "torch": functools.partial(_torch_cases, device)}[library]

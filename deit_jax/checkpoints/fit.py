@@ -220,7 +220,7 @@ def _other_classes(old: Tree, info: ModelInfo, want: Tree, target: ModelInfo) ->
 
 
 def _rows(params: Tree, info: ModelInfo) -> _Rows:
-    patch = registry.options(info).get("patch_size", 16)
+    patch = registry.options(info)["patch_size"]
     size = tuple(int(side) for side in np.broadcast_to(info.image_size, 2))
     grid = size[0] // patch, size[1] // patch
     tokens = 2 if "dist_token" in params else 1

@@ -128,7 +128,7 @@ def from_tensors(
         if known is None:
             raise
         raise InputError(f"{what}: its description fits no model ({brief(error)})") from error
-    ours = registry.model_options(info.name).get("num_heads")
+    ours = registry.options(info).get("num_heads")
     if num_heads not in (None, ours):
         raise InputError(
             f"{what}: config.json says {num_heads} attention heads, but {info.name} has {ours}"

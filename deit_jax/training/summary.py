@@ -89,8 +89,7 @@ def _untaught(run: Run) -> str:
 
 def _unseen(info: registry.ModelInfo) -> str:
     """Says how many rows and columns of pixels the patches leave out, if any."""
-    options = registry.model_options(info.name) | dict(info.overrides)
-    rest = info.image_size % options.get("patch_size", 1)
+    rest = info.image_size % registry.options(info).get("patch_size", 1)  # RegNetY has no patches
     return f" ({rest} pixels at the right and the bottom in no patch)" if rest else ""
 
 

@@ -222,6 +222,15 @@ def test_attention_alone_is_attention(library):
         assert row["gradient_error"] < 0.02
 
 
+def test_attention_alone_has_the_tokens_of_its_model(monkeypatch):
+    """Also of one whose patches have the default's size, as DeiT-B's."""
+    shapes = []
+    cases = lambda heads, qkv, grad: shapes.append((heads, qkv.shape)) or {}  # noqa: E731
+    monkeypatch.setattr(device_attention, "_jax_cases", cases)
+    device_attention.build(Work("train", "deit_base_patch16_224", 1, "bfloat16"), "jax", "cpu")
+    assert shapes == [(12, (1, 197, 3 * 768)), (12, (1, 198, 3 * 768))]
+
+
 @pytest.fixture
 def run_on(monkeypatch, tmp_path, capsys):
     """Runs the command where JAX finds these devices; returns status and output."""

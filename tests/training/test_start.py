@@ -75,6 +75,22 @@ def test_a_run_draws_its_parameters_with_that_key(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("deit_tiny_patch16_224", 100, " (4 pixels at the right and the bottom in no patch)"),
+        ("deit3_small_patch16_224", 100, " (4 pixels at the right and the bottom in no patch)"),
+        ("deit_tiny_patch16_224", 96, ""),
+        ("regnety_testing", 100, ""),
+    ],
+)
+def test_pixels_in_no_patch_are_said(tmp_path, name, size, words):
+    fields = {"input.image_size": size, "model.drop_path_rate": 0.0, "model.patch_size": 0}
+    config = config_of(name, **fields)
+    summary = describe_run(check(config, str(tmp_path)), "from scratch")
+    assert f", {size}×{size}{words}, 10 classes" in summary
+
+
+@pytest.mark.parametrize(
     ("source", "classes", "trainable", "left"),
     [
         ("", 10, "head/.*", "head_dist"),
