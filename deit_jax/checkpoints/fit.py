@@ -12,12 +12,13 @@ import numpy as np
 
 from deit_jax import trees
 from deit_jax.errors import InputError
-from deit_jax.models import registry
+from deit_jax.models import positions, registry
 from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import Tree, Variables
 
 KERNELS = ("reference", "timm")
 _DISTILLATION = ("dist_token", "head_dist")
+_HEADS = ("head", "head_dist")
 _ROW = "row 1 of pos_embed"  # the distillation token's
 
 
@@ -75,7 +76,7 @@ def resize_pos_embed(
         return pos_embed
 
     field = pos_embed[0, num_prefix:].astype(np.float64).reshape(h, w, -1)
-    weights = _clamped_weights if kernel == "reference" else _antialiased_weights
+    weights = positions.clamped_weights if kernel == "reference" else positions.antialiased_weights
     field = np.einsum("Hh,Ww,hwd->HWd", weights(h, new_h), weights(w, new_w), field, optimize=True)
     field = field.reshape(1, new_h * new_w, -1).astype(np.float32)
     return np.concatenate([pos_embed[:, :num_prefix], field], axis=1)
@@ -120,9 +121,14 @@ def fit(
     changes, new = [], {}  # new: what to initialise, and why
     plain = f"{info.name} is not distilled"
     if why := _other_classes(old, info, want, target):
-        new = {name: why for name in ("head", "head_dist") if name in want and name in old}
-    new |= {name: plain for name in _DISTILLATION if name in want and name not in old}
+        added = [name for name in _HEADS if name in want and (name in old or "head" not in old)]
+        new = dict.fromkeys(added, why)
+    new |= {name: plain for name in _DISTILLATION if name in want and name not in {*old, *new}}
     dropped = [name for name in _DISTILLATION if name in old and name not in want]
+    if "head" in old and "head" not in want:
+        heads = [name for name in _HEADS if name in old]
+        dropped = [name for name in dropped if name not in heads]
+        changes.append(f"{', '.join(heads)} dropped: {target.name} is to have no classes")
     _check_unseen(info, target)
     if "pos_embed" in want:
         have, wanted = _rows(old, info), _rows(want, target)
@@ -182,7 +188,9 @@ def _check_body(variables: Variables, like: Variables, what: str) -> None:
         for name, leaf in old.items()
         if name not in _DISTILLATION
     }
-    body |= {name: want[name] for name in _DISTILLATION if name in want}
+    body |= {name: want[name] for name in (*_DISTILLATION, "head") if name in want}
+    if "head" not in want:
+        body.pop("head", None)
     trees.check_like(
         {"params": body, "batch_stats": variables.batch_stats},
         {"params": want, "batch_stats": like.batch_stats},
@@ -208,8 +216,9 @@ def _check_unseen(info: ModelInfo, target: ModelInfo) -> None:
 def _other_classes(old: Tree, info: ModelInfo, want: Tree, target: ModelInfo) -> str | None:
     """Returns why the heads do not serve the target, or None."""
     # RegNetY's head pools before its linear layer `fc`.
-    heads = [params["head"].get("fc", params["head"]) for params in (old, want)]
-    have, wanted = (head["kernel"].shape[-1] for head in heads)
+    heads = [params.get("head", {}) for params in (old, want)]
+    heads = [head.get("fc", head) for head in heads]
+    have, wanted = (head["kernel"].shape[-1] if head else 0 for head in heads)
     if have != wanted:
         return f"{wanted} classes, where {info.name} has {have}"
     if info.class_names and target.class_names and info.class_names != target.class_names:
@@ -249,34 +258,6 @@ def _fit_rows(
     if have.prefix < wanted.prefix:
         return np.concatenate([rows[:, :1], np.asarray(fresh)[:, 1:2], rows[:, 1:]], axis=1)
     return rows
-
-
-def _clamped_weights(size: int, new_size: int) -> np.ndarray:
-    """Returns [new_size, size]: PyTorch's bicubic without antialiasing, half-pixel centres."""
-    centres = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
-    weights = np.zeros((new_size, size))
-    for tap in (-1, 0, 1, 2):
-        positions = np.floor(centres) + tap
-        clamped = np.clip(positions, 0, size - 1).astype(int)
-        # Several taps may fall on one border patch: add, do not assign.
-        weights[np.arange(new_size), clamped] += _cubic(centres - positions, a=-0.75)
-    return weights
-
-
-def _antialiased_weights(size: int, new_size: int) -> np.ndarray:
-    """Returns [new_size, size]: PyTorch's antialiased bicubic, without taps beyond the border."""
-    scale = size / new_size
-    centres = (np.arange(new_size) + 0.5) * scale - 0.5
-    weights = _cubic((centres[:, None] - np.arange(size)) / max(scale, 1.0), a=-0.5)
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def _cubic(distance: np.ndarray, *, a: float) -> np.ndarray:
-    """Evaluates Keys' cubic convolution kernel (1981)."""
-    x = np.abs(distance)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
 def _times(pair: tuple[int, int]) -> str:

@@ -312,6 +312,11 @@ class Attention(Layer):
 
         return prepared(qkv, rotation)
 
+    def weights(self, x: jax.Array, rotation: Rotation | None = None) -> jax.Array:
+        """Returns the weights of the values, float32 [B, H, N, N]."""
+        q, k, _ = split_heads(self._qkv(x, rotation), self.num_heads, 3)
+        return jax.nn.softmax(attention_scores(q, k))
+
     def largest_logit(self, x: jax.Array, rotation: Rotation | None = None) -> jax.Array:
         """Returns the largest attention logit by magnitude, float32 []."""
         q, k, _ = split_heads(self._qkv(x, rotation), self.num_heads, 3)

@@ -4,6 +4,7 @@ First the patches attend to one another, with talking heads; then the class toke
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jax.typing import DTypeLike
 from deit_jax.errors import InputError
 from deit_jax.models.attention import Attention, attention_scores, merge_heads, split_heads
 from deit_jax.models.layers import Dropout, Layer, Linear, product
-from deit_jax.models.vit import Block, VisionTransformer, check_scale, run_blocks
+from deit_jax.models.sizes import check_scale
+from deit_jax.models.vit import Block, VisionTransformer, run_blocks
 
 Mix = tuple[jax.Array, jax.Array]  # weights [H, H] and bias [H] of a linear layer over heads
 
@@ -70,6 +72,12 @@ class TalkingHeads(Attention):
         layers = _weights(self.proj_l), _weights(self.proj_w)
         return self.drop(self.proj(attend_talking(self.num_heads, self.qkv(x), *layers)), rngs)
 
+    def weights(self, x: jax.Array) -> jax.Array:
+        """Returns the mixed weights of the values, float32 [B, H, N, N]."""
+        qkv = self.qkv(x)
+        weights = jax.nn.softmax(_mixed(self.num_heads, qkv, _weights(self.proj_l)))
+        return _mix(weights, _weights(self.proj_w), qkv.dtype)
+
     def largest_logit(self, x: jax.Array) -> jax.Array:
         """Returns the largest logit by magnitude that the softmax gets, float32 []."""
         return jnp.abs(_mixed(self.num_heads, self.qkv(x), _weights(self.proj_l))).max()
@@ -103,9 +111,13 @@ class ClassAttention(Layer):
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps [B, N, D] to float32 [B, 1, D]."""
         (v,) = split_heads(self.v(x), self.num_heads)
-        weights = jax.nn.softmax(self._logits(x)).astype(v.dtype)
+        weights = self.weights(x).astype(v.dtype)
         out = merge_heads(product("bhqk,bhkd->bhqd", weights, v)).astype(v.dtype)
         return self.drop(self.proj(out), rngs)
+
+    def weights(self, x: jax.Array) -> jax.Array:
+        """Returns the class token's weights, float32 [B, H, 1, N]."""
+        return jax.nn.softmax(self._logits(x))
 
     def _logits(self, x: jax.Array) -> jax.Array:
         (q,) = split_heads(self.q(x[:, :1]), self.num_heads)
@@ -132,9 +144,18 @@ class ClassBlock(Block):
         self, token: jax.Array, patches: jax.Array, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
         """Maps the token [B, 1, D] to [B, 1, D]; the patches are [B, N, D]."""
-        both = jnp.concatenate([token, patches], axis=1)
-        token = token + self.drop_path(self.ls1(self.attn(self.norm1(both), rngs)), rngs)
+        branch = self.attn(self._read(token, patches), rngs)
+        token = token + self.drop_path(self.ls1(branch), rngs)
         return token + self.drop_path(self.ls2(self.mlp(self.norm2(token), rngs)), rngs)
+
+    def attentions(
+        self, token: jax.Array, patches: jax.Array
+    ) -> Iterator[tuple[ClassAttention, tuple]]:
+        """Yields the attention with its inputs."""
+        yield self.attn, (self._read(token, patches),)
+
+    def _read(self, token: jax.Array, patches: jax.Array) -> jax.Array:
+        return self.norm1(jnp.concatenate([token, patches], axis=1))
 
 
 class Cait(VisionTransformer):
@@ -148,6 +169,7 @@ class Cait(VisionTransformer):
     """
 
     block = TalkingBlock
+    has_rollout = False
 
     def __init__(
         self,
@@ -164,6 +186,7 @@ class Cait(VisionTransformer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attention: str = "auto",
+        dynamic_image_size: bool = False,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -187,6 +210,7 @@ class Cait(VisionTransformer):
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
             drop_path_mode="constant",
+            dynamic_image_size=dynamic_image_size,
             remat=remat,
             **same,
         )
@@ -196,18 +220,18 @@ class Cait(VisionTransformer):
             for _ in range(depth_token_only)
         )
 
-    def attention_maxima(self, images: jax.Array) -> jax.Array:
-        """Returns each attention's largest logit by magnitude in evaluation, of both stages."""
+    @property
+    def _depth(self) -> int:
+        return len(self.blocks) + len(self.blocks_token_only)
+
+    def _walk(self, images: jax.Array) -> Iterator[tuple[Block, tuple, jax.Array]]:
         token, x = self._token_and_patches(images)
-        largest = []
         for block in self.blocks:
-            largest.append(block.attn.largest_logit(block.norm1(x)))
-            x = block(x)
+            inputs, x = (x,), block(x)
+            yield block, inputs, x
         for block in self.blocks_token_only:
-            both = jnp.concatenate([token, x], axis=1)
-            largest.append(block.attn.largest_logit(block.norm1(both)))
-            token = block(token, x)
-        return jnp.stack(largest)
+            inputs, token = (token, x), block(token, x)
+            yield block, inputs, token
 
     def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         token, x = self._token_and_patches(images)

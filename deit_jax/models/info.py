@@ -225,7 +225,7 @@ _OPTIONS: dict[str, Check] = {
 }
 _CHECKS: dict[str, Check] = {
     "name": _TEXT,
-    "num_classes": _integer(2**24),
+    "num_classes": _integer(2**24, least=0),
     "image_size": _SIZE,
     "class_names": _tuple(_TEXT),
     "mean": _tuple(_ANY, 3),

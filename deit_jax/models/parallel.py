@@ -1,7 +1,8 @@
 """Vision transformers of parallel blocks ("Three things everyone should know ...", 2203.09795)."""
 
+from collections.abc import Iterator
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -90,19 +91,13 @@ class ParallelBlock(Layer):
         x = x + sum(branch(x, rngs) for branch in self.ffns)
         return row_major(x, "tpu", "cuda")
 
+    def attentions(self, x: jax.Array, *rotation: Rotation) -> Iterator[tuple[Attention, tuple]]:
+        """Yields each attention with its inputs."""
+        for branch in self.attns:
+            yield branch.attn, (branch.norm(x), *rotation)
+
 
 class ParallelVisionTransformer(VisionTransformer):
     """A VisionTransformer of parallel blocks: half as deep, as many branches."""
 
     block = ParallelBlock
-
-    def attention_maxima(self, images: jax.Array) -> jax.Array:
-        """Returns each attention's largest logit by magnitude in evaluation, float32 [2L]."""
-        x = self._embed(images)
-        largest = []
-        rotations = self._rotations()
-        for number, block in enumerate(self.blocks):
-            own = rotations[number : number + 1]
-            largest += [branch.attn.largest_logit(branch.norm(x), *own) for branch in block.attns]
-            x = block(x, None, *own)
-        return jnp.stack(largest)

@@ -27,6 +27,7 @@ _RATE = number(lambda value: 0 <= value < 1, "a number from 0 to below 1")
 _TRAINING_OPTIONS = {
     "attention": one_of("auto", "xla", "pallas", "cudnn"),
     "drop_rate": _RATE,
+    "dynamic_image_size": BOOL,
     "drop_path_mode": one_of("linear", "constant"),
     "remat": BOOL,
 }
@@ -270,12 +271,12 @@ def create_model(
 ) -> nnx.Module:
     """Creates a randomly initialised model.
 
-    `save_model` and `load_model` keep all of it but `dtype`, `attention` and what only training
-    uses: drop rates and `remat`.
+    `save_model` and `load_model` keep all of it but `dtype`, `attention`, `dynamic_image_size` and
+    what only training uses: drop rates and `remat`.
 
     Args:
       name: one of `list_models()`.
-      num_classes: of each head.
+      num_classes: of each head; 0 for none: the model then returns its features.
       image_size: side of the input in pixels, or (height, width); None takes the one in the name.
       drop_path_rate: stochastic depth of vision transformers, of the last block or (DeiT III) of
         all.

@@ -1,6 +1,8 @@
 """RegNetY (arXiv 2003.13678, section 4), the convolutional teachers of DeiT."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
+from deit_jax.models.features import Backbone, Layers, chosen_of, classifier
 from deit_jax.models.layers import (
     Layer,
     Linear,
@@ -208,16 +211,14 @@ class Classifier(Layer):
     """Global average pooling and the last linear layer, as float32 logits."""
 
     def __init__(self, features: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.fc = Linear(
-            features, num_classes, dtype=dtype, out_dtype=jnp.float32, std=0.01, rngs=rngs
-        )
+        self.fc = classifier(features, num_classes, dtype=dtype, std=0.01, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, K]."""
         return self.fc(x.mean((1, 2)))
 
 
-class RegNetY(Layer):
+class RegNetY(Backbone):
     """RegNetY from the parameters of its generator (`stage_plan`), timm's names.
 
     In training batch norm uses the batch's statistics and updates its running ones, which are
@@ -247,7 +248,9 @@ class RegNetY(Layer):
             options = {"blocks": blocks, "groups": groups, "se_ratio": se_ratio}
             setattr(self, name, Stage(channels, width, **options, **kind))
             channels = width
-        self.head = Classifier(channels, num_classes, **kind)
+        self.num_features = channels
+        self.dtype = jnp.dtype(dtype)
+        self._create_heads(num_classes, rngs)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps images [B, H, W, 3] to float32 logits [B, K].
@@ -264,6 +267,19 @@ class RegNetY(Layer):
 
     def forward_features(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Returns the last feature map before pooling, float32 [B, h, w, C]."""
+        *_, x = self._maps(images, rngs)
+        return x.astype(jnp.float32)
+
+    def intermediates(self, images: jax.Array, layers: Layers = None) -> list[jax.Array]:
+        """Returns the maps after the stem (0) and the stages (1 to 4), float32 [B, h, w, C].
+
+        They have no norm to apply and nothing to reshape; else as in `Backbone`.
+        """
+        chosen = chosen_of(layers, 1 + len(self.stage_names), "maps")
+        maps = list(itertools.islice(self._maps(images), max(chosen) + 1))
+        return [maps[number].astype(jnp.float32) for number in chosen]
+
+    def _maps(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> Iterator[jax.Array]:
         if images.ndim != 4 or images.shape[3] != 3:
             raise InputError(
                 f"images have shape {images.shape}, expected [batch, height, width, 3]"
@@ -272,7 +288,13 @@ class RegNetY(Layer):
             raise InputError(
                 f"images have dtype {images.dtype}, expected normalised floating-point pixels"
             )
-        x = self.stem(images, rngs)
-        for name in self.stage_names:
+        x = images
+        for name in ("stem", *self.stage_names):
             x = getattr(self, name)(x, rngs)
-        return x.astype(jnp.float32)
+            yield x
+
+    def _pooled(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
+        return (self.forward_features(images, rngs).mean((1, 2)),)
+
+    def _create_heads(self, num_classes: int, rngs: nnx.Rngs) -> None:
+        self.head = Classifier(self.num_features, num_classes, dtype=self.dtype, rngs=rngs)

@@ -1,10 +1,13 @@
 """ResMLP (arXiv 2105.03404): blocks of linear layers, over the patches and over the channels."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from deit_jax.models.features import Backbone, classifier
 from deit_jax.models.layers import (
     DropPath,
     Layer,
@@ -14,7 +17,8 @@ from deit_jax.models.layers import (
     PatchEmbed,
     channels,
 )
-from deit_jax.models.vit import check_images, check_mlp, check_scale, run_blocks, size_of
+from deit_jax.models.sizes import check_images, check_mlp, check_scale, size_of
+from deit_jax.models.vit import run_blocks
 
 
 class Affine(Layer):
@@ -67,7 +71,7 @@ class ResMlpBlock(Layer):
         return x + self.drop_path(self.ls2(self.mlp_channels(self.norm2(x), rngs)), rngs)
 
 
-class ResMlp(Layer):
+class ResMlp(Backbone):
     """ResMLP: patches alone, without positions; the head reads their mean.
 
     The weights over the patches fix the image size. All blocks drop their branches with the same
@@ -113,11 +117,13 @@ class ResMlp(Layer):
             for _ in range(depth)
         )
         self.norm = Affine(embed_dim)
-        self.head = Linear(embed_dim, num_classes, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
+        self.num_features = embed_dim
+        self.dtype = jnp.dtype(dtype)
+        self._create_heads(num_classes, rngs)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps images [B, H, W, 3] to float32 logits [B, K]; modes as in VisionTransformer."""
-        return self.head(self.forward_features(images, rngs).mean(1))
+        return self.head(*self._pooled(images, rngs))
 
     def heads(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
         """Returns (logits,), float32 [B, K]."""
@@ -125,5 +131,23 @@ class ResMlp(Layer):
 
     def forward_features(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Returns all patches after the last affine layer, float32 [B, N, D]."""
-        check_images(images, self.image_size)
+        self._grid(images)
         return self.norm(run_blocks(self.blocks, self.stem(images), rngs, self.remat))
+
+    def _create_heads(self, num_classes: int, rngs: nnx.Rngs) -> None:
+        self.head = classifier(self.num_features, num_classes, dtype=self.dtype, rngs=rngs)
+
+    def _pooled(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
+        return (self.forward_features(images, rngs).mean(1),)
+
+    def _grid(self, images: jax.Array) -> tuple[int, int]:
+        check_images(images, self.image_size)
+        return self.image_size[0] // self.stem.patch_size, self.image_size[
+            1
+        ] // self.stem.patch_size
+
+    def _walk(self, images: jax.Array) -> Iterator[tuple[ResMlpBlock, tuple, jax.Array]]:
+        x = self.stem(images)
+        for block in self.blocks:
+            inputs, x = (x,), block(x)
+            yield block, inputs, x

@@ -28,10 +28,9 @@ class Rotation(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The sequence: tokens before the patches, the grid (rows, columns) of patches, registers."""
+    """The sequence besides its patches: so many tokens before them, and registers after them."""
 
     prefix: int
-    grid: tuple[int, int]
     registers: int
 
 
@@ -91,9 +90,9 @@ class AxialRope(Layer):
             )
         self.register_grid = (side, side)
 
-    def __call__(self) -> list[Rotation]:
-        """Returns the rotation of each block; all are the same."""
-        prefix, grid, registers = self.tokens
+    def __call__(self, grid: tuple[int, int]) -> list[Rotation]:
+        """Returns the rotation of each block for (rows, columns) of patches; all are the same."""
+        prefix, registers = self.tokens
         angles = np.zeros((prefix + grid[0] * grid[1] + registers, self.head_dim // 2))
         end = len(angles) - registers
         angles[prefix:end] = self._angles(grid, THETA[self.kind])
@@ -129,9 +128,9 @@ class MixedRope(Layer):
         halves = [turns * jnp.concatenate(half) for half in (first, second)]
         self.freqs = nnx.Param(jnp.concatenate(halves, axis=-1))
 
-    def __call__(self) -> list[Rotation]:
-        """Returns the rotation of each block."""
-        prefix, grid, registers = self.tokens
+    def __call__(self, grid: tuple[int, int]) -> list[Rotation]:
+        """Returns the rotation of each block for (rows, columns) of patches."""
+        prefix, registers = self.tokens
         columns, rows = (
             jnp.asarray(place, jnp.float32).reshape(1, -1, 1, 1) for place in places(grid)
         )

@@ -1,6 +1,6 @@
 """The transformers of DeiT (arXiv 2012.12877) and DeiT III (2204.07118), RoPE-ViT and ViT-5."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +8,23 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deit_jax.errors import InputError
+from deit_jax.models import positions
 from deit_jax.models import rope as rotary
 from deit_jax.models.attention import Attention, check_kernels
+from deit_jax.models.features import Backbone, classifier
 from deit_jax.models.hmlp import HmlpStem
 from deit_jax.models.layers import (
     Dropout,
     DropPath,
     Layer,
     LayerScale,
-    Linear,
     Mlp,
     PatchEmbed,
     normal_param,
 )
 from deit_jax.models.layouts import in_rows, row_major
 from deit_jax.models.norms import NORMS
+from deit_jax.models.sizes import check_images, check_mlp, size_of
 
 
 class Block(Layer):
@@ -83,8 +85,14 @@ class Block(Layer):
     def _drop(self, branch: jax.Array, images: tuple[int, ...], rngs: nnx.Rngs | None) -> jax.Array:
         return self.drop_path(branch.reshape(images), rngs).reshape(branch.shape)
 
+    def attentions(
+        self, x: jax.Array, *rotation: rotary.Rotation
+    ) -> Iterator[tuple[Attention, tuple]]:
+        """Yields the attention with its inputs."""
+        yield self.attn, (self.norm1(x), *rotation)
 
-class VisionTransformer(Layer):
+
+class VisionTransformer(Backbone):
     """DeiT, distilled DeiT, DeiT III, and what the switches make of them: RoPE-ViT, ViT-5.
 
     Tokens are [class, patches], or [class, distillation, patches] if `distilled`, then
@@ -98,12 +106,14 @@ class VisionTransformer(Layer):
     place of one projection. `remat` recomputes each block in the
     backward pass instead of storing its intermediates. `attention` is "xla", "pallas" (kernels for
     TPUs, in bfloat16; elsewhere interpreted, slowly), "cudnn" (kernels for GPUs, in bfloat16), or
-    "auto": those for TPUs where they are faster.
+    "auto": those for TPUs where they are faster. `dynamic_image_size` takes images of any size that
+    is whole patches, and resamples the position embeddings for each; it may be set at any time.
 
     Raises InputError for dimensions that do not fit together.
     """
 
     block = Block
+    has_attention = has_rollout = True
 
     def __init__(
         self,
@@ -130,6 +140,7 @@ class VisionTransformer(Layer):
         linear_bias: bool = True,
         hmlp: bool = False,
         attention: str = "auto",
+        dynamic_image_size: bool = False,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -146,11 +157,17 @@ class VisionTransformer(Layer):
         check_kernels(attention, self.num_tokens, num_heads, embed_dim // num_heads, dtype)
 
         self.image_size = image_size
+        self.dynamic_image_size = dynamic_image_size
+        self.patch_size = patch_size
+        self.grid = grid
+        self.num_features = embed_dim
+        self.dtype = jnp.dtype(dtype)
         self.distilled = distilled
         self.no_embed_class = no_embed_class
         self.hmlp = hmlp
         self.remat = remat
         num_positions = num_patches if no_embed_class else num_prefix + num_patches
+        self.num_prefix = num_prefix
         self.num_registers = num_registers
 
         stem = HmlpStem if hmlp else PatchEmbed
@@ -166,7 +183,7 @@ class VisionTransformer(Layer):
         switches["qk_norm"] = norm if qk_norm else None
         self.rope = rotary.create(
             rope,
-            rotary.Tokens(num_prefix, grid, num_registers),
+            rotary.Tokens(num_prefix, num_registers),
             depth=depth,
             num_heads=num_heads,
             head_dim=embed_dim // num_heads,
@@ -192,10 +209,7 @@ class VisionTransformer(Layer):
             for rate in _drop_path_rates(drop_path_rate, depth, drop_path_mode)
         )
         self.norm = NORMS[norm](embed_dim, dtype=jnp.float32)
-        head = {"dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
-        self.head = Linear(embed_dim, num_classes, **head)
-        if distilled:
-            self.head_dist = Linear(embed_dim, num_classes, **head)
+        self._create_heads(num_classes, rngs)
 
     def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps images [B, H, W, 3] to float32 logits [B, K]; distilled: the mean of both heads.
@@ -209,30 +223,33 @@ class VisionTransformer(Layer):
 
     def heads(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
         """Returns (class logits,) or (class logits, distillation logits), each float32 [B, K]."""
-        tokens = self._encode(images, rngs)
-        if not self.distilled:
-            return (self.head(self.norm(tokens[:, 0])),)
-        prefix = self.norm(tokens[:, :2])
-        return self.head(prefix[:, 0]), self.head_dist(prefix[:, 1])
+        heads = (self.head, self.head_dist) if self.distilled else (self.head,)
+        pooled = self._pooled(images, rngs)
+        return tuple(head(x) for head, x in zip(heads, pooled, strict=True))
 
     def forward_features(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Returns all tokens after the last LayerNorm, float32 [B, N, D]."""
         return self.norm(self._encode(images, rngs))
 
-    def attention_maxima(self, images: jax.Array) -> jax.Array:
-        """Returns each block's largest attention logit by magnitude in evaluation, float32 [L].
+    def _pooled(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
+        tokens = self._encode(images, rngs)
+        if not self.distilled:
+            return (self.norm(tokens[:, 0]),)
+        prefix = self.norm(tokens[:, :2])
+        return prefix[:, 0], prefix[:, 1]
 
-        When they keep growing, attention becomes one-hot and training diverges (arXiv 2302.05442,
-        section 2.1).
-        """
+    def _create_heads(self, num_classes: int, rngs: nnx.Rngs) -> None:
+        for name in ("head", "head_dist") if self.distilled else ("head",):
+            head = classifier(self.num_features, num_classes, dtype=self.dtype, rngs=rngs)
+            setattr(self, name, head)
+
+    def _walk(self, images: jax.Array) -> Iterator[tuple[Block, tuple, jax.Array]]:
         x = self._embed(images)
-        largest = []
-        rotations = self._rotations()
+        rotations = self._rotations(images)
         for number, block in enumerate(self.blocks):
             rotation = rotations[number : number + 1]
-            largest.append(block.attn.largest_logit(block.norm1(x), *rotation))
-            x = block(x, None, *rotation)
-        return jnp.stack(largest)
+            inputs, x = (x, *rotation), block(x, None, *rotation)
+            yield block, inputs, x
 
     def _encode(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         x = self._embed(images, rngs)
@@ -241,26 +258,48 @@ class VisionTransformer(Layer):
         absent = self.blocks[0].attn.absent_rows(tokens)
         rotations = [
             rotary.Rotation(*(_with_rows(table, absent) for table in rotation))
-            for rotation in self._rotations()
+            for rotation in self._rotations(images)
         ]
         x = _with_rows(x, absent)
         x = run_blocks(self.blocks, x, rngs, self.remat, rotations, absent=absent)
         return x[:, :tokens]
 
-    def _rotations(self) -> list[rotary.Rotation]:
-        return [] if self.rope is None else self.rope()
+    def _rotations(self, images: jax.Array) -> list[rotary.Rotation]:
+        return [] if self.rope is None else self.rope(self._grid(images))
+
+    def _grid(self, images: jax.Array) -> tuple[int, int]:
+        """Returns (rows, columns) of patches; raises InputError for images that do not fit."""
+        size = tuple(images.shape[1:3])
+        if not self.dynamic_image_size or size == self.image_size or images.ndim != 4:
+            check_images(images, self.image_size)
+            return self.grid
+        if any(side < self.patch_size or side % self.patch_size for side in size):
+            raise InputError(
+                f"images are {size[0]}×{size[1]}, expected sides that are multiples of the "
+                f"{self.patch_size} pixels of a patch: resize or pad them"
+            )
+        check_images(images, size)
+        rows, columns = (side // self.patch_size for side in size)
+        attention, tokens = self.blocks[0].attn, self.num_prefix + rows * columns
+        heads = tokens + self.num_registers, attention.num_heads, attention.head_dim
+        check_kernels(attention.implementation, *heads, self.dtype)
+        return rows, columns
+
+    def _positions(self, images: jax.Array) -> jax.Array:
+        learned, grid = self.pos_embed[...], self._grid(images)
+        return learned if grid == self.grid else positions.resize(learned, self.grid, grid)
 
     def _embed(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        check_images(images, self.image_size)
+        self._grid(images)
         x = self.patch_embed(images, rngs) if self.hmlp else self.patch_embed(images)
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = [jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])) for token in tokens]
         learned = self.pos_embed is not None
         if learned and self.no_embed_class:
-            x = x + self.pos_embed[...]
+            x = x + self._positions(images)
         x = jnp.concatenate([*prefix, x], axis=1)
         if learned and not self.no_embed_class:
-            x = x + self.pos_embed[...]
+            x = x + self._positions(images)
         if self.num_registers:
             shape = x.shape[0], self.num_registers, x.shape[2]
             x = jnp.concatenate([x, jnp.broadcast_to(self.reg_token[...], shape)], axis=1)
@@ -270,29 +309,6 @@ class VisionTransformer(Layer):
 def _with_rows(x: jax.Array, count: int) -> jax.Array:
     """Appends so many rows of zeros to the second axis."""
     return jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2)) if count else x
-
-
-def size_of(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Returns (height, width); raises InputError where they hold no patch."""
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if min(size) < patch_size:
-        raise InputError(f"image_size {size} is smaller than one patch of {patch_size} pixels")
-    return size
-
-
-def check_mlp(embed_dim: int, mlp_ratio: float) -> None:
-    """Raises InputError for an MLP without a hidden unit."""
-    if int(embed_dim * mlp_ratio) < 1:
-        raise InputError(f"mlp_ratio {mlp_ratio} of embed_dim {embed_dim} leaves no hidden unit")
-
-
-def check_scale(layer_scale_init: float | None) -> None:
-    """Raises InputError without LayerScale, for a family that is not published so."""
-    if layer_scale_init is None:
-        raise InputError(
-            "layer_scale_init is None, but all models of this family have LayerScale; set it to a "
-            "number, as 1e-5"
-        )
 
 
 def run_blocks(
@@ -314,19 +330,6 @@ def run_blocks(
         else:
             x = block(*inputs, **absent)
     return x
-
-
-def check_images(images: jax.Array, size: tuple[int, int]) -> None:
-    """Raises InputError unless the images are floats of (height, width) `size`."""
-    if images.ndim != 4 or images.shape[1:] != (*size, 3):
-        raise InputError(
-            f"images have shape {images.shape}, expected [batch, {size[0]}, {size[1]}, 3]: "
-            "resize them, or create the model with their image_size"
-        )
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise InputError(
-            f"images have dtype {images.dtype}, expected normalised floating-point pixels"
-        )
 
 
 def _drop_path_rates(rate: float, depth: int, mode: str) -> list[float]:
