@@ -34,6 +34,8 @@ def layout(info: ModelInfo, form: str) -> layouts.Layout:
     Raises:
       InputError: the format does not know such models.
     """
+    if not info.num_classes:
+        raise InputError(f"this {info.name} has no classes: give it some by reset_classifier first")
     if form == "hf":
         return huggingface.layout(info)
     options = registry.options(info)

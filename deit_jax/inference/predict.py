@@ -40,6 +40,8 @@ def predict(
       InputError: the model cannot predict.
     """
     info = model.info
+    if not info.num_classes:
+        raise InputError(f"this {info.name} has no classes to predict, only features")
     # A description that no image can be prepared with fails here, not once for each image.
     blank = preprocess(info, np.zeros((1, 1, 3), np.uint8))[0]
     network, variables = split_model(model)

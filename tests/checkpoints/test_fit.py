@@ -226,6 +226,19 @@ def test_a_distillation_token_is_added(target):
     assert changes[-1] == "row 1 of pos_embed newly initialised: deit_testing is not distilled"
 
 
+@pytest.mark.parametrize("name", ["deit_testing", "deit_testing_distilled", "regnety_testing"])
+def test_heads_come_and_go(name):
+    """From features to classes, and back."""
+    heads = ["head", "head_dist"] if "distilled" in name else ["head"]
+    without, with_heads = shapes(name, num_classes=0), shapes(name)
+    names = head(*heads) if "regnety" not in name else head("head/fc")
+    _, _, _, changes = fit(without, with_heads, new=names)
+    why = f"newly initialised: 5 classes, where {name} has 0"
+    assert changes == [f"{each} {why}" for each in heads]
+    _, _, _, changes = fit(with_heads, without, fresh=False)
+    assert changes == [f"{', '.join(heads)} dropped: {name} is to have no classes"]
+
+
 def test_shapes_alone_tell_what_would_be_done():
     (network, like) = shapes("deit_testing")
     (wanted, want) = shapes("deit_testing_distilled", image_size=48)

@@ -243,7 +243,13 @@ def test_models_that_cannot_predict(predict_command, photos, tmp_path):
     good, model = _save(tmp_path / "model", "deit_testing", ("a", "b"))
     model.head.bias[...] = np.full(2, np.nan, np.float32)
     deit_jax.save_model(good, model, replace=True)
-    for folder, words in ((photos, "is not a model folder"), (good, "the logits are not finite")):
+    model.reset_classifier(0)
+    deit_jax.save_model(tmp_path / "none", model)
+    for folder, words in (
+        (photos, "is not a model folder"),
+        (good, "the logits are not finite"),
+        (tmp_path / "none", "has no classes to predict"),
+    ):
         flags = (photos / "b.jpg", "--csv", tmp_path / "x.csv")
         status, out, err = predict_command(folder, *flags)
         assert (status, out, err.count("\n")) == (2, "", 1)

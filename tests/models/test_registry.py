@@ -223,7 +223,7 @@ def test_deit3_and_deit_drop_paths_differ():
         ("cait_testing", {"attention": "cudnn"}, 'attention is "cudnn", but talking heads'),
         ("cait_testing", {"layer_scale_init": None}, "layer_scale_init is None"),
         ("resmlp_testing", {"layer_scale_init": None}, "layer_scale_init is None"),
-        ("deit_testing", {"num_classes": 0}, "num_classes is 0"),
+        ("deit_testing", {"num_classes": -1}, "num_classes is -1"),
         ("deit_testing", {"dtype": "float16"}, "expected float32 or bfloat16"),
         ("deit_testing", {"image_size": 3}, "smaller than one patch"),
         ("deit_testing", {"num_heads": 5}, "embed_dim 64 is not divisible by num_heads 5"),
