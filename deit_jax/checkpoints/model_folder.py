@@ -36,9 +36,8 @@ def save_model(path: str | os.PathLike, model: nnx.Module, *, replace: bool = Fa
       replace: a model folder that is there is replaced, once the new one is complete.
 
     Raises:
-      InputError: `path` holds a model and `replace` is False; it exists and is no model folder; or
-        the weights are not those of the model that `model.info` describes: `load_model` could not
-        read them.
+      InputError: `path` holds a model and `replace` is False, or exists and is no model folder;
+        or `load_model` could not read the weights, which are not those that `model.info` describes.
       TransientError: it cannot be written: a full disk, for example.
     """
     if not isinstance(getattr(model, "info", None), registry.ModelInfo):
@@ -81,7 +80,8 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
             (path / _BEGUN).unlink()
     except BaseException as error:  # a full disk or Ctrl-C: leave nothing half-written
         if first:
-            _clear(path, name, whole=not used)
+            with contextlib.suppress(Exception):  # what has failed may fail again, and is reported
+                storage.remove_folder(path / name if used else path)
         if reason := system_reason(error):
             raise TransientError(f"{path} cannot be written ({reason})") from error
         raise
@@ -89,11 +89,6 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
     deadline = time.monotonic() + hosts.LAG_SECONDS
     while _weights_name(path) != name and time.monotonic() < deadline:
         time.sleep(1)
-
-
-def _clear(path: storage.Path, name: str, *, whole: bool) -> None:
-    with contextlib.suppress(Exception):  # what has failed may fail again, and is reported
-        storage.remove_folder(path if whole else path / name)
 
 
 def _check_place(path: storage.Path) -> None:

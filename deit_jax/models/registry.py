@@ -38,8 +38,7 @@ _FAMILIES = {
     ResMlp: "resmlp",
     RegNetY: "regnet",
 }
-# Arguments of the constructors that create_model sets itself.
-_GIVEN = frozenset({"self", "image_size", "num_classes", "drop_path_rate", "dtype", "rngs"})
+_OWN = {"num_classes", "image_size", "drop_path_rate", "dtype"}  # named arguments of create_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,12 +290,10 @@ def create_model(
       InputError: unknown name or override, or values that do not fit.
     """
     entry = _entry(name)
-    # This function's own arguments are listed for the suggestion that answers a misspelt one.
-    own = {"num_classes", "image_size", "drop_path_rate", "dtype"}
-    constructor = set(inspect.signature(entry.build.__init__).parameters) - _GIVEN
+    known = set(inspect.signature(entry.build.__init__).parameters) - {"self", "rngs"} | _OWN
     for option in overrides:
-        if option not in constructor:
-            suggestion = _suggest(option, constructor | own)
+        if option not in known:
+            suggestion = _suggest(option, known)
             raise InputError(f'model {name} has no option "{option}"{suggestion}')
     overrides = {
         option: checked(option, value, _TRAINING_OPTIONS.get(option))
