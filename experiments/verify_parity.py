@@ -6,10 +6,12 @@ python -m experiments.verify_parity deit_tiny_patch16_224 regnety_002
 For every name: timm's module (deit3_tiny, ViT-5 and others, which timm lacks: modules of ours) with
 random weights, every tensor large enough to matter; its state dict goes through the converter.
 Four random and four real images (--images, a folder of JPEGs) go through both. Needs the extra
-`test` (torch, timm). Exits with 1 if a difference exceeds its limit.
+`test` (torch, timm). Exits with 1 if a difference exceeds its limit. With --keep FILE, a comparison
+that ends early goes on where it was; the largest models come last.
 """
 
 import gc
+import json
 import os
 import shlex
 import sys
@@ -27,7 +29,7 @@ from deit_jax.cli.status import exit_status
 from deit_jax.convert import from_torch
 from deit_jax.errors import InputError
 from deit_jax.inference.preprocess import preprocess
-from deit_jax.models import registry
+from deit_jax.models import figures, registry
 from deit_jax.planning.markdown import head, origin, processor, publish, table
 from tests.oracles import reference_vit, timm_models
 
@@ -128,22 +130,30 @@ def _run(argv: list[str]) -> int:
     images = os.environ.get("DEIT_JAX_IMAGE_SAMPLE", _BESIDE)
     add("--images", type=Path, default=images, help="folder of JPEGs")
     add("--write", type=new_file, metavar="FILE", help="also put the table into this file")
+    add("--keep", type=Path, metavar="FILE", help="add each row to this file; repeat none in it")
     arguments = parser.parse_args(argv)
     names = arguments.names or registry.list_models()
     for name in names:
         registry.model_options(name)  # raises for an unknown name
     pictures = _pictures(arguments.images)
-    rows = []
-    for number, name in enumerate(names, start=1):
+    rows, kept = {}, arguments.keep
+    if kept and kept.exists():
+        found = [Row(**json.loads(line)) for line in kept.read_text().splitlines()]
+        rows = {row.name: row for row in found if row.name in names}
+    sizes = {name: row.gmacs for name, row in figures.FIGURES.items()}  # without the testing ones
+    for name in sorted(set(names) - set(rows), key=lambda name: sizes.get(name, 0.0)):
         start = time.monotonic()
-        rows.append(compare(name, pictures))
+        rows[name] = row = compare(name, pictures)
+        if kept:
+            with kept.open("a") as file:
+                print(json.dumps(row._asdict()), file=file)
         gc.collect()  # the large models do not fit twice
         jax.clear_caches()
         seconds = time.monotonic() - start
-        print(*rows[-1].cells(), f"{number}/{len(names)}, {seconds:.0f} s", flush=True)
+        print(*row.cells(), f"{len(rows)}/{len(names)}, {seconds:.0f} s", flush=True)
     command = f"python -m experiments.verify_parity {shlex.join(argv)}"
     columns = ("model", "parameters", "logits", "forward_features", "limit")
-    return finish(rows, columns, command, arguments.write)
+    return finish([rows[name] for name in names], columns, command, arguments.write)
 
 
 def main(argv: list[str] | None = None) -> int:

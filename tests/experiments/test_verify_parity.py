@@ -1,4 +1,6 @@
-"""Every family against PyTorch through the converter; the tool's --all does the whole zoo."""
+"""Every family against PyTorch through the converter; the tool itself does the whole zoo."""
+
+import contextlib
 
 import numpy as np
 import pytest
@@ -42,3 +44,25 @@ def test_a_difference_is_seen(monkeypatch, capsys, sample_images):
     status = verify_parity.main(["deit_tiny_patch16_224", "--images", str(sample_images)])
     assert status == 1
     assert "beyond the limits: deit_tiny_patch16_224" in capsys.readouterr().out
+
+
+def test_what_was_compared_is_not_compared_again(monkeypatch, tmp_path, sample_images, capsys):
+    compared = []
+
+    def compare(name, pictures):
+        compared.append(name)
+        if name == "deit3_tiny_patch16_224" and len(compared) == 2:
+            raise OSError("the machine is gone")
+        return verify_parity.Row(name, 5, 1e-7 * len(compared), 2e-7, 2e-5)
+
+    monkeypatch.setattr(verify_parity, "compare", compare)
+    names = ["deit3_tiny_patch16_224", "regnety_002"]
+    flags = [*names, "--images", str(sample_images), "--keep", str(tmp_path / "rows")]
+    with contextlib.suppress(OSError):
+        verify_parity.main(flags)
+    assert verify_parity.main(flags) == 0
+    assert compared == ["regnety_002", "deit3_tiny_patch16_224", "deit3_tiny_patch16_224"]
+    table = capsys.readouterr().out.split("| model")[-1]
+    assert table.index("| deit3_tiny_patch16_224 | 5 | 3.0e-07 |") < table.index(
+        "| regnety_002 | 5 | 1.0e-07 | 2.0e-07 | 2e-05 |"
+    )
