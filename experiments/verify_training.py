@@ -3,11 +3,13 @@
 python -m experiments.verify_training --write docs/training_parity.md
 python -m experiments.verify_training --image_size 224 --deit3 deit3_base_patch16_224
 
-Five recipes of configs/ on made-up images of 10 classes: DeiT, distilled hard and soft, DeiT III,
-and CaiT, whose one head is distilled. Both sides start from the weights of one PyTorch module,
-every tensor large enough to matter, and get equal batches and equal draws of erasing, mixup and
-cutmix; stochastic depth is off. The rates are such that the weights move: warm-up and cosine within
-the few steps. Needs the extra `test` (torch, timm). Exits with 1 if a difference exceeds its limit.
+Seven recipes of configs/ on made-up images of 10 classes: DeiT, distilled hard and soft, DeiT III,
+RoPE-ViT, ViT-5, and CaiT, whose one head is distilled. Both sides start from the weights of one
+PyTorch module, every tensor large enough to matter, and get equal batches and equal draws of
+erasing, mixup and cutmix; stochastic depth is off. The rates are such that the weights move:
+warm-up and cosine within the few steps. The modules are timm's; ViT-5's, which timm lacks, is the
+one of tests/oracles. Needs the extra `test` (torch, timm). Exits with 1 if a difference exceeds its
+limit.
 """
 
 import shlex
@@ -64,6 +66,8 @@ CASES = {
     "DeiT, hard distillation": Case("deit_distill:ti", "distilled", "hard", 1e-3),
     "DeiT, soft distillation": Case("deit_distill:ti", "distilled", "soft", 1e-3),
     "DeiT III": Case("deit3:ti", "deit3", "none", 4e-3),
+    "RoPE-ViT": Case("rope_vit:s", "rope", "none", 4e-3),
+    "ViT-5": Case("vit5:s", "vit5", "none", 4e-3),
     "CaiT, hard distillation": Case("cait_distill:xxs24", "cait", "hard", 1e-3),
 }
 
@@ -207,9 +211,15 @@ class Twins:
 
     def variables(self, module: torch.nn.Module | None = None) -> Variables:
         """Returns the module's weights, or a copy's of it, as they are now, by the converter."""
-        state = (module or self.module).state_dict()
-        tensors = {key: tensor.detach().numpy().copy() for key, tensor in state.items()}
-        layout = to_torch.layout(self.network.info, "timm")
+        module = module or self.module
+        constants = {key for key, _ in module.named_buffers() if key.endswith("freqs")}
+        tensors = {
+            key: tensor.detach().numpy().copy()
+            for key, tensor in module.state_dict().items()
+            if key not in constants
+        }
+        form = "fb" if "vit5" in self.name else "timm"  # which has no ViT-5
+        layout = to_torch.layout(self.network.info, form)
         return mapping.to_variables(tensors, self._like, layout, what=self.name)[0]
 
 
@@ -273,6 +283,8 @@ def _run(argv: list[str]) -> int:
     add("--deit", default="deit_tiny_patch16_224")
     add("--distilled", default="deit_tiny_distilled_patch16_224")
     add("--deit3", default="deit3_tiny_patch16_224")
+    add("--rope", default="vit_small_patch16_rope_mixed_224")
+    add("--vit5", default="vit5_small_patch16_224")
     add("--cait", default="cait_xxs24_224")
     add("--teacher", default="regnety_002")
     add("--steps", dest="num_steps", **number, default=50)
@@ -282,7 +294,7 @@ def _run(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.num_steps % _EPOCHS:
         raise InputError(f"--steps is {arguments.num_steps}, expected a multiple of {_EPOCHS}")
-    for student in ("deit", "distilled", "deit3", "cait", "teacher"):
+    for student in ("deit", "distilled", "deit3", "rope", "vit5", "cait", "teacher"):
         registry.model_options(getattr(arguments, student))
     sizes = {name: getattr(arguments, name) for name in ("num_steps", "image_size", "batch_size")}
     rows = []

@@ -16,6 +16,8 @@ MODELS = {
     "deit": "deit_testing",
     "distilled": "deit_testing_distilled",
     "deit3": "deit3_testing",
+    "rope": "vit_testing_rope_mixed_ape",
+    "vit5": "vit5_testing",
     "cait": "cait_testing",
 }
 
@@ -39,10 +41,10 @@ def test_training_is_the_reference_step_by_step(case):
 
 
 def test_a_run_beyond_a_limit_is_named(monkeypatch, tmp_path, capsys):
-    beyond = {"weights": np.nan, "ema": 2e-3, "rate": 1e-8, "effective": 2e-4}
-    beyond["last"] = 2e-3
+    beyond = [("weights", np.nan), ("ema", 2e-3), ("rate", 1e-8), ("effective", 2e-4)]
+    beyond += [("last", 2e-3), ("first", 2e-5), ("rate", np.nan)]
     rows = []
-    for case, (field, value) in zip(verify_training.CASES, beyond.items(), strict=True):
+    for case, (field, value) in zip(verify_training.CASES, beyond, strict=True):
         errors = dict.fromkeys(verify_training.LIMITS, 0.0)
         rows.append(verify_training.Row(case, "deit_testing", np.ones(2), 0.0, 0.1, errors))
         assert rows[-1].within_limits
