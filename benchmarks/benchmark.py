@@ -6,8 +6,8 @@ python tools/benchmark.py input --help
 
 Parts: `input`, the pipeline that reads, decodes and augments images; `index`, how a large data set
 opens; `train`, `infer` and `teacher`, the compiled steps; `device`, all that is worth knowing of a
-GPU in 12 minutes. Each has its own flags, and all have
---json, to print the report for programs, and --write FILE, to put it into a Markdown file.
+GPU in 12 minutes. Each has its own flags, and all have --json, to print the report for programs,
+and --write FILE, to put it into a Markdown file.
 """
 
 import importlib

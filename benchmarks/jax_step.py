@@ -48,7 +48,7 @@ class Work(NamedTuple):
         """Returns DeiT-B's recipe for the model, with one group of mixing per device."""
         config, options = default_config(), registry.model_options(self.model)
         config.model.name = self.model
-        if "num_heads" not in options:
+        if registry.family(self.model) == "regnet":
             config.model.drop_path_rate = 0.0  # RegNets have no stochastic depth
         config.input.image_size = options["image_size"]
         config.mixing.group_size = self.batch

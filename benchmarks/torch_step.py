@@ -92,7 +92,7 @@ def train(
         if teach is not None:
             with torch.no_grad(), autocast():
                 decision = teach(inputs).argmax(-1)
-            hard = torch.nn.functional.cross_entropy(heads[1].float(), decision)
+            hard = torch.nn.functional.cross_entropy(heads[-1].float(), decision)
             loss = 0.5 * loss + 0.5 * hard
         optimizer.zero_grad()
         loss.backward()

@@ -80,10 +80,18 @@ def test_both_sides_get_the_same_pixels():
     np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "rate"), [("deit_testing", 0.1), ("resmlp_testing", 0.1), ("regnety_testing", 0.0)]
+)
+def test_only_regnets_lack_the_stochastic_depth_of_the_recipe(name, rate):
+    assert TRAIN._replace(model=name, teacher="").recipe().model.drop_path_rate == rate
+
+
+@pytest.mark.parametrize("name", ["deit_testing_distilled", "resmlp_testing"])  # two heads, one
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_the_step_of_pytorch_trains_every_parameter(dtype):
+def test_the_step_of_pytorch_trains_every_parameter(name, dtype):
     torch.manual_seed(0)
-    work = TRAIN._replace(dtype=dtype)
+    work = TRAIN._replace(model=name, dtype=dtype)
     student, step = torch_step.train(work, torch.device("cpu"), compiled=False)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     for _ in range(2):  # a dropped block gets no gradient
