@@ -1,7 +1,6 @@
 """The models beside DeiT's against timm: one table of kinds, small, with weights of full effect."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,13 @@ from flax import nnx
 
 from deit_jax import trees
 from deit_jax.models import registry
-from tests.models.test_vit import assert_close, run, to_torch
+from tests.models.test_vit import (
+    assert_close,
+    check_attention_maxima,
+    check_bfloat16,
+    run,
+    to_torch,
+)
 from tests.oracles import timm_models
 
 SMALL = {"image_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
@@ -84,51 +89,12 @@ def test_every_gradient_equals_torch(kind, remat):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "resmlp" not in kind])
 def test_attention_maxima_are_those_of_timms_softmax(kind, monkeypatch):
-    oracle, ours, images = pair(kind)
-    seen = []
-    softmax = torch.Tensor.softmax
-
-    def watch(logits, *arguments, **options):
-        seen.append(logits.abs().max().item())
-        return softmax(logits, *arguments, **options)
-
-    monkeypatch.setattr(torch.Tensor, "softmax", watch)
-    for module in oracle.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    with torch.no_grad():
-        oracle(to_torch(images))
-    assert len(seen) >= SMALL["depth"]
-    np.testing.assert_allclose(ours.attention_maxima(images), seen, rtol=1e-4)
+    check_attention_maxima(*pair(kind), monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_keeps_float32_where_it_matters(kind):
-    oracle, model, images = pair(kind, dtype=jnp.bfloat16)
-    logits, _, features = run(model, images)
-    wanted = oracle(to_torch(images)), oracle.forward_features(to_torch(images))
-    for got, want in zip((logits, features), wanted, strict=True):
-        assert got.dtype == jnp.float32
-        assert_close(got, want, 5e-2)
-        with pytest.raises(AssertionError):
-            assert_close(got, want, 1e-4)
-
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss(params):
-        return (nnx.merge(graphdef, params, rest)(images) ** 2).sum()
-
-    gradient = jax.jit(jax.grad(loss))
-    params = nnx.to_pure_dict(params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(params))} == {jnp.dtype("float32")}
-    # Every product, forward and backward, has bfloat16 operands and accumulates in float32.
-    types = re.findall(
-        r"stablehlo.dot_general.* : \(tensor<(?:\d+x)+(\w+)>, tensor<(?:\d+x)+(\w+)>\)"
-        r" -> tensor<(?:\d+x)+(\w+)>",
-        gradient.lower(params).as_text(),
-    )
-    assert len(types) > 2 * 3 * 3
-    assert set(types) == {("bf16", "bf16", "f32")}
+    check_bfloat16(*pair(kind, dtype=jnp.bfloat16), products=3)
 
 
 # Which branches of a block add to the features of the token (or patch) that is looked at, and which

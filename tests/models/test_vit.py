@@ -76,6 +76,53 @@ def assert_close(got, want, tolerance=2e-5):
     assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
 
 
+def check_attention_maxima(oracle, ours, images, monkeypatch):
+    """Compares them with the logits that each softmax of timm's gets."""
+    seen = []
+    softmax = torch.Tensor.softmax
+
+    def watch(logits, *arguments, **options):
+        seen.append(logits.abs().max().item())
+        return softmax(logits, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", watch)
+    for module in oracle.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with torch.no_grad():
+        oracle(to_torch(images))
+    assert len(seen) >= SMALL["depth"]
+    np.testing.assert_allclose(ours.attention_maxima(images), seen, rtol=1e-4)
+
+
+def check_bfloat16(oracle, model, images, *, products):
+    """Of a model of two blocks, each with more than so many products."""
+    logits, _, features = run(model, images)
+    wanted = oracle(to_torch(images)), oracle.forward_features(to_torch(images))
+    for got, want in zip((logits, features), wanted, strict=True):
+        assert got.dtype == jnp.float32
+        assert_close(got, want, 5e-2)
+        with pytest.raises(AssertionError):
+            assert_close(got, want, 1e-4)
+
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        return sum((head**2).sum() for head in nnx.merge(graphdef, params, rest).heads(images))
+
+    gradient = jax.jit(jax.grad(loss))
+    params = nnx.to_pure_dict(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(params))} == {jnp.dtype("float32")}
+    # Every product, forward and backward, has bfloat16 operands and accumulates in float32.
+    types = re.findall(
+        r"stablehlo.dot_general.* : \(tensor<(?:\d+x)+(\w+)>, tensor<(?:\d+x)+(\w+)>\)"
+        r" -> tensor<(?:\d+x)+(\w+)>",
+        gradient.lower(params).as_text(),
+    )
+    assert len(types) > 2 * 3 * products
+    assert set(types) == {("bf16", "bf16", "f32")}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_equal_timm(variant):
     # Without a key there is no noise either.
@@ -114,50 +161,11 @@ def test_every_gradient_equals_torch(variant):
 
 @pytest.mark.parametrize("variant", ["distilled", "deit3", "rope_mixed"])
 def test_attention_maxima_are_those_of_timms_softmax(variant, monkeypatch):
-    oracle, ours, images = pair(variant)
-    seen = []
-    softmax = torch.Tensor.softmax
-
-    def watch(logits, *arguments, **options):
-        seen.append(logits.abs().max().item())
-        return softmax(logits, *arguments, **options)
-
-    monkeypatch.setattr(torch.Tensor, "softmax", watch)
-    for block in oracle.blocks:
-        block.attn.fused_attn = False
-    with torch.no_grad():
-        oracle(to_torch(images))
-    assert len(seen) == SMALL["depth"]
-    np.testing.assert_allclose(ours.attention_maxima(images), seen, rtol=1e-4)
+    check_attention_maxima(*pair(variant), monkeypatch)
 
 
 def test_bfloat16_keeps_float32_where_it_matters():
-    oracle, model, images = pair("distilled", dtype=jnp.bfloat16)
-    logits, _, features = run(model, images)
-    images_of_torch = to_torch(images)
-    wanted = oracle(images_of_torch), oracle.forward_features(images_of_torch)
-    for got, want in zip((logits, features), wanted, strict=True):
-        assert got.dtype == jnp.float32
-        assert_close(got, want, 5e-2)
-        with pytest.raises(AssertionError):
-            assert_close(got, want, 1e-4)
-
-    graphdef, params = nnx.split(model)
-
-    def loss(params):
-        return sum((head**2).sum() for head in nnx.merge(graphdef, params).heads(images))
-
-    gradient = jax.jit(jax.grad(loss))
-    params = nnx.to_pure_dict(params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(params))} == {jnp.dtype("float32")}
-    # Every product, forward and backward, has bfloat16 operands and accumulates in float32.
-    types = re.findall(
-        r"stablehlo.dot_general.* : \(tensor<(?:\d+x)+(\w+)>, tensor<(?:\d+x)+(\w+)>\)"
-        r" -> tensor<(?:\d+x)+(\w+)>",
-        gradient.lower(params).as_text(),
-    )
-    assert len(types) > 2 * 3 * 6
-    assert set(types) == {("bf16", "bf16", "f32")}
+    check_bfloat16(*pair("distilled", dtype=jnp.bfloat16), products=6)
 
 
 @pytest.mark.parametrize(
