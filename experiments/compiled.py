@@ -40,15 +40,14 @@ def _cells(kind: str) -> Iterator[tuple[str, str, int, str]]:
     """Yields (topology, recipe, images a chip, further flags) of every row."""
     images = (64, 128, 256)
     if kind == "tpu":
-        yield from (("v5e:2x2", size, count, "") for size in _SIZES for count in images)
+        yield from (("v5e:2x2", size, count, "") for size in reversed(_SIZES) for count in images)
         yield "v5e:2x2", "deit_b_distill", 64, ""
+        for slice_ in ("v6e:2x2", "v5p:2x2x1"):
+            yield from ((slice_, "deit_b", count, "") for count in (64, 128))
+            yield slice_, "deit_b_distill", 64, ""
         yield "v5e:2x2", "deit3:l", 64, ""
         yield "v5e:4x8", "deit3:h", 64, _REMAT
         yield "v5e:4x8", "deit3:h", 64, f"--config.parallel.fsdp=8 {_REMAT}"
-        for slice_ in ("v5p:2x2x1", "v6e:2x2"):
-            yield from ((slice_, size, 128, "") for size in _SIZES)
-            yield slice_, "deit_b", 64, ""
-            yield slice_, "deit_b_distill", 64, ""
     else:
         for how in ("", _CUDNN):
             yield from (("cuda:H200x1", size, 256, how) for size in _SIZES)
