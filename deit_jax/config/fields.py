@@ -25,8 +25,9 @@ def default_config() -> ConfigDict:
     config.model.options = ""
     # Stochastic depth: rises to this over the blocks of DeiT, equal in all blocks of DeiT III.
     config.model.drop_path_rate = 0.1
-    # auto (pallas on TPUs, xla elsewhere) | xla | pallas (kernels for TPUs) | cudnn (for GPUs from
-    # Hopper on, whose gradients do not repeat to the bit)
+    # auto (pallas on TPUs, xla elsewhere) | xla | xla_remat (stores no attention weights: less
+    # memory, a little more time) | pallas (kernels for TPUs) | cudnn (for GPUs from Hopper on;
+    # its gradients do not repeat to the bit)
     config.model.attention = "auto"
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
 

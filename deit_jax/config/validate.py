@@ -17,7 +17,7 @@ CHOICES = {
     "input.train_crop": ("random_resized", "simple_random", "small"),
     "input.on_bad_image": ("error", "skip"),
     "input.interpolation": ("bicubic", "bilinear"),
-    "model.attention": ("auto", "xla", "pallas", "cudnn"),
+    "model.attention": ("auto", "xla", "xla_remat", "pallas", "cudnn"),
     "distill.kind": ("none", "hard", "soft"),
     "distill.reduction": ("numel", "batchmean"),
     "optimizer.name": ("adamw", "lamb", "sgd"),

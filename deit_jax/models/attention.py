@@ -17,20 +17,23 @@ from deit_jax.models.rope import Rotation, rotate
 from deit_jax.parallel import devices
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
-def attend(num_heads: int, qkv: jax.Array, absent: int = 0) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3))
+def attend(num_heads: int, qkv: jax.Array, absent: int = 0, alone: bool = False) -> jax.Array:
     """Computes softmax attention, [B, N, 3D] → [B, N, D] in qkv's dtype, softmax in float32.
 
     The last axis of `qkv` is [q|k|v] × [head] × [hd]; scores are scaled by hd^-0.5. The weights,
     [B, H, N, N], are the largest tensors of a block: the backward pass recomputes them from the
     logarithms of the softmax's sums instead of storing them (as FlashAttention, arXiv 2205.14135,
     section 3.1, but in whole matmuls). Nothing attends to the last `absent` rows of an image.
+
+    XLA may see that the weights of both passes are the same, and store them after all: on GPUs it
+    does. `alone` keeps the backward pass to itself, which costs a little time.
     """
-    return _attend_forward(num_heads, qkv, absent)[0]
+    return _attend_forward(num_heads, qkv, absent, alone)[0]
 
 
 def _attend_forward(
-    num_heads: int, qkv: jax.Array, absent: int
+    num_heads: int, qkv: jax.Array, absent: int, alone: bool = False
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     q, k, v = split_heads(qkv, num_heads, 3)
     scores = attention_scores(q, k, absent)
@@ -45,10 +48,13 @@ def _attend_forward(
 def _attend_backward(
     num_heads: int,
     absent: int,
+    alone: bool,
     residuals: tuple[jax.Array, jax.Array, jax.Array],
     grad: jax.Array,
 ) -> tuple[jax.Array]:
     qkv, out, log_total = residuals
+    if alone:  # nothing that follows can be merged with what came before the gradient
+        qkv, grad = jax.lax.optimization_barrier((qkv, grad))
     q, k, v = split_heads(qkv, num_heads, 3)
     (grad,) = split_heads(grad.astype(qkv.dtype), num_heads)
     (out,) = split_heads(out, num_heads)
@@ -91,7 +97,7 @@ def _pad_parts(weights: jax.Array, absent: int) -> jax.Array:
 def choose(
     implementation: str, tokens: int, num_heads: int, head_dim: int, dtype: DTypeLike
 ) -> str:
-    """Returns how attention of such sequences is computed here: "xla", "pallas" or "cudnn"."""
+    """Returns how attention of such sequences is computed here, what "auto" stands for."""
     if implementation != "auto":
         return implementation
     on_tpu = devices.platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
@@ -114,7 +120,7 @@ def check_kernels(
     implementation: str, tokens: int, num_heads: int, head_dim: int, dtype: DTypeLike
 ) -> None:
     """Raises InputError where the kernels that are asked for cannot compute such attention."""
-    if implementation in ("auto", "xla"):
+    if implementation not in ("pallas", "cudnn"):
         return
     if jnp.dtype(dtype) != jnp.bfloat16:
         raise InputError(
@@ -198,7 +204,7 @@ def _kernel_backward(
     ) -> tuple[jax.Array, jax.Array]:
         log_total = log_total.transpose(0, 2, 1)[..., None]
         residuals = qkv, out, log_total
-        (qkv_grad,) = _attend_backward(log_total.shape[1], sequences.absent, residuals, grad)
+        (qkv_grad,) = _attend_backward(log_total.shape[1], sequences.absent, False, residuals, grad)
         return qkv_grad, qkv_grad.astype(jnp.float32).sum(1)
 
     elsewhere = functools.partial(kernel, interpret=True) if interpret else formulas
@@ -259,8 +265,9 @@ class Attention(Layer):
         if chosen == "pallas":
             out = self._in_vmem(x, rotation, absent)
         else:
-            attention = attention_cudnn.attend if chosen == "cudnn" else attend
-            out = self.proj(attention(self.num_heads, self._qkv(x, rotation), absent))
+            remat = functools.partial(attend, alone=True)
+            ways = {"xla": attend, "xla_remat": remat, "cudnn": attention_cudnn.attend}
+            out = self.proj(ways[chosen](self.num_heads, self._qkv(x, rotation), absent))
         return self.drop(out, rngs)
 
     def _chosen(self, tokens: int) -> str:

@@ -25,7 +25,7 @@ from deit_jax.models.vit import VisionTransformer
 # predicts: no part of its description.
 _RATE = number(lambda value: 0 <= value < 1, "a number from 0 to below 1")
 _TRAINING_OPTIONS = {
-    "attention": one_of("auto", "xla", "pallas", "cudnn"),
+    "attention": one_of("auto", "xla", "xla_remat", "pallas", "cudnn"),
     "drop_rate": _RATE,
     "dynamic_image_size": BOOL,
     "drop_path_mode": one_of("linear", "constant"),

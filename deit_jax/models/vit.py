@@ -104,10 +104,11 @@ class VisionTransformer(Backbone):
     `drop_path_mode` is "linear" (block i of L drops with rate·i/(L-1), as DeiT) or "constant"
     (every block drops with the same rate, as DeiT III). `hmlp` embeds the patches by an HmlpStem in
     place of one projection. `remat` recomputes each block in the backward pass instead of storing
-    its intermediates. `attention` is "xla", "pallas" (kernels for TPUs, in bfloat16; elsewhere
-    interpreted, slowly), "cudnn" (kernels for GPUs, in bfloat16), or "auto": those for TPUs where
-    they are faster. `dynamic_image_size` takes images of any size that is whole patches, and
-    resamples the position embeddings for each; it may be set at any time.
+    its intermediates. `attention` is "xla", "xla_remat" (only its weights are recomputed), "pallas"
+    (kernels for TPUs, in bfloat16; elsewhere interpreted, slowly), "cudnn" (kernels for GPUs, in
+    bfloat16), or "auto": those for TPUs where they are faster. `dynamic_image_size` takes images of
+    any size that is whole patches, and resamples the position embeddings for each; it may be set at
+    any time.
 
     Raises InputError for dimensions that do not fit together.
     """

@@ -23,7 +23,7 @@ _MAX_ERROR = 0.03  # relative; both round to bfloat16 at the same places and dif
 
 
 def implementation(run: Run) -> str:
-    """Returns how the run computes attention, "xla", "pallas" or "cudnn"; "" without any."""
+    """Returns how the run computes attention, as `attention.choose` says; "" without any."""
     model = join_model(run.network, run.abstract)
     if not isinstance(model, VisionTransformer):
         return ""
@@ -42,7 +42,7 @@ def tried(run: Run) -> Run:
       InputError: cuDNN, which only the config can ask for, fails on any process.
     """
     chosen = implementation(run)
-    if chosen in ("xla", ""):
+    if chosen not in ("pallas", "cudnn"):
         return run
     _, *shape = _facts(join_model(run.network, run.abstract))
     problems = hosts.gather("the trial of the kernels for attention", _problem(chosen, *shape))

@@ -117,6 +117,7 @@ def _model(run: Run, origin: str) -> str:
 def _attention(run: Run) -> dict[str, str]:
     """Says how attention is computed, in a model that has it."""
     words = {"pallas": "kernels for TPUs (Pallas)", "cudnn": "cuDNN", "xla": "XLA"}
+    words["xla_remat"] = "XLA, weights recomputed"
     chosen = kernels.implementation(run)
     return {"attention": words[chosen]} if chosen else {}
 
