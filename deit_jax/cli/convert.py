@@ -1,4 +1,4 @@
-"""Converts PyTorch weights of DeiT, DeiT III or RegNetY into a model folder.
+"""Converts PyTorch weights of any of the models (deit-jax list-models) into a model folder.
 
 deit-jax convert --src deit_base_distilled_patch16_224-df68dfff.pth --dst models/deit_b
 deit-jax convert --src https://HOST/regnety_160-a5fe301d.pth --dst models/regnety_160
@@ -97,10 +97,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     for note in converted.notes:
         log(f"note: {note}")
     info, variables = converted.info, converted.variables
-    try:
-        model_folder.write_model(target, variables, info)
-    except (OSError, InputError) as error:
-        raise InputError(f"{target} cannot be written ({brief(error)})") from error
+    model_folder.write_model(target, variables, info)
     parameters = trees.param_count(variables.params)
     sides = "×".join(map(str, np.broadcast_to(info.image_size, 2)))
     log(f"{target}: {info.name}, {parameters:,} parameters, {sides}, {info.num_classes} classes")

@@ -161,14 +161,19 @@ def test_export_refuses_in_one_line(tmp_path, refused):
     assert out.read_text() == "precious"
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, state, monkeypatch, converted):
+def test_a_full_disk_leaves_nothing(tmp_path, state, monkeypatch, capsys):
+    target = tmp_path / "model"
+
     def save_half(self, path, tree):
         path.mkdir()
         (path / "half").write_bytes(b"x")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model_folder.ocp.PyTreeCheckpointer, "save", save_half)
-    assert "No space left on device" in converted(save(tmp_path / "a.safetensors", state))
+    assert command("convert", save(tmp_path / "a.safetensors", state), target) == 1  # it may pass
+    line = f"error: {target} cannot be written (No space left on device)\n"
+    assert capsys.readouterr().err == line
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), TypeError("ours")])
