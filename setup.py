@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 DEMO = ["scikit-learn>=1.5"]  # its handwritten digits are the data of the main demonstration
-TORCH = ["torch>=2.11,<2.16", "huggingface_hub>=0.30"]
+HUB = ["huggingface_hub>=0.30"]  # weights from the Hugging Face hub
+TORCH = ["torch>=2.11,<2.16", *HUB]
 TPU = ["jax[tpu]>=0.10.2,<0.13"]
 GCS = ["gcsfs>=2025.3", "google-crc32c>=1.5"]
 HF = ["datasets>=4"]  # earlier ones can be told to run the code of a data set
@@ -47,6 +48,7 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "hub": HUB,
         "torch": TORCH,
         "gcs": GCS,
         "hf": HF,

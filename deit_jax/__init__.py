@@ -6,12 +6,12 @@ __version__ = "0.2.0"  # setup.py reads it
 
 _HOME = {
     "InputError": "deit_jax.errors",
-    "create_model": "deit_jax.models.registry",
+    "create_model": "deit_jax.convert.load",
     "evaluate": "deit_jax.training.loop",
     "list_models": "deit_jax.models.registry",
     "load_checkpoint": "deit_jax.checkpoints.model_folder",
     "load_config": "deit_jax.config.files",
-    "load_model": "deit_jax.checkpoints.model_folder",
+    "load_model": "deit_jax.convert.load",
     "save_model": "deit_jax.checkpoints.model_folder",
     "preprocess": "deit_jax.inference.preprocess",
     "train": "deit_jax.training.loop",

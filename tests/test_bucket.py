@@ -153,6 +153,8 @@ def test_weights_are_converted_from_and_into_a_bucket(root, tmp_path):
         images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
         back = deit_jax.load_model(root / "back" / form)
         np.testing.assert_array_equal(back(images), model(images))
+        at_once = deit_jax.load_model(f"{root}/torch/{name}", model="deit_testing_distilled")
+        np.testing.assert_array_equal(at_once(images), model(images))
 
 
 @pytest.mark.parametrize(

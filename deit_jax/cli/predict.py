@@ -36,7 +36,7 @@ FEW = 4  # so many pictures need no progress bar
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the flags."""
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model folder, or the run that holds it")
+    add("--model", required=True, help="model or run folder, PyTorch file, URL or hf:OWNER/NAME")
     add("images", nargs="+", metavar="IMAGE", help="image file, or folder searched with all below")
     add("--topk", type=one_or_more, default=5, help="classes to name, at most all (default: 5)")
     add("--batch_size", type=one_or_more, default=16, help="pictures at once (default: 16)")
@@ -46,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     """Predicts and reports; returns 1 where some pictures could not be read, else 0."""
     files = find_images(arguments.images)
-    from deit_jax.checkpoints.model_folder import load_model
+    from deit_jax.convert.load import load_model
     from deit_jax.inference.predict import predict
 
     model = load_model(arguments.model)

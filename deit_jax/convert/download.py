@@ -55,7 +55,8 @@ def fetch(src: str | os.PathLike, *, cache: str | os.PathLike | None = None) -> 
     )
 
 
-def _cache(cache: str | os.PathLike | None) -> Path:
+def cache_folder(cache: str | os.PathLike | None) -> Path:
+    """Returns the folder of downloads: this one, or the default."""
     import pooch
 
     folder = cache or os.environ.get("DEIT_JAX_CACHE") or pooch.os_cache("deit_jax")
@@ -68,7 +69,7 @@ def _from_bucket(src: str, cache: str | os.PathLike | None) -> Path:
         raise InputError(f"{src!r}: no such file or folder; check the path")
     files = list(path.iterdir()) if path.is_dir() else [path]
     stats = [(str(file), stat.length, stat.mtime) for file in files for stat in (file.stat(),)]
-    folder = _cache(cache) / trees.digest(str(stats))
+    folder = cache_folder(cache) / trees.digest(str(stats))
     if path.is_dir():
         storage.copy_files(path, folder / path.name)
     elif not (folder / path.name).exists():
@@ -84,7 +85,7 @@ def _from_url(url: str, cache: str | os.PathLike | None) -> Path:
     _check_url(url)
     name = _file_name(url)
     # A folder for each URL: two of the same file name are not the same file.
-    folder = _cache(cache) / hashlib.sha256(url.encode()).hexdigest()[:12]
+    folder = cache_folder(cache) / hashlib.sha256(url.encode()).hexdigest()[:12]
 
     def download(url: str, file: str, owner: object) -> None:
         """Refuses a wrong file while it has a temporary name, under which pooch deletes it."""
@@ -153,9 +154,14 @@ def _wrong_hash(file: str | Path, name: str) -> str:
     promised = re.search(r"-([0-9a-fA-F]{8,64})(\.[A-Za-z]\w*)+$", name)
     if not promised:
         return ""
-    with open(file, "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    found = sha256(file)
     return "" if found.startswith(promised[1].lower()) else found
+
+
+def sha256(file: str | Path) -> str:
+    """Returns the SHA-256 of a file's content, in hex digits."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _root(error: BaseException) -> BaseException:
@@ -173,7 +179,7 @@ def _from_hub(src: str, cache: str | os.PathLike | None) -> Path:
     try:
         import huggingface_hub as hub
     except ImportError as error:
-        raise InputError(f"{src}: needs huggingface_hub; pip install 'deit-jax[torch]'") from error
+        raise InputError(f"{src}: needs huggingface_hub; pip install 'deit-jax[hub]'") from error
     snapshot = functools.partial(
         hub.snapshot_download, repo, revision=revision, cache_dir=cache and Path(cache) / "hub"
     )
@@ -192,7 +198,9 @@ def _from_hub(src: str, cache: str | os.PathLike | None) -> Path:
         if not weights:
             stem, suffix = indices[0].removesuffix(".index.json").split(".")
             snapshot(allow_patterns=f"{stem}-*.{suffix}")
-        return Path(snapshot(allow_patterns=(weights or indices)[0]))
+        folder = Path(snapshot(allow_patterns=(weights or indices)[0]))
+        _check_blobs(folder, src)
+        return folder
     except InputError:
         raise
     except Exception as error:  # of httpx, requests or its own, as the version of the hub has it
@@ -212,3 +220,14 @@ def _from_hub(src: str, cache: str | os.PathLike | None) -> Path:
         raise TransientError(
             f"{src}: no answer from the hub ({brief(error)}); check the name and the network"
         ) from error
+
+
+def _check_blobs(folder: Path, src: str) -> None:
+    """Compares files with the SHA-256 that the hub gives of large ones, and names its copies by."""
+    for file in folder.iterdir():
+        blob = file.resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != sha256(blob):
+            raise InputError(
+                f"{src}: {file.name} does not have the SHA-256 that the hub gave for it; remove "
+                f"{blob} and run again"
+            )

@@ -160,7 +160,7 @@ def adapt(
     image_size: int | None = None,
     class_names: tuple[str, ...] | None = None,
     kernel: str = "reference",
-    seed: int = 0,
+    rngs: nnx.Rngs | None = None,
 ) -> Converted:
     """Moves the weights to another model: other resolution, other classes, distilled or not.
 
@@ -171,7 +171,7 @@ def adapt(
       image_size: side in pixels; None takes the named model's, or keeps it.
       class_names: one per class; None keeps them while their number stays.
       kernel: of the position embeddings' resize, see `fit.resize_pos_embed`.
-      seed: of what is newly initialised.
+      rngs: draws what is newly initialised; None: nnx.Rngs(0).
 
     Raises:
       InputError: the models differ in more than that, or one head of two would be new.
@@ -200,7 +200,7 @@ def adapt(
     )
 
     def fresh() -> Variables:
-        created = model_folder.build(target, registry.create_model, rngs=nnx.Rngs(seed))
+        created = model_folder.build(target, registry.create_model, rngs=rngs)
         return split_model(created)[1]
 
     _, like = split_model(model_folder.build(target, registry.abstract_model))

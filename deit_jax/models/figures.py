@@ -24,7 +24,8 @@ class ModelRow(NamedTuple):
     """A registered model, as `list_models(details=True)` describes it.
 
     `image_size` is a side in pixels; `parameters`, `gmacs` and `top1` are as in Figures; `weights`
-    is what `deit-jax convert --src` takes, "" where timm has none.
+    is what `load_model` and `deit-jax convert --src` take, `licence` theirs, both "" where timm has
+    none.
     """
 
     name: str
@@ -34,6 +35,15 @@ class ModelRow(NamedTuple):
     gmacs: float
     top1: float | None
     weights: str
+    licence: str = ""
+
+
+# Of the weights, by their tags, as timm states them (docs/weights.md).
+LICENCES = {
+    **dict.fromkeys(("fb_in1k", "fb_dist_in1k", "deit_in1k", "naver_in1k"), "apache-2.0"),
+    "pycls_in1k": "mit",
+    "": "",
+}
 
 
 def row(name: str, image_size: int) -> ModelRow:
@@ -42,7 +52,8 @@ def row(name: str, image_size: int) -> ModelRow:
     words = set(name.split("_"))
     kinds = (family for mark, family in _FAMILIES.items() if mark in words)
     weights = f"hf:timm/{name}.{tag}" if tag else ""
-    return ModelRow(name, next(kinds), parameters, image_size, gmacs, top1, weights)
+    size = parameters, image_size, gmacs
+    return ModelRow(name, next(kinds), *size, top1, weights, LICENCES[tag])
 
 
 _FAMILIES = {  # by a word of the name; the first counts

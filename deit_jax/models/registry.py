@@ -24,7 +24,7 @@ from deit_jax.models.vit import VisionTransformer
 # Options that change how a model is trained or computed, but neither its weights nor what it
 # predicts: no part of its description.
 _RATE = number(lambda value: 0 <= value < 1, "a number from 0 to below 1")
-_TRAINING_OPTIONS = {
+TRAINING_OPTIONS = {
     "attention": one_of("auto", "xla", "xla_remat", "pallas", "cudnn"),
     "drop_rate": _RATE,
     "dynamic_image_size": BOOL,
@@ -296,7 +296,7 @@ def create_model(
             suggestion = _suggest(option, known)
             raise InputError(f'model {name} has no option "{option}"{suggestion}')
     overrides = {
-        option: checked(option, value, _TRAINING_OPTIONS.get(option))
+        option: checked(option, value, TRAINING_OPTIONS.get(option))
         for option, value in overrides.items()
     }
     dtype, drop_path_rate = _dtype(dtype), checked("drop_path_rate", drop_path_rate, _RATE)
@@ -307,7 +307,7 @@ def create_model(
             f"rngs is a {type(rngs).__name__} that draws no params, expected nnx.Rngs(seed)"
         )
 
-    structural = sorted(pair for pair in overrides.items() if pair[0] not in _TRAINING_OPTIONS)
+    structural = sorted(pair for pair in overrides.items() if pair[0] not in TRAINING_OPTIONS)
     size = entry.image_size if image_size is None else image_size
     info = model_info(name, num_classes=num_classes, image_size=size, overrides=structural)
     arguments = entry.options | overrides | {"num_classes": info.num_classes, "dtype": dtype}
