@@ -50,11 +50,12 @@ def _cells(kind: str) -> Iterator[tuple[str, str, int, str]]:
         yield "v5e:4x8", "deit3:h", 64, f"--config.parallel.fsdp=8 {_REMAT}"
     else:
         for how in ("", _CUDNN):
-            yield from (("cuda:H200x1", size, 256, how) for size in _SIZES)
-            yield "cuda:H100x1", "deit_b", 256, how
+            yield "cuda:H200x1", "deit_b", 256, how
             yield "cuda:H200x8", "deit_b_distill", 256, how
         yield from (("cuda:H200x1", "deit_b", count, _CUDNN) for count in (64, 128))
+        yield from (("cuda:H200x1", size, 256, _CUDNN) for size in ("deit:s", "deit:ti"))
         yield from (("cuda:H200x8", f"deit3:{size}", 64, _CUDNN) for size in "lh")
+        yield "cuda:H100x1", "deit_b", 256, _CUDNN
 
 
 def _command(topology: str, recipe: str, images: int, flags: str) -> str:
