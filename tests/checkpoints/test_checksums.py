@@ -12,13 +12,13 @@ import pytest
 from deit_jax.checkpoints import checksums
 from deit_jax.checkpoints.model_folder import load_checkpoint, load_model, read_info, save_model
 from deit_jax.errors import InputError
-from tests.checkpoints.test_checkpoint import (
-    _abstract,
-    _assert_equal,
-    _open,
-    _save,
-    _state,
-    _tiny,
+from tests.checkpoints.saved import (
+    abstract,
+    assert_equal,
+    opened,
+    random_state,
+    save,
+    tiny,
 )
 from tests.refusal import refusal
 
@@ -102,7 +102,7 @@ def _flip(folder, rng, *, among="*"):
 
 @pytest.mark.slow
 def test_no_flipped_bit_of_a_model_folder_passes(tmp_path):
-    model, rng, outcomes = _tiny(seed=1), np.random.default_rng(1), collections.Counter()
+    model, rng, outcomes = tiny(seed=1), np.random.default_rng(1), collections.Counter()
     save_model(tmp_path / "sound", model)
     for _ in range(30):
         shutil.copytree(tmp_path / "sound", tmp_path / "model")
@@ -112,7 +112,7 @@ def test_no_flipped_bit_of_a_model_folder_passes(tmp_path):
         except InputError:
             outcomes["refused"] += 1
         else:
-            _assert_equal(found, model)
+            assert_equal(found, model)
             assert found.info == model.info
             outcomes["harmless"] += 1
         shutil.rmtree(tmp_path / "model")
@@ -123,16 +123,16 @@ def test_no_flipped_bit_of_a_model_folder_passes(tmp_path):
 def test_no_flipped_bit_of_a_checkpoint_passes(tmp_path, capsys):
     """It is set aside as one that cannot be read, and the one before is taken."""
     rng, outcomes = np.random.default_rng(2), collections.Counter()
-    (info, first), (_, second) = _state(seed=1), _state(seed=2)
-    with _open(tmp_path / "sound") as checkpoints:
-        _save(checkpoints, info, first, 1)
-        _save(checkpoints, info, second, 2)
+    (info, first), (_, second) = random_state(seed=1), random_state(seed=2)
+    with opened(tmp_path / "sound") as checkpoints:
+        save(checkpoints, info, first, 1)
+        save(checkpoints, info, second, 2)
     for _ in range(30):
         shutil.copytree(tmp_path / "sound", tmp_path / "run")
         _flip(tmp_path / "run" / "checkpoints" / "2", rng)
-        with _open(tmp_path / "run") as checkpoints:
-            found, best, step = checkpoints.restore(_abstract(first))
-        _assert_equal(found, first if step == 1 else second)
+        with opened(tmp_path / "run") as checkpoints:
+            found, best, step = checkpoints.restore(abstract(first))
+        assert_equal(found, first if step == 1 else second)
         assert best["step"] == step
         assert (tmp_path / "run" / "checkpoints" / "2.unreadable").exists() == (step == 1)
         outcomes[step] += 1
@@ -144,13 +144,13 @@ def test_no_flipped_bit_of_a_checkpoint_passes(tmp_path, capsys):
 @pytest.fixture
 def damaged(tmp_path):
     """A run folder with a model and a checkpoint, whose arrays are not those that were saved."""
-    info, state = _state(seed=1)
-    other = _state(seed=2)[1]
+    info, state = random_state(seed=1)
+    other = random_state(seed=2)[1]
     for workdir, saved in (("run", state), ("other", other)):
-        with _open(tmp_path / workdir) as checkpoints:
-            _save(checkpoints, info, saved, 5)
-    save_model(tmp_path / "run" / "model", _tiny(seed=1))
-    save_model(tmp_path / "other" / "model", _tiny(seed=2))
+        with opened(tmp_path / workdir) as checkpoints:
+            save(checkpoints, info, saved, 5)
+    save_model(tmp_path / "run" / "model", tiny(seed=1))
+    save_model(tmp_path / "other" / "model", tiny(seed=2))
     for place in ("model/weights", "checkpoints/5/state"):
         shutil.rmtree(tmp_path / "run" / place)
         shutil.copytree(tmp_path / "other" / place, tmp_path / "run" / place)
@@ -164,8 +164,8 @@ def test_what_differs_is_named(damaged):
     for ema in (False, True):
         line = refusal(lambda ema=ema: load_checkpoint(damaged / "checkpoints" / "5", ema=ema))
         assert f"is damaged ({'ema' if ema else 'model'}/params/blocks/0/" in line
-    with _open(damaged) as checkpoints:
-        line = refusal(checkpoints.restore, _abstract(_state()[1]))
+    with opened(damaged) as checkpoints:
+        line = refusal(checkpoints.restore, abstract(random_state()[1]))
     assert "checksum" in line
     assert "no older checkpoint" in line
 
@@ -174,8 +174,8 @@ def test_other_fields_in_a_file_of_orbax(damaged):
     """Whatever comes of it in Orbax's own code is damage, not a mistake of ours."""
     file = damaged / "checkpoints" / "5" / "state" / "array_metadatas" / "process_0"
     file.write_text(file.read_text().replace('"array_metadata"', '"array_metadate"', 1))
-    with _open(damaged) as checkpoints:
-        line = refusal(checkpoints.restore, _abstract(_state()[1]))
+    with opened(damaged) as checkpoints:
+        line = refusal(checkpoints.restore, abstract(random_state()[1]))
     assert "5 cannot be read ('dict' object has no attribute 'param_name')" in line
 
 
@@ -187,14 +187,14 @@ def _without(file, *names):
 def test_what_an_earlier_version_saved_is_read_as_before(damaged, capsys):
     _without(damaged / "model" / "model.json", "checksums", "digest")
     _without(damaged / "checkpoints" / "5" / "meta" / "metadata", "checksums", "digest")
-    _assert_equal(load_model(damaged), _tiny(seed=2))
-    with _open(damaged) as checkpoints:
-        _assert_equal(checkpoints.restore(_abstract(_state()[1]))[0], _state(seed=2)[1])
+    assert_equal(load_model(damaged), tiny(seed=2))
+    with opened(damaged) as checkpoints:
+        assert_equal(checkpoints.restore(abstract(random_state()[1]))[0], random_state(seed=2)[1])
     assert "note: step 5 is of an earlier version, without checksums" in capsys.readouterr().out
 
 
 def test_a_description_changed_by_hand(tmp_path):
-    save_model(tmp_path / "model", _tiny())
+    save_model(tmp_path / "model", tiny())
     file = tmp_path / "model" / "model.json"
     file.write_text(file.read_text().replace('"crop_ratio": null', '"crop_ratio": 0.9'))
     assert 'remove "digest" from it if you have changed it' in refusal(load_model, tmp_path)
@@ -204,10 +204,10 @@ def test_a_description_changed_by_hand(tmp_path):
 
 
 def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(tmp_path):
-    info, state = _state(seed=1)
+    info, state = random_state(seed=1)
     kept = jax.tree.map(np.asarray, state)
-    with _open(tmp_path) as checkpoints:
-        _save(checkpoints, info, state, 5)
+    with opened(tmp_path) as checkpoints:
+        save(checkpoints, info, state, 5)
         jax.jit(lambda x: jax.tree.map(lambda y: y * 0, x), donate_argnums=0)(state)
-    with _open(tmp_path) as checkpoints:
-        _assert_equal(checkpoints.restore(_abstract(kept))[0], kept)
+    with opened(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(abstract(kept))[0], kept)

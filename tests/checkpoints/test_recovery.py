@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from deit_jax.checkpoints import model_folder, recovery, training
 from deit_jax.errors import InputError, TransientError
 from deit_jax.training import loop
 from tests import kill_and_resume, several, small_main
-from tests.checkpoints.test_checkpoint import _abstract, _assert_equal, _open, _save, _state, _tiny
+from tests.checkpoints.saved import abstract, assert_equal, opened, random_state, save, tiny
 from tests.refusal import refusal
 
 
@@ -31,11 +30,11 @@ from tests.refusal import refusal
 def three(tmp_path_factory):
     """A workdir with checkpoints 1, 2 and 3; its info and its states."""
     workdir = tmp_path_factory.mktemp("three")
-    states = {step: _state(seed=step)[1] for step in (1, 2, 3)}
-    info = _state()[0]
-    with _open(workdir, keep=3) as checkpoints:
+    states = {step: random_state(seed=step)[1] for step in (1, 2, 3)}
+    info = random_state()[0]
+    with opened(workdir, keep=3) as checkpoints:
         for step, state in states.items():
-            _save(checkpoints, info, state, step)
+            save(checkpoints, info, state, step)
     return workdir, info, states
 
 
@@ -55,8 +54,8 @@ SPOIL = {
 
 def restored(workdir, **options):
     """The step to resume at, and its state."""
-    with _open(workdir, keep=3, **options) as checkpoints:
-        state, best, step = checkpoints.restore(_abstract(_state()[1]))
+    with opened(workdir, keep=3, **options) as checkpoints:
+        state, best, step = checkpoints.restore(abstract(random_state()[1]))
         assert best["step"] == step
         return step, state
 
@@ -65,8 +64,8 @@ def restored(workdir, **options):
 def test_a_description_that_is_none_costs_one_checkpoint(three, workdir, meta):
     (workdir / "checkpoints" / "3" / "meta" / "metadata").write_text(meta)
     (workdir / "checkpoints" / "²").mkdir()  # a digit of which int makes nothing
-    with _open(workdir, keep=3) as checkpoints:
-        checkpoints.check(three[1], ema=_state()[1].ema is not None)
+    with opened(workdir, keep=3) as checkpoints:
+        checkpoints.check(three[1], ema=random_state()[1].ema is not None)
     assert restored(workdir)[0] == 2
 
 
@@ -83,7 +82,7 @@ def test_any_file_damaged_costs_one_checkpoint_at_most(three, tmp_path, capsys):
         shutil.copytree(source, copy)
         spoil(copy / file)
         step, state = restored(copy)
-        _assert_equal(state, states[step])
+        assert_equal(state, states[step])
         captured = capsys.readouterr()
         assert captured.err == ""
         if step == 3:
@@ -105,12 +104,12 @@ def test_what_was_set_aside_is_kept_and_its_step_saved_anew(three, workdir):
     for again in ("", ".2"):
         SPOIL["cut"](workdir / "checkpoints" / "3" / "state" / "manifest.ocdbt")
         assert restored(workdir)[0] == 2
-        with _open(workdir, keep=3) as checkpoints:
-            _save(checkpoints, info, states[2], 3)
+        with opened(workdir, keep=3) as checkpoints:
+            save(checkpoints, info, states[2], 3)
         assert (workdir / "checkpoints" / f"3.unreadable{again}" / "state").is_dir()
         step, state = restored(workdir)
         assert step == 3
-        _assert_equal(state, states[2])
+        assert_equal(state, states[2])
 
 
 def test_evaluation_changes_nothing(three, workdir, capsys):
@@ -118,7 +117,7 @@ def test_evaluation_changes_nothing(three, workdir, capsys):
     SPOIL["delete"](workdir / "checkpoints" / "3" / "meta" / "metadata")
     step, state = restored(workdir, set_aside=False)
     assert step == 2
-    _assert_equal(state, three[2][2])
+    assert_equal(state, three[2][2])
     assert capsys.readouterr().out.endswith("using step 2 instead\n")
     assert (workdir / "checkpoints" / "3").is_dir()
 
@@ -269,14 +268,14 @@ def test_a_process_that_cannot_save_ends_every_one(tmp_path):
 
 def test_a_folder_that_cannot_be_made_leaves_nobody_waiting(tmp_path):
     """Orbax's threads would wait for it, and Python's end for them."""
-    info, state = _state()
+    info, state = random_state()
     before = threading.enumerate()
-    with _open(tmp_path / "run", keep=3) as checkpoints:
-        _save(checkpoints, info, state, 1)
+    with opened(tmp_path / "run", keep=3) as checkpoints:
+        save(checkpoints, info, state, 1)
         checkpoints._manager.wait_until_finished()
         (tmp_path / "run").rename(tmp_path / "moved")
         (tmp_path / "run").write_text("")
-        line = refusal(_save, checkpoints, info, state, 2, kind=TransientError)
+        line = refusal(save, checkpoints, info, state, 2, kind=TransientError)
     assert "/2 cannot be saved (Not a directory)" in line
     left = [t for t in threading.enumerate() if t not in before and not t.daemon]
     assert [thread for thread in left if not _ends(thread)] == []
@@ -289,7 +288,7 @@ def _ends(thread):
 
 def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     """A disk that fills up in between, as the system reports it."""
-    model_folder.save_model(tmp_path / "model", _tiny(seed=1))
+    model_folder.save_model(tmp_path / "model", tiny(seed=1))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path))
@@ -297,9 +296,9 @@ def test_a_model_folder_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(model_folder.storage, "replace_text", full)
         again = functools.partial(model_folder.save_model, replace=True)
-        line = refusal(again, tmp_path / "model", _tiny(seed=2), kind=TransientError)
+        line = refusal(again, tmp_path / "model", tiny(seed=2), kind=TransientError)
     assert line == f"{tmp_path / 'model'} cannot be written (No space left on device)"
-    _assert_equal(model_folder.load_model(tmp_path / "model"), _tiny(seed=1))
+    assert_equal(model_folder.load_model(tmp_path / "model"), tiny(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -312,28 +311,6 @@ def test_a_disk_that_renames_no_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(InputError, match=r"^--workdir=.* cannot be written \(as the system says\)"):
         loop.train(digits.get_config(), str(tmp_path))
-
-
-# The terminal
-
-
-@pytest.mark.parametrize(
-    "output", [">/dev/full 2>/dev/full", ">&- 2>&-", "2>/dev/full", "> >(true) 2> >(true)"]
-)
-def test_nobody_reads_what_it_prints(output):
-    """Nor is there room: the run goes on, and ends as one that is read, with all its last lines."""
-    script = (
-        "import time; from deit_jax.console import log, log_error; time.sleep(0.5)\n"
-        "for number in range(1000): log(f'line {number}'); log_error('two')"
-    )
-    command = f'exec "$0" -c "$1" {output}'
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable, script],
-        cwd=several.ROOT,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-        timeout=60,
-    )
-    assert done.returncode == 0
 
 
 # What starts the tests may ignore Ctrl-C, as a shell does for its background jobs.

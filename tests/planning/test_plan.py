@@ -16,7 +16,7 @@ from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.planning import chips, collectives, forecast, markdown, report, tpu
 from tests import small_main
-from tests.checkpoints import test_checkpoint
+from tests.checkpoints import saved
 
 
 def bytes_of(name, fsdp, **options):
@@ -63,9 +63,9 @@ def test_plan_counts_the_bytes_of_a_device(tmp_path, run_python, monkeypatch, fs
 def test_plan_of_a_run_that_would_not_start(tmp_path):
     """The workdir holds another model's checkpoints, or cannot be made."""
     config = digits.get_config()
-    info, state = test_checkpoint._state()
+    info, state = saved.random_state()
     with contextlib.closing(TrainCheckpoints(tmp_path, keep=1)) as checkpoints:
-        test_checkpoint._save(checkpoints, info, state, 1)
+        saved.save(checkpoints, info, state, 1)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match="checkpoints/1"):
         forecast.plan(config, str(tmp_path))
