@@ -32,6 +32,7 @@ OPTIONS = [
         {"patch_size": np.uint8(8), "embed_dim": np.int64(8), "num_heads": np.int8(1)},
     ),
     ("deit_testing", {"depth": np.int16(2), "mlp_ratio": np.float32(1.3)}),
+    ("deit_testing", {"num_classes": 0, "distilled": True}),
     ("deit_testing", {"image_size": 19}),  # not a multiple of the patch
     ("deit_testing", {"image_size": (16, np.int64(24))}),
     ("deit3_testing", {"image_size": [32, 32]}),
@@ -113,7 +114,7 @@ def test_weights_of_another_type(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        *(("deit_testing", {"num_classes": value}, "num_classes is") for value in (0, 2.0, "3")),
+        *(("deit_testing", {"num_classes": value}, "num_classes is") for value in (-1, 2.0, "3")),
         *(("deit_testing", {"num_classes": value}, "num_classes is") for value in (True, 2**30)),
         *(("deit_testing", {"image_size": x}, "image_size is") for x in ((16, 24, 3), [16], 16.0)),
         *(("deit_testing", {"image_size": x}, "image_size is") for x in (0, -1, 2**20, "16")),
@@ -158,7 +159,7 @@ def test_options_that_no_model_has_are_refused_at_creation(name, options, words)
         ({"crop_ratio": 0}, "crop_ratio is"),
         ({"crop_ratio": 1.1}, "crop_ratio is"),
         ({"image_size": (32, 0)}, "image_size is"),
-        ({"num_classes": 0}, "num_classes is"),
+        ({"num_classes": -1}, "num_classes is"),
         ({"source": b"bytes"}, "source is"),
         ({"interpolation": 3}, "interpolation is"),
         ({"overrides": {"depth": 3}}, "overrides is"),
