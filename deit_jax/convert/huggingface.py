@@ -214,7 +214,7 @@ def write_folder(folder: storage.Path, tensors: dict[str, np.ndarray], info: Mod
                 folder.rename(old)
             try:
                 fresh.rename(folder)
-            except OSError:
+            except BaseException:  # Ctrl-C as well: `beside` goes, and all that is in it
                 if old.exists():
                     old.rename(folder)
                 raise

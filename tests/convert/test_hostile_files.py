@@ -1,9 +1,11 @@
 """Broken and hostile files end in one line, and never leave a half-written model folder."""
 
+import errno
 import json
 import os
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from deit_jax.checkpoints import model_folder
 from deit_jax.convert import to_torch
+from deit_jax.errors import InputError
 from deit_jax.models import registry
 from tests.convert.conftest import (
     command,
@@ -272,6 +275,27 @@ def test_nothing_of_other_people_is_replaced(tmp_path, refused):
         assert (tmp_path / name / "precious").read_text() == "yes"
     names = {"run", "out", "hf", "out.new", "out.old", "hf.new"}
     assert {file.name for file in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "as a disk says")])
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch, error):
+    model, folder, plain = (
+        random_folder(tmp_path / "model", "deit_testing"),
+        tmp_path / "hf",
+        Path.rename,
+    )
+    to_torch.write(model, folder, "hf")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def rename(path, target):
+        if path.name == "new":
+            raise error
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises((KeyboardInterrupt, InputError)):
+        to_torch.write(model, folder, "hf")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(
