@@ -30,6 +30,7 @@ COMMANDS = {  # their modules, and their lines of --help
     "predict": ("predict", "name what is in pictures"),
     "attention": ("attention", "draw what a model attends to in pictures"),
     "convert": ("convert", "make a model folder of PyTorch weights"),
+    "export": ("export", "make a StableHLO program of a model"),
     "export-torch": ("export_torch", "make a PyTorch file of a model folder"),
     "check-data": ("check_data", "decode every image of a data set once"),
     "plot": ("plot", "draw the curves of runs"),

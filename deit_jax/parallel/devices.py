@@ -16,6 +16,18 @@ from deit_jax.parallel.mesh import batch_sharding, replicated
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
+_anywhere: contextvars.ContextVar[bool] = contextvars.ContextVar("anywhere", default=False)
+
+
+@contextlib.contextmanager
+def anywhere() -> Iterator[None]:
+    """Says that what is traced within is a program for devices that are not known."""
+    token = _anywhere.set(True)
+    try:
+        yield
+    finally:
+        _anywhere.reset(token)
+
 
 @contextlib.contextmanager
 def of(mesh: Mesh | None) -> Iterator[None]:
@@ -30,8 +42,10 @@ def of(mesh: Mesh | None) -> Iterator[None]:
 def platform() -> str | None:
     """Returns the platform that the program is for, or None where its devices are not known.
 
-    They are within `of`, under pmap, and where JAX has one device only.
+    They are within `of`, under pmap, and where JAX has one device only; never within `anywhere`.
     """
+    if _anywhere.get():
+        return None
     mesh = _mesh.get()
     if mesh is not None:
         return mesh.devices.flat[0].platform

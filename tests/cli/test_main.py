@@ -22,7 +22,7 @@ from deit_jax.models import registry
 from deit_jax.planning import topology
 from tests import small_main
 
-NO_RECIPE = ("predict", "convert", "export-torch", "list-models", "plot", "attention")
+NO_RECIPE = ("predict", "convert", "export", "export-torch", "list-models", "plot", "attention")
 
 # Neither help nor a mistake in a flag waits for the libraries.
 LIGHT = """
