@@ -48,6 +48,7 @@ class Group(NamedTuple):
 
 OURS = Entry("ours", "ours")
 CUDNN = Entry("ours, attention in cuDNN", "ours", attention="cudnn")
+REMAT = Entry("ours, attention by xla_remat", "ours", attention="xla_remat")
 RIVALS = (Entry("torch eager", "torch eager"), Entry("torch compile", "torch compile"))
 
 
@@ -82,7 +83,7 @@ def groups(batch: int, *, tiny: bool = False) -> list[Group]:
         Group("attention", "attention", work("base"), libraries),
         Group("small plain", "step", work("small"), (OURS, *rivals)),
         Group("base teacher", "step", distilled("base"), switched("teacher in NCHW")),
-        Group("base switches", "step", work("base"), switched("layout off", "barrier", "in 2D")),
+        Group("base switches", "step", work("base"), (*switched("layout off", "in 2D"), REMAT)),
         Group("tiny plain", "step", work("tiny"), (OURS, *rivals)),
         Group("small distilled", "step", distilled("small"), (OURS, *rivals)),
         Group("tiny distilled", "step", distilled("tiny"), (OURS, *rivals)),

@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 
 from deit_jax.errors import InputError
-from deit_jax.models import attention, layers, vit
+from deit_jax.models import layers, vit
 
 _NCHW = "--xla_gpu_force_conv_nchw=true"
 
@@ -20,24 +20,6 @@ _NCHW = "--xla_gpu_force_conv_nchw=true"
 def _layout_off() -> list[Any]:
     """The residual stream as the compiler likes it."""
     return [mock.patch.object(vit, "row_major", lambda x, *platforms: x)]
-
-
-def _barrier() -> list[Any]:
-    """The scores are computed anew in the backward pass: XLA cannot merge them with the forward's.
-
-    The dearer way, but the forward pass then keeps no [B, H, N, N].
-    """
-    backward = attention._attend_backward
-
-    def behind_barrier(
-        num_heads: int, residuals: tuple[jax.Array, ...], grad: jax.Array
-    ) -> tuple[jax.Array]:
-        return backward(num_heads, *jax.lax.optimization_barrier((residuals, grad)))
-
-    plain = lambda num_heads, qkv: attention._attend_forward(num_heads, qkv)[0]  # noqa: E731
-    attend = jax.custom_vjp(plain, nondiff_argnums=(0,))
-    attend.defvjp(attention._attend_forward, behind_barrier)
-    return [mock.patch.object(attention, "attend", attend)]
 
 
 def _dense_2d() -> list[Any]:
@@ -58,7 +40,6 @@ def _nchw() -> list[Any]:
 
 SWITCHES = {
     "layout off": _layout_off,
-    "barrier": _barrier,
     "in 2D": _dense_2d,
     "teacher in NCHW": _nchw,
 }

@@ -163,7 +163,7 @@ class Cait(VisionTransformer):
 
     Only the patches get position embeddings. Every block of the first stage drops its branches with
     the same rate, those of the second none; `remat` recomputes the blocks of the first. `attention`
-    is "auto" or "xla": talking heads have no kernels.
+    is "auto" or "xla", which keeps no weights for the backward pass.
 
     Raises InputError for dimensions that do not fit together, and without LayerScale.
     """
@@ -195,7 +195,7 @@ class Cait(VisionTransformer):
         if attention not in ("auto", "xla"):
             raise InputError(
                 f'attention is "{attention}", but talking heads, which mix the logits of all '
-                'heads, have no kernels; set attention to "auto"'
+                'heads, are computed by XLA in one way; set attention to "auto"'
             )
         same = {"mlp_ratio": mlp_ratio, "layer_scale_init": layer_scale_init, "dtype": dtype}
         same |= {"attention": "xla", "rngs": rngs}

@@ -83,7 +83,6 @@ def lowered_for_cuda():
     ("switch", "word", "before", "after"),
     [
         ("layout off", "@LayoutConstraint", True, False),
-        ("barrier", "optimization_barrier", False, True),
         ("in 2D", "tensor<130x192xbf16>", False, True),  # 2 images of 65 tokens, of q, k and v
     ],
 )
