@@ -24,6 +24,7 @@ class LogFile:
             self._content = path.read_bytes() if path.exists() else b""
             self._due = 0.0
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)  # an evaluation makes none before
             self._file = path.open("ab")
 
     def write(self, data: bytes) -> None:

@@ -146,7 +146,7 @@ def test_a_model_is_evaluated_with_the_images_it_was_trained_on(finished, tmp_pa
     want = loop.evaluate(config_of(), str(finished))
     workdir = finished
     if source == "init_from":
-        workdir, other["init_from"] = tmp_path, str(finished / "model")
+        workdir, other["init_from"] = tmp_path / "new", str(finished / "model")
     assert loop.evaluate(config_of(**other), str(workdir)) == want
     printed = capsys.readouterr().out
     for name in ("mean", "std", "interpolation", "train_crop"):
