@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -188,12 +189,21 @@ class TrainCheckpoints:
 
     def _remove_remnant(self) -> None:
         """Removes what a save under way has made anew of a workdir that was deleted or moved."""
-        workdir = self._directory.parent
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            only = [path.name for path in workdir.iterdir()] == [self._directory.name]
-            if only and all(p.name.startswith(f"{self._saved}") for p in self._directory.iterdir()):
+        wait = 0.05
+        while wait < 2 and self._is_remnant():
+            with contextlib.suppress(OSError):  # the save's writers may make more meanwhile
                 storage.remove_folder(self._directory)
-                workdir.rmdir()
+                self._directory.parent.rmdir()
+            time.sleep(wait)
+            wait *= 2
+
+    def _is_remnant(self) -> bool:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            only = [path.name for path in self._directory.parent.iterdir()]
+            steps = [path.name for path in self._directory.iterdir()]
+            saved = all(name.startswith(f"{self._saved}") for name in steps)
+            return only == [self._directory.name] and saved
+        return False
 
     def _save_failed(self, error: BaseException) -> None:
         self._failure = error
