@@ -1,15 +1,17 @@
-"""Writes the table of models into README.md, and counts what `models/figures.py` says of them.
+"""Writes the tables of models into Markdown, and counts what `models/figures.py` says of them.
 
-python -m experiments.model_table --write README.md
+python -m experiments.model_table --write docs/models.md
+python -m experiments.model_table --families --write README.md
 python -m experiments.model_table --count deit3_base_patch16_224
 
-The table stands between two comments, `<!-- models -->` and `<!-- end of models -->`. `--count`
-prints parameters and GMACs of one image, as a new row of `figures.py` needs them: products of
-all matrix multiplications and convolutions of an evaluation.
+A table stands between two comments, `<!-- models -->` and `<!-- end of models -->`, or those of
+`families`. `--count` prints parameters and GMACs of one image, as a new row of `figures.py` needs
+them: products of all matrix multiplications and convolutions of an evaluation.
 """
 
 import math
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import jax
@@ -75,18 +77,39 @@ def lines() -> list[str]:
     return list(table("model", "M parameters", "pixels", "GMACs", "top-1", "weights", rows=rows))
 
 
+def families() -> list[str]:
+    """Returns a table in Markdown with a row for each family."""
+
+    def extent(numbers: list[float]) -> str:
+        ends = dict.fromkeys(f"{end(numbers):.1f}" for end in (min, max)) if numbers else {}
+        return "–".join(ends)
+
+    rows = []
+    models = sorted(registry.list_models(details=True), key=lambda row: row.family)
+    for family, group in groupby(models, key=lambda row: row.family):
+        members = list(group)
+        sizes = extent([row.parameters / 1e6 for row in members])
+        top1 = extent([row.top1 for row in members if row.top1])
+        weights = sum(bool(row.weights) for row in members)
+        rows.append((family, len(members), sizes, top1, weights or "", f"`{members[0].name}`"))
+    columns = ("family", "models", "M parameters", "top-1", "published weights", "one of them")
+    return list(table(*columns, rows=rows))
+
+
 def _run(argv: list[str]) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this file")
     parser.add_argument("--count", nargs="+", default=[], metavar="NAME", help="count these models")
+    parser.add_argument("--families", action="store_true", help="a row for each family")
     arguments = parser.parse_args(argv)
-    for name in arguments.count:
-        parameters, gmacs = count(name)
-        print(f"{name}: {parameters:_}, {gmacs:.2f}")
+    name, rows = ("families", families()) if arguments.families else ("models", lines())
+    for model in arguments.count:
+        parameters, gmacs = count(model)
+        print(f"{model}: {parameters:_}, {gmacs:.2f}")
     if arguments.write:
-        write_between(arguments.write, "models", lines())
+        write_between(arguments.write, name, rows)
     elif not arguments.count:
-        print("\n".join(lines()))
+        print("\n".join(rows))
     return 0
 
 

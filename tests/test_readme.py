@@ -1,4 +1,4 @@
-"""The README's Python lines run as they are printed."""
+"""Python lines of README and docs/checkpoints.md run as printed, and links lead somewhere."""
 
 import contextlib
 import dataclasses
@@ -30,13 +30,17 @@ def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
     state = new_state(variables, optax.adam(1e-3), ema=True).replace(ema=ema)
     with contextlib.closing(TrainCheckpoints("runs/digits", keep=1)) as checkpoints:
         checkpoints.save(state, network.info, step=1320, best={"top1": -1.0, "step": -1})
-    blocks = re.findall(r"```python\n(.*?)```", (repo_root / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
     space = {}
-    for block in blocks:
-        exec(block, space)
+    for page, count in (("README.md", 1), ("docs/checkpoints.md", 2)):
+        blocks = re.findall(r"```python\n(.*?)```", (repo_root / page).read_text(), re.DOTALL)
+        assert len(blocks) == count
+        here = {}
+        for block in blocks:
+            exec(block, here)
+        space |= here
     assert capsys.readouterr().out.strip() in names
     assert space["logits"].shape == (1, 10)
+    assert (space["features"].ndim, space["rollout"].ndim) == (2, 3)
     kernel = space["weights"]["params"]["blocks"]["0"]["attn"]["qkv"]["kernel"]
     np.testing.assert_array_equal(kernel, model.blocks[0].attn.qkv.kernel[...])
     read, kept = trees.flat(space["model_part"]["params"]), trees.flat(variables.params)
@@ -44,6 +48,20 @@ def test_notebook_lines(tmp_path, repo_root, monkeypatch, capsys):
     for name, value in kept.items():
         assert isinstance(read[name], np.ndarray)
         np.testing.assert_array_equal(read[name], value, err_msg=name)
+
+
+def test_links_lead_somewhere(repo_root):
+    """Every file and every heading that a page names is there."""
+    folders = ("", "docs/", "deit_jax/*/")
+    pages = [page for folder in folders for page in repo_root.glob(f"{folder}*.md")]
+    texts = {page: re.sub(r"(?ms)^```.*?^```", "", page.read_text()) for page in pages}
+    for page, text in texts.items():
+        for name, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{page.name}: {name}"
+            titles = re.findall(r"(?m)^#+ (.*)", texts[target].lower()) if heading else []
+            slugs = [re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles]
+            assert not heading or heading in slugs, f"{page.name}: {name}#{heading}"
 
 
 def test_public_names_are_no_modules():

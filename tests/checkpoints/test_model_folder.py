@@ -47,7 +47,7 @@ def test_round_trip_is_exact_for_us_and_for_plain_orbax(tmp_path, name, options)
     assert loaded.info == model.info
     assert_equal(load_model(tmp_path / "deep"), model)  # a run folder holds its model
 
-    # The lines that the README shows to people without deit_jax.
+    # The lines that docs/checkpoints.md shows to people without deit_jax.
     tree = ocp.PyTreeCheckpointer().restore(tmp_path / "deep" / "model" / "weights")
     plain = {**trees.flat(tree["params"]), **trees.flat(tree.get("batch_stats") or {})}
     variables = split_model(model)[1]

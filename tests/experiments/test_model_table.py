@@ -1,6 +1,4 @@
-"""The figures of the models: as the models are, as published, as timm names them, as in README."""
-
-from pathlib import Path
+"""The figures of the models: as the models are, as published, as timm names them, as in docs."""
 
 import pytest
 
@@ -8,7 +6,6 @@ from deit_jax.models import figures, registry
 from experiments import model_table
 from tests.oracles import timm_models
 
-README = Path(__file__).parents[2] / "README.md"
 # GMACs that others counted of the PyTorch models.
 PUBLISHED = {
     "cait_xxs24_224": 2.52, "cait_xxs36_384": 14.31, "cait_s24_224": 9.33, "cait_m48_448": 329.11,
@@ -41,11 +38,12 @@ def test_the_weights_are_among_timms():
     assert {each.removeprefix("hf:timm/") for each in weights} <= known
 
 
-def test_the_table_in_readme_is_current(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_bytes(README.read_bytes())
-    assert model_table.main(["--write", str(copy)]) == 0
-    assert copy.read_bytes() == README.read_bytes()
+@pytest.mark.parametrize(("page", "flags"), [("docs/models.md", []), ("README.md", ["--families"])])
+def test_the_tables_on_the_pages_are_current(tmp_path, repo_root, page, flags):
+    copy = tmp_path / "page.md"
+    copy.write_bytes((repo_root / page).read_bytes())
+    assert model_table.main([*flags, "--write", str(copy)]) == 0
+    assert copy.read_bytes() == (repo_root / page).read_bytes()
 
 
 def test_a_file_without_marks_is_named(tmp_path, capsys):
