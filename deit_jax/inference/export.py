@@ -51,9 +51,8 @@ def export_model(
     if not info.num_classes and not features:
         raise InputError(f"this {info.name} has no classes: export its features (--features)")
     network, variables = split_model(model)
-    leaves, structure = jax.tree.flatten(variables)
-    names = list(trees.flat({"params": variables.params, "batch_stats": variables.batch_stats}))
-    weights = dict(zip(names, leaves, strict=True))
+    weights = trees.flat(variables)
+    names, structure = list(weights), jax.tree.structure(variables)
 
     def program(weights: dict[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
         leaves = [weights[name] for name in names]

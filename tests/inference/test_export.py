@@ -17,8 +17,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import deit_jax
+from deit_jax import trees
 from deit_jax.cli.main import main
 from deit_jax.inference.export import PLATFORMS, export_model
+from deit_jax.models.network import split_model
 
 NAMES = ("deit_testing_distilled", "parallel_testing", "hmlp_testing", "cait_testing")
 NAMES += ("resmlp_testing", "vit5_testing", "vit_testing_rope_mixed_ape", "regnety_testing")
@@ -59,6 +61,13 @@ def test_programs_compute_what_their_models_do(name, tmp_path):
     program = export.deserialize(bytearray((tmp_path / "program.stablehlo").read_bytes()))
     assert program.platforms == PLATFORMS
     weights = load_file(tmp_path / "weights.safetensors")
+    _, variables = split_model(model)
+    own = trees.flat({"params": variables.params}) | trees.flat(
+        {"batch_stats": variables.batch_stats}
+    )
+    assert weights.keys() == own.keys()
+    for key, x in own.items():
+        np.testing.assert_array_equal(weights[key], x, err_msg=key)
     for count in (1, 3, 32) if "distilled" in name else (3,):
         got = program.call(weights, pixels(count))
         want = logits_of(model, pixels(count))
@@ -69,10 +78,10 @@ def test_programs_compute_what_their_models_do(name, tmp_path):
         exponents = np.exp(mean - mean.max())
         likely = exponents / exponents.sum(1, keepdims=True)
         np.testing.assert_allclose(got["probabilities"], likely, rtol=1e-4, atol=1e-6)
-    changed = {key: x * 1.5 if key.endswith("head/kernel") else x for key, x in weights.items()}
-    if "regnety" not in name:  # the weights are an argument, no constants
-        other = program.call(changed, pixels(count))["logits_class"]
-        assert np.abs(other - got["logits_class"]).max() > 1e-3
+    last = "head/fc/kernel" if "regnety" in name else "head/kernel"
+    changed = {key: x * 1.5 if key.endswith(last) else x for key, x in weights.items()}
+    other = program.call(changed, pixels(count))["logits_class"]  # the weights are no constants
+    assert np.abs(other - got["logits_class"]).max() > 1e-3
 
 
 @pytest.mark.slow
