@@ -12,6 +12,7 @@ import pytest
 from deit_jax.convert.download import fetch
 from deit_jax.errors import InputError, TransientError
 from tests import several
+from tests.convert import loopback
 from tests.refusal import refusal
 
 _BODY = bytes(range(256)) * 1500
@@ -28,7 +29,7 @@ _HUB = {
 }
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(loopback.Handler):
     """Answers `script[path]` (body, status, or where to redirect), else `_BODY`; and as the hub."""
 
     def do_GET(self):
@@ -38,10 +39,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if "owner" in words:
             return self._hub(words)
         if isinstance(found, str):
-            return self._answer(b"", 302, Location=found)
+            return self.answer(b"", 302, Location=found)
         if isinstance(found, int):
-            return self._answer(b"", found)
-        return self._answer(found, length=len(_BODY))
+            return self.answer(b"", found)
+        return self.answer(found, length=len(_BODY))
 
     do_HEAD = do_GET
 
@@ -49,25 +50,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name = words[words.index("owner") + 1]
         if name not in _HUB or "nope" in words:
             code = "RevisionNotFound" if name in _HUB else "RepoNotFound"
-            return self._answer(b'{"error": "no\\nentry"}', 404, **{"X-Error-Code": code})
+            return self.answer(b'{"error": "no\\nentry"}', 404, **{"X-Error-Code": code})
         if words[0] != "api":  # owner/NAME/resolve/REVISION/FILE
             body = words[-1].encode()
             etag = f'"{hashlib.sha1(body).hexdigest()}"'
-            return self._answer(body, ETag=etag, **{"X-Repo-Commit": _SHA})
+            return self.answer(body, ETag=etag, **{"X-Repo-Commit": _SHA})
         files = [{"type": "file", "path": f, "size": 1, "oid": "0" * 40} for f in _HUB[name]]
         repo = {"id": name, "sha": _SHA, "siblings": [{"rfilename": file} for file in _HUB[name]]}
-        return self._answer(json.dumps(files if "tree" in words else repo).encode())
-
-    def _answer(self, body, status=200, length=None, **headers):
-        self.send_response(status)
-        for key, value in (headers | {"Content-Length": length or len(body)}).items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+        return self.answer(json.dumps(files if "tree" in words else repo).encode())
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from timm.models import get_pretrained_cfg
 import deit_jax
 from deit_jax.models import figures, registry
 from tests import several
+from tests.convert import loopback
 from tests.convert.conftest import numpy_state, save, timm_twin
 from tests.refusal import refusal
 
@@ -33,7 +34,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "models"
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
+class _Hub(loopback.Handler):
     """Speaks the hub's protocol: the repository's description, and its files by revision."""
 
     def do_GET(self):
@@ -41,35 +42,24 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path.startswith("/files/"):
             body = self.server.files.get(path.removeprefix("/files/"))
-            return self._answer(body or b"", 200 if body else 404)
+            return self.answer(body or b"", 200 if body else 404)
         found = re.fullmatch(r"(?:/api/models)?/([\w.-]+/[\w.-]+)/?(.*)", path)
         repo, rest = found.groups()
         files = self.server.repositories.get(repo)
         if files is None:
-            return self._answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
+            return self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
         if path.startswith("/api"):
             tree = [
                 {"type": "file", "path": f, "size": len(b), "oid": "0"} for f, b in files.items()
             ]
             about = {"id": repo, "sha": SHA, "siblings": [{"rfilename": file} for file in files]}
-            return self._answer(json.dumps(tree if "/tree/" in path else about).encode())
+            return self.answer(json.dumps(tree if "/tree/" in path else about).encode())
         body = files[rest.rpartition("/")[2]]
         digest = hashlib.sha256(body if self.server.honest else b"other").hexdigest()
         headers = {"X-Repo-Commit": SHA, "ETag": f'"{digest}"', "X-Linked-ETag": f'"{digest}"'}
-        return self._answer(body, **headers, **{"X-Linked-Size": len(body)})
+        return self.answer(body, **headers, **{"X-Linked-Size": len(body)})
 
     do_HEAD = do_GET
-
-    def _answer(self, body, status=200, **headers):
-        self.send_response(status)
-        for key, value in ({"Content-Length": len(body)} | headers).items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
