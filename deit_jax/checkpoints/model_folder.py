@@ -79,9 +79,8 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
             storage.remove_folder(path / (_WEIGHTS if name == _OTHER_WEIGHTS else _OTHER_WEIGHTS))
             (path / _BEGUN).unlink()
     except BaseException as error:  # a full disk or Ctrl-C: leave nothing half-written
-        if (
-            first and _weights_name(path) != name
-        ):  # else the new ones count, and the old may be gone
+        # Once they are named the new weights count, and the old may be gone.
+        if first and _weights_name(path) != name:
             with contextlib.suppress(Exception):  # what has failed may fail again, and is reported
                 storage.remove_folder(path / name if used else path)
         if reason := system_reason(error):

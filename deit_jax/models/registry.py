@@ -268,23 +268,9 @@ def create_model(
     rngs: nnx.Rngs | None = None,
     **overrides: Any,
 ) -> nnx.Module:
-    """Creates a randomly initialised model.
+    """Creates a randomly initialised model; `deit_jax.create_model` without published weights.
 
-    `save_model` and `load_model` keep all of it but `dtype`, `attention`, `dynamic_image_size` and
-    what only training uses: drop rates and `remat`.
-
-    Args:
-      name: one of `list_models()`.
-      num_classes: of each head; 0 for none: the model then returns its features.
-      image_size: side of the input in pixels, or (height, width); None takes the one in the name.
-      drop_path_rate: stochastic depth of vision transformers, of the last block or (DeiT III) of
-        all.
-      dtype: of the matmuls, float32 or bfloat16; parameters and logits are float32.
-      rngs: draws the parameters; None: nnx.Rngs(0), so the same at every call.
-      overrides: further arguments of the model's class, such as VisionTransformer or RegNetY.
-
-    Returns:
-      The module; `model.info` is its ModelInfo.
+    Args and Returns are described there; `overrides` are its `options`.
 
     Raises:
       InputError: unknown name or override, or values that do not fit.

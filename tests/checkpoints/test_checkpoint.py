@@ -8,18 +8,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from deit_jax.checkpoints.model_folder import (
-    load_checkpoint,
-)
+from deit_jax.checkpoints.model_folder import load_checkpoint
 from deit_jax.models.network import split_model
-from tests.checkpoints.saved import (
-    abstract,
-    assert_equal,
-    opened,
-    random_state,
-    save,
-    tiny,
-)
+from tests.checkpoints.saved import abstract, assert_equal, opened, random_state, save, tiny
 from tests.refusal import refusal
 
 

@@ -12,14 +12,7 @@ import pytest
 from deit_jax.checkpoints import checksums
 from deit_jax.checkpoints.model_folder import load_checkpoint, load_model, read_info, save_model
 from deit_jax.errors import InputError
-from tests.checkpoints.saved import (
-    abstract,
-    assert_equal,
-    opened,
-    random_state,
-    save,
-    tiny,
-)
+from tests.checkpoints.saved import abstract, assert_equal, opened, random_state, save, tiny
 from tests.refusal import refusal
 
 RNG = np.random.default_rng(0)
