@@ -36,17 +36,26 @@ model = deit_jax.load_model(sys.argv[1])
 jax.block_until_ready(model.head.kernel[...])
 """
 
+# A process starts with the peak of the one that started it, so a small one stands between.
+_MEASURE = """
+import resource, subprocess, sys
+
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
 
 def peak_gib(*arguments: str) -> float:
     """Runs Python and returns the largest resident set of the process, in GiB."""
     command = [sys.executable, *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    measured = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE
+    )
+    if measured.returncode:
         sys.exit(f"error: {arguments[0]} failed")
-    return usage.ru_maxrss / 2**20  # Linux counts in KiB
+    return int(measured.stdout) / 2**20  # Linux counts in KiB
 
 
 def measure(model: str) -> dict[str, float]:
