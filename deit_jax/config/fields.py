@@ -86,6 +86,8 @@ def default_config() -> ConfigDict:
     # none | hard | soft. With none, both heads of a distilled model learn from the labels.
     config.distill.kind = "none"
     config.distill.alpha = 0.5  # weight of the teacher's term
+    # True: a model without distillation token learns from labels and teacher by its class head.
+    config.distill.class_head = False
     config.distill.temperature = 1.0  # soft only
     config.distill.reduction = "numel"  # soft only: numel (reference: mean over B·K) | batchmean
     config.distill.teacher = ""  # model folder or run folder that exists; "": WORKDIR/teacher

@@ -115,6 +115,8 @@ def validate(config: ConfigDict) -> None:
             refuse(config, "input.three_augment", "False, or input.auto_augment ''")
     if config.distill.kind == "none" and (config.distill.teacher or config.distill.teacher_config):
         refuse(config, "distill.kind", "hard or soft with a distill.teacher or teacher_config")
+    if config.distill.kind == "none" and config.distill.class_head:
+        refuse(config, "distill.class_head", "False where distill.kind is 'none'")
     if config.distill.kind != "none" and not 0 < config.distill.alpha < 1:
         refuse(config, "distill.alpha", "greater than 0 and less than 1, so that both heads learn")
     if config.train.loss == "bce" and config.mixing.smoothing:

@@ -91,11 +91,18 @@ def check_model(config: ConfigDict, platform: str) -> None:
             f"config.model.attention is {config.model.attention!r}, whose kernels are for "
             f"{wanted.upper()}s, but the devices here are {platform.upper()}s; set it to auto"
         )
-    if config.distill.kind != "none" and not registry.can_distil(config.model.name):
+    name, distill = config.model.name, config.distill
+    if distill.class_head and registry.is_distilled(name):
         raise InputError(
-            f"config.distill.kind is {config.distill.kind!r}, but config.model.name "
-            f"{config.model.name!r} has no distillation token; choose a *_distilled_* model, such "
-            "as deit_base_distilled_patch16_224, or --config.distill.kind=none"
+            f"config.distill.class_head is True, but config.model.name {name!r} has a distillation "
+            "token, which learns from the teacher; set it to False or choose a model without token"
+        )
+    if distill.kind != "none" and not (distill.class_head or registry.can_distil(name)):
+        raise InputError(
+            f"config.distill.kind is {distill.kind!r}, but config.model.name {name!r} has no "
+            "distillation token; choose a *_distilled_* model, such as "
+            "deit_base_distilled_patch16_224, --config.distill.kind=none, or "
+            "--config.distill.class_head=True to teach the class head"
         )
 
 

@@ -183,6 +183,7 @@ def _teacher(run: Run) -> str:
     distill, folder = run.config.distill, run.teacher_folder
     soft = f", temperature {distill.temperature:g}" if distill.kind == "soft" else ""
     line = f"{folder}: {distill.kind} distillation, weight {distill.alpha:g}{soft}"
+    line += ", on the class head" * distill.class_head
     if model_folder.find_model(folder):
         size = registry.fixed_size(model_folder.read_info(folder))
         if size not in (None, run.network.info.image_size):

@@ -123,6 +123,7 @@ def _untrained(name, **options):
             ["{folder}", "--config.distill.teacher= "],
         ),
         ({}, ["--config.model.name=deit_testing"], ["config.distill.kind is 'hard'"]),
+        ({}, ["--config.distill.class_head=True"], ["class_head is True", "a model without token"]),
     ],
 )
 def test_teachers(refused, tmp_path, teacher, flags, words):

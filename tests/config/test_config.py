@@ -78,6 +78,7 @@ def test_every_field_is_checked_for_its_type_and_most_for_their_range():
         ("optimizer.trainable", "head/.* (", "regular expressions ('(': "),
         ("distill.temperature", 0.0, "greater than 0"),
         ("distill.teacher", "some/folder", "distill.kind is 'none'"),
+        ("distill.class_head", True, "where distill.kind is 'none'"),
         ("dataset.train_fraction", 0.0, "in (0, 1]"),
         ("train.loss", "bce", "mixing.smoothing is 0.1, but must be 0"),
         ("train.expected_top1", 81.8, "must be tuple"),
