@@ -56,8 +56,7 @@ def export_model(
 
     def program(weights: dict[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
         leaves = [weights[name] for name in names]
-        model = join_model(network, jax.tree.unflatten(structure, leaves))
-        model.eval()
+        model = _portable(join_model(network, jax.tree.unflatten(structure, leaves)))
         mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, 3) for x in (info.mean, info.std))
         pixels = (images.astype(jnp.float32) / 255 - mean) / std
         outputs = {"features": model.features(pixels)} if features else {}
@@ -80,3 +79,12 @@ def export_model(
     safetensors.numpy.save_file(arrays, folder / WEIGHTS)
     (folder / ABOUT).write_text(text, encoding="utf-8")
     return outputs
+
+
+def _portable(model: nnx.Module) -> nnx.Module:
+    """Returns the model, to be evaluated with attention that every device computes."""
+    model.eval()
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "implementation"):
+            module.implementation = "xla"
+    return model

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,14 +21,17 @@ from deit_jax.cli.main import main
 from deit_jax.inference.export import PLATFORMS, export_model
 from deit_jax.models.network import split_model
 
+# An installation of jax alone: what else the project brings cannot be imported.
+ALONE = "import sys\nfor name in ('deit_jax', 'flax', 'orbax', 'tensorflow', 'torch'):\n"
+ALONE += "    sys.modules[name] = None\n"
 NAMES = ("deit_testing_distilled", "parallel_testing", "hmlp_testing", "cait_testing")
 NAMES += ("resmlp_testing", "vit5_testing", "vit_testing_rope_mixed_ape", "regnety_testing")
 
 
-def full_effect(name):
+def full_effect(name, **options):
     """A model whose tensors all count, and whose preprocessing is its own."""
-    few = {} if name == "regnety_testing" else {"depth": 2}
-    model = deit_jax.create_model(name, num_classes=10, **few)
+    options |= {} if name == "regnety_testing" else {"depth": 2}
+    model = deit_jax.create_model(name, num_classes=10, **options)
     rng = np.random.default_rng(0)
 
     def noisy(path, leaf):
@@ -84,6 +86,23 @@ def test_programs_compute_what_their_models_do(name, tmp_path):
     assert np.abs(other - got["logits_class"]).max() > 1e-3
 
 
+@pytest.mark.parametrize("attention", ["pallas", "cudnn"])
+def test_a_program_has_no_kernels_of_one_device(attention, tmp_path):
+    """Its model may: built to train on a TPU or a GPU."""
+    for chosen in (attention, "auto"):
+        model = full_effect("deit_testing", attention=chosen, dtype=jnp.bfloat16)
+        export_model(tmp_path / chosen, model)
+    programs = [
+        export.deserialize(bytearray((tmp_path / chosen / "program.stablehlo").read_bytes()))
+        for chosen in (attention, "auto")
+    ]
+    calls = set(re.findall(r"custom_call @(\w+)", programs[0].mlir_module()))
+    assert calls == {"shape_assertion"}  # of the number of images
+    weights = load_file(tmp_path / "auto" / "weights.safetensors")
+    ours, plain = (p.call(weights, pixels(3))["logits_class"] for p in programs)
+    np.testing.assert_array_equal(ours, plain)
+
+
 @pytest.mark.slow
 def test_the_lines_of_the_docs_run_without_deit_jax(tmp_path, repo_root, capsys):
     model = full_effect("deit_testing_distilled")
@@ -96,10 +115,8 @@ def test_the_lines_of_the_docs_run_without_deit_jax(tmp_path, repo_root, capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "digits"}
     Image.fromarray(pixels(1)[0]).save(tmp_path / "digit.png")
     (lines,) = re.findall(r"```python\n(.*?)```", (repo_root / "docs/export.md").read_text(), re.S)
-    lines += "\nimport sys; assert 'deit_jax' not in sys.modules"
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     run = subprocess.run(
-        [sys.executable, "-c", lines], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, "-c", ALONE + lines], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{'abcdefghij'[sum(logits_of(model, pixels(1)))[0].argmax()]}\n"
