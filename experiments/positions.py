@@ -9,8 +9,6 @@ see the same batches. Each is evaluated on all 10,000 test images at 32 pixels a
 figures of a finished one are kept beside it.
 """
 
-import contextlib
-import json
 import shlex
 import statistics
 import sys
@@ -20,11 +18,10 @@ from ml_collections import ConfigDict
 
 from deit_jax.cli.arguments import Parser, new_file, one_or_more
 from deit_jax.cli.status import exit_status
-from deit_jax.config.files import changed_fields, load_config
-from deit_jax.console import log_error
-from deit_jax.errors import InputError
+from deit_jax.config.files import load_config
 from deit_jax.planning.markdown import head, origin, processor, publish, table
 from deit_jax.training import loop
+from experiments import cells
 
 MODELS = {  # what is changed in deit3_testing
     "plain": "",
@@ -52,25 +49,12 @@ def recipe(model: str, data: Path, seed: int, fraction: float, epochs: int) -> C
 
 
 def measure(config: ConfigDict, workdir: Path) -> list[float]:
-    """Trains in `workdir`; returns top-1 in percent at each of SIZES.
-
-    Raises:
-      InputError: the folder holds a run with other fields.
-    """
-    if changed := changed_fields(config, str(workdir)):
-        raise InputError(f"{workdir} holds another run ({changed[0]}); choose another --workdir")
-    kept = workdir / "top1.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    log_error(f"training {workdir}")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-        figures = [loop.train(config, str(workdir))["top1"]]
-        for size in SIZES[1:]:
-            config.init_from, config.input.image_size = str(workdir / "model"), size
-            (elsewhere := workdir / f"at_{size}").mkdir(exist_ok=True)
-            figures.append(loop.evaluate(config, str(elsewhere))["top1"])
-    kept.write_text(json.dumps(figures))
+    """Trains in `workdir`; returns top-1 in percent at each of SIZES."""
+    figures = [loop.train(config, str(workdir))["top1"]]
+    for size in SIZES[1:]:
+        config.init_from, config.input.image_size = str(workdir / "model"), size
+        (elsewhere := workdir / f"at_{size}").mkdir(exist_ok=True)
+        figures.append(loop.evaluate(config, str(elsewhere))["top1"])
     return figures
 
 
@@ -95,7 +79,8 @@ def _run(argv: list[str]) -> None:
         for model in MODELS:
             folder = arguments.workdir.absolute() / f"seed{seed}" / model.replace(" ", "_")
             config = recipe(model, arguments.data, seed, fraction, epochs)
-            figures[model].append(measure(config, folder))
+            found = cells.report(config, folder, lambda c=config, f=folder: measure(c, f))
+            figures[model].append(found)
     rows = []
     for model, found in figures.items():
         means = [f"{statistics.mean(values):.2f}" for values in zip(*found, strict=True)]

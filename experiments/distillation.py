@@ -1,0 +1,296 @@
+"""Compares students with and without a teacher on parts of CIFAR-10, over several seeds.
+
+python -m experiments.distillation --data=cifar10 --workdir=runs/distillation --out=docs
+python -m experiments.distillation --out=docs
+python -m experiments.distillation --quick --data=cifar10 --workdir=runs/quick --out=runs/quick
+
+The first trains what distillation.toml lists and is not there yet; the second only writes table and
+figure of the results in OUT/results. DATA holds train/ and val/ with a folder for each class. A
+seed draws the images of its part (of each class the same number), the weights and the order; its
+teacher and its students share them. Training never sees val: it is evaluated on a tenth of train,
+which is in no part. --held_out ends with that, to tune by; otherwise each finished model predicts
+all of val, once. --quick takes distillation_quick.toml: minutes on two cores. Needs matplotlib
+(pip install 'deit-jax[plot]').
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+import deit_jax
+from deit_jax import storage
+from deit_jax.cli import figures
+from deit_jax.cli.arguments import Parser
+from deit_jax.cli.status import exit_status
+from deit_jax.config.files import load_config
+from deit_jax.console import log, log_error
+from deit_jax.errors import InputError
+from deit_jax.inference.predict import predict
+from deit_jax.planning.markdown import origin, processor, table, write_between
+from deit_jax.training import loop
+from experiments import cells
+
+TABLES = Path(__file__).parent
+HELD_OUT = 0.1  # of each class of train: evaluated while settings are tuned, never trained on
+TOP1 = {"top1": "mean", "top1_cls": "class", "top1_dist": "distillation"}  # report → predictions
+
+Cell = dict[str, Any]  # run, images, seed and what `_report` found
+
+
+def read_table(name: str) -> list[dict]:
+    """Returns the parts of a table: fraction, seeds, runs, and fields of all and of each run."""
+    return tomllib.loads((TABLES / f"{name}.toml").read_text(encoding="utf-8"))["part"]
+
+
+def link_images(data: Path, folder: Path, fraction: float, seed: int) -> Path:
+    """Makes `folder` a data set of links: a part of DATA's train images, and those held out.
+
+    The held-out images are the last of each class by name, the same for all seeds. The parts of a
+    seed are nested: a smaller one is in each larger one.
+
+    Returns:
+      The folder.
+
+    Raises:
+      InputError: DATA has no train/ and val/ with folders of images.
+    """
+    classes = sorted(path for path in (data / "train").glob("*") if path.is_dir())
+    if not classes or not (data / "val").is_dir():
+        raise InputError(f"--data={data} holds no train/CLASS and val/; unpack CIFAR-10 there")
+    for number, path in enumerate(classes):
+        files = sorted(path.iterdir())
+        rest, held_out = np.split(np.array(files), [round(len(files) * (1 - HELD_OUT))])
+        count = min(len(rest), max(1, round(fraction * len(files))))
+        order = np.random.RandomState([seed, number]).permutation(len(rest))
+        for split, chosen in (("train", rest[order[:count]]), ("val", held_out)):
+            (into := folder / split / path.name).mkdir(parents=True, exist_ok=True)
+            for file in chosen:
+                if not (link := into / file.name).exists():
+                    link.symlink_to(file.absolute())
+    return folder
+
+
+def recipe(part: dict, run: str, seed: int, workdir: Path) -> ConfigDict:
+    """Returns the recipe of a cell: cifar10's, with the table's fields for all and for this run."""
+    config = load_config(f"cifar10:{run}")
+    config.dataset.root, config.train.seed = str(workdir.absolute() / "images"), seed
+    if config.distill.kind != "none":
+        config.distill.teacher = str(workdir.absolute() / "teacher")
+    config.update_from_flattened_dict(_fields(part, run))
+    return config
+
+
+def _fields(part: dict, run: str) -> dict[str, object]:
+    return part.get("fields", {}) | part.get(run, {})
+
+
+def measure(config: ConfigDict, workdir: Path, test: list[Path]) -> Cell:
+    """Trains a cell; returns its figures in percent, and where and when they were found.
+
+    Args:
+      config: of the run.
+      workdir: of the run; keeps predictions.json, for each head the class of each image.
+      test: the images to predict, in folders of their classes; none: only the held-out ones.
+    """
+    found = {"held_out": loop.train(config, str(workdir))["top1"]}
+    if test:
+        predictions = _predictions(workdir, test)
+        names = sorted({file.parent.name for file in test})
+        labels = np.array([names.index(file.parent.name) for file in test])
+        found |= {
+            name: 100 * float(np.mean(np.array(predictions[head]) == labels))
+            for name, head in TOP1.items()
+            if head in predictions
+        }
+        if config.distill.kind != "none":
+            taught = _predictions(Path(config.distill.teacher), test)["mean"]
+            agree = np.array(taught) == np.array(predictions["mean"])
+            found["agreement"] = 100 * float(np.mean(agree))
+    versions = origin("jax", "flax", "tensorflow")
+    return found | versions | {"machine": processor(), "commit": _commit()}
+
+
+def _predictions(workdir: Path, files: list[Path]) -> dict[str, list[int]]:
+    kept = workdir / "predictions.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    found: dict[str, list[int]] = {}
+    model = deit_jax.load_model(str(workdir / "model"))
+    for result in predict(model, files, topk=1, batch_size=250):
+        if isinstance(result, InputError):
+            raise result
+        for head, best in ({"mean": result["predictions"]} | result.get("heads", {})).items():
+            found.setdefault(head, []).append(best[0]["index"])
+    storage.replace_text(kept, json.dumps(found) + "\n")
+    return found
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(TABLES), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def train(parts: list[dict], data: Path, workdir: Path, held_out: bool) -> Iterator[Cell]:
+    """Yields the cells of a table in its order, seed by seed; trains those that are not there."""
+    test = [] if held_out else sorted((data / "val").glob("*/*"))
+    for part in parts:
+        for seed in part["seeds"]:
+            folder = workdir / f"fraction{part['fraction']:g}" / f"seed{seed}"
+            images = link_images(data, folder / "images", part["fraction"], seed)
+            count = sum(1 for _ in (images / "train").glob("*/*"))
+            for run in ("teacher", *part["runs"]):
+                config, at = recipe(part, run, seed, folder), folder / run
+                found = cells.report(config, at, lambda c=config, w=at: measure(c, w, test))
+                cell = {"run": run, "images": count, "seed": seed, "fields": _fields(part, run)}
+                yield cell | found
+
+
+def compare(found: list[Cell]) -> Iterator[dict[str, Any]]:
+    """Yields a row for each number of images and run: means, and the difference from plain.
+
+    `error` is the standard error of the mean over the seeds. `over` holds the mean and standard
+    error of the difference from the plain student of the same seed, which saw the same images.
+    """
+    groups: dict[tuple[int, str], dict[int, Cell]] = {}
+    for cell in found:
+        groups.setdefault((cell["images"], cell["run"]), {})[cell["seed"]] = cell
+    for (images, run), by_seed in sorted(groups.items(), key=lambda item: item[0][0]):
+        plain = groups.get((images, "plain"), {})
+        over = [c["top1"] - plain[s]["top1"] for s, c in by_seed.items() if s in plain]
+        names = (*TOP1, "agreement")
+        values = {n: [c[n] for c in by_seed.values() if n in c] for n in names}
+        yield {
+            "images": images,
+            "run": run,
+            "seeds": len(by_seed),
+            "top1": values.pop("top1"),
+            "over": _mean(over) if run not in ("plain", "teacher") and over else None,
+        } | {name: statistics.mean(each) for name, each in values.items() if each}
+
+
+def lines(found: list[Cell]) -> Iterator[str]:
+    """Yields the table in Markdown."""
+    rows = []
+    for row in compare(found):
+        rest = [f"{row[n]:.1f}" if n in row else "" for n in ("top1_cls", "top1_dist", "agreement")]
+        over = row["over"]
+        rest += [_with_error(*over), _in_errors(*over)] if over else ["", ""]
+        rest = [_with_error(*_mean(row["top1"])), *rest]
+        rows.append((row["images"], row["run"], row["seeds"], *rest))
+    columns = ("images", "run", "seeds", "top-1", "class head", "distillation head")
+    columns += ("agrees with teacher", "over plain", "in standard errors")
+    yield from table(*columns, rows=rows)
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error, NaN of one value."""
+    count = len(values)
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def _with_error(mean: float, error: float) -> str:
+    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+
+
+def _in_errors(mean: float, error: float) -> str:
+    return f"{mean / error:+.1f}" if error > 0 else ""
+
+
+def draw(found: list[Cell], out: Path) -> None:
+    """Draws the mean of each run with its standard error, and the point of each seed."""
+    rows = list(compare(found))
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    with figures.new_figure(out, 6, 4) as figure:
+        axes = figure.subplots()
+        for place, (run, colour) in enumerate(zip(runs, figures.COLOURS, strict=False)):
+            mine = [row for row in rows if row["run"] == run]
+            at = [row["images"] * 1.03 ** (place - (len(runs) - 1) / 2) for row in mine]
+            means, errors = zip(*(_mean(row["top1"]) for row in mine), strict=True)
+            how = {"marker": "o", "markersize": 5, "capsize": 3, "color": colour}
+            axes.errorbar(at, means, np.nan_to_num(errors), label=run, **how)
+            for x, row in zip(at, mine, strict=True):
+                each = row["top1"]
+                axes.plot([x] * len(each), each, "x", markersize=4, alpha=0.5, color=colour)
+        counts = sorted({row["images"] for row in rows})
+        axes.set(xscale="log", xlabel="training images", ylabel="top-1 on the test images, %")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.legend()
+
+
+def write(found: list[Cell], out: Path, name: str) -> None:
+    """Writes table and figure of results into OUT, the table into OUT/experiments.md."""
+    page, figure = out / "experiments.md", out / "results" / f"{name}.svg"
+    if not page.exists():
+        page.write_text(f"# Experiments\n\n<!-- {name} -->\n<!-- end of {name} -->\n")
+    draw(found, figure)
+    where = ", ".join(sorted({f"{cell['date']} ({cell['machine']})" for cell in found}))
+    commits = ", ".join(sorted({f"`{cell['commit']}`" for cell in found}))
+    legend = f"![Top-1 by the number of training images](results/{figure.name})"
+    section = [f"Trained {where}, at commit {commits}.", "", *lines(found), "", legend]
+    write_between(page, name, section)
+    log("\n".join(section))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains what is missing, writes table and figure; returns the exit status."""
+    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path)
+    add("--workdir", type=Path)
+    add("--out", type=Path, required=True, help="folder of experiments.md and results/")
+    add("--quick", action="store_true")
+    add("--held_out", action="store_true", help="stop before the test images; writes nothing")
+    arguments = parser.parse_args(argv)
+    if (arguments.data is None) != (arguments.workdir is None):
+        raise InputError("--data and --workdir go together: the images, and where runs are kept")
+    name = "distillation_quick" if arguments.quick else "distillation"
+    results = arguments.out / "results" / f"{name}.json"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    figures.check(results.with_suffix(".svg"))
+    if arguments.data is not None:
+        for cell in train(read_table(name), arguments.data, arguments.workdir, arguments.held_out):
+            log_error(f"{cell['images']} images, seed {cell['seed']}, {cell['run']}: {cell}")
+            if not arguments.held_out:
+                _keep(cell, results)
+    if not arguments.held_out:
+        if not results.exists():
+            raise InputError(f"{results} is not there; --data and --workdir make it")
+        write(json.loads(results.read_text(encoding="utf-8")), arguments.out, name)
+
+
+def _keep(cell: Cell, results: Path) -> None:
+    """Puts a cell in its place in the results, or after them; a line each.
+
+    Raises:
+      InputError: the results hold cells of the same images and run with other fields.
+    """
+    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+    by_key = {(kept["images"], kept["run"], kept["seed"]): kept for kept in found}
+    for (*group, _), kept in by_key.items():
+        if group == [cell["images"], cell["run"]] and kept["fields"] != cell["fields"]:
+            raise InputError(
+                f"{results} holds {cell['run']} on {cell['images']} images with the fields "
+                f"{kept['fields']}, not {cell['fields']}; move it away, or its cells out of it"
+            )
+    by_key[cell["images"], cell["run"], cell["seed"]] = cell
+    rows = ",\n".join(json.dumps(each, ensure_ascii=False) for each in by_key.values())
+    storage.replace_text(results, f"[\n{rows}\n]\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
