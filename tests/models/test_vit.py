@@ -222,24 +222,50 @@ def test_initialisation():
     assert not np.array_equal(*kernels)
 
 
-def test_a_plain_model_has_no_operation_of_the_switches():
-    """DeiT III's forward, operation by operation: what a rotation or a register adds is seen."""
+def multiplications(lowered):
+    """Those of all products of a lowered program."""
+    total = 0
+    for line in re.findall(r"stablehlo\.dot_general (.*)", lowered):
+        contracted = re.search(r"contracting_dims = \[([\d, ]+)\]", line)[1]
+        shapes = [shape.split("x")[:-1] for shape in re.findall(r"tensor<(\w+)>", line)]
+        sizes = shapes[2] + [shapes[0][int(axis)] for axis in contracted.split(",")]
+        total += np.prod([int(size) for size in sizes])
+    return total
 
-    def operations(**switches):
+
+def test_a_plain_model_has_no_operation_of_the_switches():
+    """DeiT III's passes, operation by operation: what a rotation or a register adds is seen."""
+
+    def operations(gradients=False, **switches):
         options = SMALL | DEIT3 | switches
         model = nnx.eval_shape(lambda: VisionTransformer(**options, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(model)
         images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
-        lowered = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x)).lower(state, images).as_text()
-        return collections.Counter(re.findall(r"= stablehlo\.(\w+)", lowered))
 
-    plain = operations()
+        def loss(state, images):
+            return (nnx.merge(graphdef, state)(images) ** 2).sum()
+
+        function = jax.value_and_grad(loss) if gradients else loss
+        lowered = jax.jit(function).lower(state, images).as_text()
+        return collections.Counter(re.findall(r"= stablehlo\.(\w+)", lowered)), lowered
+
+    plain, _ = operations()
     # A patch embedding, six products in each of two blocks, a head; five norms; one sequence.
     assert plain["dot_general"] == 1 + 2 * 6 + 1
     assert plain["rsqrt"] == 5
     assert plain["concatenate"] == 1
     assert not {"sine", "cosine", "optimization_barrier", "pad"} & plain.keys()
+    step, lowered = operations(gradients=True)
+    # Backward: two products for each, but no gradient of the images, and the scores once more.
+    assert step["dot_general"] == 14 + (2 * 14 - 1) + 2
+    assert step["rsqrt"] == 5
+    assert not {"sine", "cosine", "optimization_barrier", "gather", "scatter"} & step.keys()
+    batch, tokens, width, heads = 2, 17, 32, 4
+    embed, head = batch * (tokens - 1) * 48 * width, batch * width * 7
+    scores = batch * heads * tokens**2 * (width // heads)
+    block = batch * tokens * (4 * width**2 + 8 * width**2) + 2 * scores
+    assert multiplications(lowered) == 3 * (embed + 2 * block + head) - embed + 2 * scores
     for switch in ({"rope": "axial"}, {"rope": "mixed"}, {"num_registers": 1}, {"qk_norm": True},
                    {"norm": "rms"}, {"qkv_bias": False}, {"linear_bias": False},
                    {"pos_embed": False}):  # fmt: skip
-        assert operations(**switch) != plain, switch
+        assert operations(**switch)[0] != plain, switch
