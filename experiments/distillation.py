@@ -7,9 +7,9 @@ python -m experiments.distillation --quick --data=cifar10 --workdir=runs/quick -
 The first trains what distillation.toml lists and is not there yet; the second only writes table and
 figure of the results in OUT/results. DATA holds train/ and val/ with a folder for each class. A
 seed draws the images of its part (of each class the same number), the weights and the order; its
-teacher and its students share them. Training never sees val: it is evaluated on a tenth of train,
-which is in no part. --held_out ends with that, to tune by; otherwise each finished model predicts
-all of val, once. --quick takes distillation_quick.toml: minutes on two cores. Needs matplotlib
+teacher and its students share them. Training never sees val: it is evaluated on 2 % of train, which
+are in no part. --held_out ends with that, to tune by; otherwise each finished model predicts all of
+val, once. --quick takes distillation_quick.toml: minutes on two cores. Needs matplotlib
 (pip install 'deit-jax[plot]').
 """
 
@@ -40,10 +40,11 @@ from deit_jax.training import loop
 from experiments import cells
 
 TABLES = Path(__file__).parent
-HELD_OUT = 0.1  # of each class of train: evaluated while settings are tuned, never trained on
+HELD_OUT = 0.02  # of each class of train: evaluated while settings are tuned, never trained on
 TOP1 = {"top1": "mean", "top1_cls": "class", "top1_dist": "distillation"}  # report → predictions
 
-Cell = dict[str, Any]  # run, images, seed and what `_report` found
+KEY = ("run", "images", "seed", "fields")  # what a cell is, beside what was found
+Cell = dict[str, Any]
 
 
 def read_table(name: str) -> list[dict]:
@@ -93,30 +94,39 @@ def _fields(part: dict, run: str) -> dict[str, object]:
     return part.get("fields", {}) | part.get(run, {})
 
 
-def measure(config: ConfigDict, workdir: Path, test: list[Path]) -> Cell:
-    """Trains a cell; returns its figures in percent, and where and when they were found.
+def measure(config: ConfigDict, workdir: Path) -> Cell:
+    """Trains a cell; returns its top-1 on the held-out images, and where and when that was."""
+    top1 = loop.train(config, str(workdir))["top1"]
+    command = ["git", "-C", str(TABLES), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    found = {"held_out": top1} | origin("jax", "flax", "tensorflow")
+    return found | {"machine": processor(), "commit": commit}
+
+
+def score(config: ConfigDict, workdir: Path, test: list[Path]) -> dict[str, float]:
+    """Returns a cell's figures on the test images, in percent.
 
     Args:
       config: of the run.
       workdir: of the run; keeps predictions.json, for each head the class of each image.
-      test: the images to predict, in folders of their classes; none: only the held-out ones.
+      test: images, in folders of their classes.
+
+    Returns:
+      `top1`; with two heads `top1_cls` and `top1_dist`, each alone; with a teacher `agreement`, on
+      how many images it decides as the student does.
     """
-    found = {"held_out": loop.train(config, str(workdir))["top1"]}
-    if test:
-        predictions = _predictions(workdir, test)
-        names = sorted({file.parent.name for file in test})
-        labels = np.array([names.index(file.parent.name) for file in test])
-        found |= {
-            name: 100 * float(np.mean(np.array(predictions[head]) == labels))
-            for name, head in TOP1.items()
-            if head in predictions
-        }
-        if config.distill.kind != "none":
-            taught = _predictions(Path(config.distill.teacher), test)["mean"]
-            agree = np.array(taught) == np.array(predictions["mean"])
-            found["agreement"] = 100 * float(np.mean(agree))
-    versions = origin("jax", "flax", "tensorflow")
-    return found | versions | {"machine": processor(), "commit": _commit()}
+    predictions = _predictions(workdir, test)
+    names = sorted({file.parent.name for file in test})
+    labels = np.array([names.index(file.parent.name) for file in test])
+    found = {
+        name: 100 * float(np.mean(np.array(predictions[head]) == labels))
+        for name, head in TOP1.items()
+        if head in predictions
+    }
+    if config.distill.kind != "none":
+        taught = np.array(_predictions(Path(config.distill.teacher), test)["mean"])
+        found["agreement"] = 100 * float(np.mean(taught == np.array(predictions["mean"])))
+    return found
 
 
 def _predictions(workdir: Path, files: list[Path]) -> dict[str, list[int]]:
@@ -134,24 +144,30 @@ def _predictions(workdir: Path, files: list[Path]) -> dict[str, list[int]]:
     return found
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(TABLES), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def train(
+    parts: list[dict], data: Path, workdir: Path, *, held_out: bool, kept: list[Cell]
+) -> Iterator[Cell]:
+    """Yields the cells of a table that are not kept, seed by seed; trains those not in `workdir`.
 
-
-def train(parts: list[dict], data: Path, workdir: Path, held_out: bool) -> Iterator[Cell]:
-    """Yields the cells of a table in its order, seed by seed; trains those that are not there."""
+    The teacher of a seed is there wherever one of its students is made.
+    """
+    done = [{name: cell[name] for name in KEY} for cell in kept]
     test = [] if held_out else sorted((data / "val").glob("*/*"))
     for part in parts:
         for seed in part["seeds"]:
             folder = workdir / f"fraction{part['fraction']:g}" / f"seed{seed}"
             images = link_images(data, folder / "images", part["fraction"], seed)
             count = sum(1 for _ in (images / "train").glob("*/*"))
-            for run in ("teacher", *part["runs"]):
-                config, at = recipe(part, run, seed, folder), folder / run
-                found = cells.report(config, at, lambda c=config, w=at: measure(c, w, test))
-                cell = {"run": run, "images": count, "seed": seed, "fields": _fields(part, run)}
-                yield cell | found
+            keys = [
+                {"run": run, "images": count, "seed": seed, "fields": _fields(part, run)}
+                for run in ("teacher", *part["runs"])
+            ]
+            missing = [key for key in keys if held_out or key not in done]
+            for key in [keys[0], *(key for key in missing if key is not keys[0])] * bool(missing):
+                at = folder / key["run"]
+                config = recipe(part, key["run"], seed, folder)
+                cell = key | cells.report(config, at, lambda c=config, w=at: measure(c, w))
+                yield cell | (score(config, at, test) if test else {})
 
 
 def compare(found: list[Cell]) -> Iterator[dict[str, Any]]:
@@ -263,7 +279,9 @@ def _run(argv: list[str]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     figures.check(results.with_suffix(".svg"))
     if arguments.data is not None:
-        for cell in train(read_table(name), arguments.data, arguments.workdir, arguments.held_out):
+        kept = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+        where = arguments.data, arguments.workdir
+        for cell in train(read_table(name), *where, held_out=arguments.held_out, kept=kept):
             log_error(f"{cell['images']} images, seed {cell['seed']}, {cell['run']}: {cell}")
             if not arguments.held_out:
                 _keep(cell, results)

@@ -15,14 +15,14 @@ CLASSES = ("cat", "dog")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two classes of grey, one darker, 100 images each; val is what is held out of train."""
+    """Two classes of grey, one darker, 250 images each; val is what is held out of train."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for number, name in enumerate(CLASSES):
         for split in ("train", "val"):
             (root / split / name).mkdir(parents=True)
-        for i in range(100):
+        for i in range(250):
             image = Image.fromarray(rng.integers(0, 150 + 50 * number, (32, 32, 3), np.uint8))
-            for split in ("train", "val")[: 1 + (i >= 90)]:
+            for split in ("train", "val")[: 1 + (i >= 245)]:
                 image.save(root / split / name / f"{i:04}.png")
     return root
 
@@ -34,12 +34,12 @@ def test_parts_are_balanced_nested_and_never_held_out(data, tmp_path):
         for split in ("train", "val"):
             each = [{f.name for f in (at / split / name).iterdir()} for name in CLASSES]
             names[fraction, seed, split] = each
-        held_out = {f"{i:04}.png" for i in range(90, 100)}
+        held_out = {f"{i:04}.png" for i in range(245, 250)}
         assert names[fraction, seed, "val"] == [held_out, held_out]
         assert all(not held_out & each for each in names[fraction, seed, "train"])
-        assert [len(each) for each in names[fraction, seed, "train"]] == [
-            min(90, round(100 * fraction))
-        ] * 2
+        assert {len(each) for each in names[fraction, seed, "train"]} == {
+            min(245, round(250 * fraction))
+        }
     for small, large in zip(names[0.1, 0, "train"], names[0.3, 0, "train"], strict=True):
         assert small < large
     assert names[0.3, 0, "train"] != names[0.3, 1, "train"]
@@ -113,17 +113,17 @@ def test_quick(data, tmp_path, monkeypatch, capsys):
     assert [c["run"] for c in found] == ["teacher", "plain", "hard"] * 2
     for each in found:
         assert each["top1"] == pytest.approx(each["held_out"])
-        assert each["images"] == 20
+        assert each["images"] == 50
     student = tmp_path / "runs" / "fraction0.1" / "seed1" / "hard"
     predicted = [
         json.loads((student.parent / run / "predictions.json").read_text())
         for run in ("teacher", "hard")
     ]
     same = [a == b for a, b in zip(*(each["mean"] for each in predicted), strict=True)]
-    assert found[-1]["agreement"] == pytest.approx(100 * sum(same) / 20)
+    assert found[-1]["agreement"] == pytest.approx(100 * sum(same) / 10)
     assert {"class", "distillation"} < predicted[1].keys()
     page, figure = tmp_path / "experiments.md", results.with_suffix(".svg")
-    assert "| 20 | hard | 2 |" in page.read_text()
+    assert "| 50 | hard | 2 |" in page.read_text()
     first = page.read_bytes(), figure.read_bytes(), results.read_bytes()
     monkeypatch.delattr(distillation.loop, "train")  # nothing is trained again
     assert distillation.main(flags + training) == distillation.main(flags) == 0
