@@ -28,6 +28,7 @@ COMMANDS = {  # their modules, and their lines of --help
     "eval": ("run", "evaluate a run, or a model folder on a recipe's data"),
     "plan": ("run", "compile a run's training step and report what it needs"),
     "predict": ("predict", "name what is in pictures"),
+    "report": ("report", "report accuracy, confusion, calibration and mistakes"),
     "attention": ("attention", "draw what a model attends to in pictures"),
     "convert": ("convert", "make a model folder of PyTorch weights"),
     "export": ("export", "make a StableHLO program of a model"),
