@@ -208,6 +208,21 @@ def uploaded(path: Path) -> Iterator[pathlib.Path]:
         _copy(copy, path)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[pathlib.Path]:
+    """Gives the place of a folder to write, which appears at `path` when it is whole, or never."""
+    if not is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    beside = None if is_remote(path) else path.parent
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.name}.") as folder:
+        fresh = pathlib.Path(folder, "new")
+        yield fresh
+        if is_remote(path):
+            copy_files(fresh, path)
+        else:
+            fresh.rename(path)
+
+
 def copy_files(source: Path, folder: Path) -> None:
     """Copies a file, or all files of a folder, into a folder; each appears there complete."""
     folder.mkdir(parents=True, exist_ok=True)

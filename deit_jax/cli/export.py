@@ -8,11 +8,9 @@ The program takes uint8 images of any number, resized and cropped, and returns p
 logits of each head. docs/export.md has the lines that run it.
 """
 
-import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from deit_jax import storage
 from deit_jax.cli.arguments import a_path, one_or_more
@@ -45,19 +43,10 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
 
     model = load_model(arguments.model, image_size=arguments.image_size, dtype=arguments.dtype)
     try:
-        remote = storage.is_remote(out)
-        if not remote:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        beside = None if remote else out.parent
-        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{out.name}.") as folder:
-            fresh = Path(folder, "new")
+        with storage.new_folder(out) as fresh:
             outputs = export_model(
                 fresh, model, platforms=arguments.platforms, features=arguments.features
             )
-            if remote:
-                storage.copy_files(fresh, out)
-            else:
-                fresh.rename(out)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({brief(error)})") from error
     log(f"{out}: {model.info.name} for {', '.join(arguments.platforms)}; {', '.join(outputs)}")

@@ -33,6 +33,7 @@ COMMANDS = {  # their modules, and their lines of --help
     "convert": ("convert", "make a model folder of PyTorch weights"),
     "export": ("export", "make a StableHLO program of a model"),
     "export-torch": ("export_torch", "make a PyTorch file of a model folder"),
+    "push": ("push", "share a model on the Hugging Face hub"),
     "check-data": ("check_data", "decode every image of a data set once"),
     "plot": ("plot", "draw the curves of runs"),
     "show-batch": ("show_batch", "draw what a training step sees"),

@@ -11,6 +11,7 @@ from deit_jax.cli.main import main
 from deit_jax.models import registry
 from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import Variables, split_model
+from tests.convert import loopback
 from tests.oracles import timm_models
 
 SMALL = (
@@ -90,3 +91,11 @@ def refused(capsys: pytest.CaptureFixture, tmp_path):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server on loopback that speaks the hub's protocol."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with loopback.serve_hub() as server:
+        yield server

@@ -2,12 +2,10 @@
 
 import functools
 import hashlib
-import http.server
 import json
 import re
 import shutil
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +18,10 @@ from timm.models import get_pretrained_cfg
 import deit_jax
 from deit_jax.models import figures, registry
 from tests import several
-from tests.convert import loopback
 from tests.convert.conftest import numpy_state, save, timm_twin
+from tests.convert.loopback import SHA
 from tests.refusal import refusal
 
-SHA = "89abcdef0123456789abcdef0123456789abcdef"
 NAME = "deit_testing_distilled"
 
 
@@ -32,45 +29,6 @@ NAME = "deit_testing_distilled"
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DEIT_JAX_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
-
-
-class _Hub(loopback.Handler):
-    """Speaks the hub's protocol: the repository's description, and its files by revision."""
-
-    def do_GET(self):
-        self.server.seen.append(self.path)
-        path = self.path.partition("?")[0]
-        if path.startswith("/files/"):
-            body = self.server.files.get(path.removeprefix("/files/"))
-            return self.answer(body or b"", 200 if body else 404)
-        found = re.fullmatch(r"(?:/api/models)?/([\w.-]+/[\w.-]+)/?(.*)", path)
-        repo, rest = found.groups()
-        files = self.server.repositories.get(repo)
-        if files is None:
-            return self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
-        if path.startswith("/api"):
-            tree = [
-                {"type": "file", "path": f, "size": len(b), "oid": "0"} for f, b in files.items()
-            ]
-            about = {"id": repo, "sha": SHA, "siblings": [{"rfilename": file} for file in files]}
-            return self.answer(json.dumps(tree if "/tree/" in path else about).encode())
-        body = files[rest.rpartition("/")[2]]
-        digest = hashlib.sha256(body if self.server.honest else b"other").hexdigest()
-        headers = {"X-Repo-Commit": SHA, "ETag": f'"{digest}"', "X-Linked-ETag": f'"{digest}"'}
-        return self.answer(body, **headers, **{"X-Linked-Size": len(body)})
-
-    do_HEAD = do_GET
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
-        server.files, server.repositories, server.seen, server.honest = {}, {}, [], True
-        server.address = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def logits_of(module, images):
