@@ -43,8 +43,7 @@ TABLES = Path(__file__).parent
 HELD_OUT = 0.02  # of each class of train: evaluated while settings are tuned, never trained on
 TOP1 = {"top1": "mean", "top1_cls": "class", "top1_dist": "distillation"}  # report → predictions
 
-KEY = ("run", "images", "seed", "fields")  # what a cell is, beside what was found
-Cell = dict[str, Any]
+Cell = dict[str, Any]  # run, images, seed and fields, and what was found
 
 
 def read_table(name: str) -> list[dict]:
@@ -62,7 +61,7 @@ def link_images(data: Path, folder: Path, fraction: float, seed: int) -> Path:
       The folder.
 
     Raises:
-      InputError: DATA has no train/ and val/ with folders of images.
+      InputError: DATA has no train/ and val/ with folders of images, or `folder` has other images.
     """
     classes = sorted(path for path in (data / "train").glob("*") if path.is_dir())
     if not classes or not (data / "val").is_dir():
@@ -74,9 +73,14 @@ def link_images(data: Path, folder: Path, fraction: float, seed: int) -> Path:
         order = np.random.RandomState([seed, number]).permutation(len(rest))
         for split, chosen in (("train", rest[order[:count]]), ("val", held_out)):
             (into := folder / split / path.name).mkdir(parents=True, exist_ok=True)
-            for file in chosen:
-                if not (link := into / file.name).exists():
-                    link.symlink_to(file.absolute())
+            there = {link.name for link in into.iterdir()}
+            wanted = {file.name: file.absolute() for file in chosen}
+            if others := there - wanted.keys():
+                raise InputError(
+                    f"{into} holds {min(others)}, which is not of this part; remove it"
+                )
+            for name in wanted.keys() - there:
+                (into / name).symlink_to(wanted[name])
     return folder
 
 
@@ -150,24 +154,44 @@ def train(
     """Yields the cells of a table that are not kept, seed by seed; trains those not in `workdir`.
 
     The teacher of a seed is there wherever one of its students is made.
+
+    Raises:
+      InputError: before any training, if kept cells of the same images and run have other fields.
     """
-    done = [{name: cell[name] for name in KEY} for cell in kept]
     test = [] if held_out else sorted((data / "val").glob("*/*"))
+    done, groups = {_key(cell) for cell in kept}, []
     for part in parts:
         for seed in part["seeds"]:
             folder = workdir / f"fraction{part['fraction']:g}" / f"seed{seed}"
             images = link_images(data, folder / "images", part["fraction"], seed)
             count = sum(1 for _ in (images / "train").glob("*/*"))
-            keys = [
+            cells_here = [
                 {"run": run, "images": count, "seed": seed, "fields": _fields(part, run)}
                 for run in ("teacher", *part["runs"])
             ]
-            missing = [key for key in keys if held_out or key not in done]
-            for key in [keys[0], *(key for key in missing if key is not keys[0])] * bool(missing):
-                at = folder / key["run"]
-                config = recipe(part, key["run"], seed, folder)
-                cell = key | cells.report(config, at, lambda c=config, w=at: measure(c, w))
-                yield cell | (score(config, at, test) if test else {})
+            for cell in cells_here:
+                _check_fields(cell, kept)
+            groups.append((part, folder, cells_here))
+    for part, folder, (teacher, *students) in groups:
+        missing = [cell for cell in (teacher, *students) if held_out or _key(cell) not in done]
+        for cell in [teacher] * bool(missing) + [cell for cell in missing if cell is not teacher]:
+            at = folder / cell["run"]
+            config = recipe(part, cell["run"], cell["seed"], folder)
+            cell |= cells.report(config, at, lambda c=config, w=at: measure(c, w))
+            yield cell | (score(config, at, test) if test else {})
+
+
+def _key(cell: Cell) -> tuple[int, str, int]:
+    return cell["images"], cell["run"], cell["seed"]
+
+
+def _check_fields(cell: Cell, kept: list[Cell]) -> None:
+    for other in kept:
+        if _key(other)[:2] == _key(cell)[:2] and other["fields"] != cell["fields"]:
+            raise InputError(
+                f"the results hold {cell['run']} on {cell['images']} images with the fields "
+                f"{other['fields']}, not {cell['fields']}; move them away, or change the table"
+            )
 
 
 def compare(found: list[Cell]) -> Iterator[dict[str, Any]]:
@@ -279,35 +303,26 @@ def _run(argv: list[str]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     figures.check(results.with_suffix(".svg"))
     if arguments.data is not None:
-        kept = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
-        where = arguments.data, arguments.workdir
-        for cell in train(read_table(name), *where, held_out=arguments.held_out, kept=kept):
+        parts, where = read_table(name), (arguments.data, arguments.workdir)
+        for cell in train(parts, *where, held_out=arguments.held_out, kept=_kept(results)):
             log_error(f"{cell['images']} images, seed {cell['seed']}, {cell['run']}: {cell}")
             if not arguments.held_out:
                 _keep(cell, results)
     if not arguments.held_out:
-        if not results.exists():
+        if not (found := _kept(results)):
             raise InputError(f"{results} is not there; --data and --workdir make it")
-        write(json.loads(results.read_text(encoding="utf-8")), arguments.out, name)
+        write(found, arguments.out, name)
 
 
 def _keep(cell: Cell, results: Path) -> None:
-    """Puts a cell in its place in the results, or after them; a line each.
-
-    Raises:
-      InputError: the results hold cells of the same images and run with other fields.
-    """
-    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
-    by_key = {(kept["images"], kept["run"], kept["seed"]): kept for kept in found}
-    for (*group, _), kept in by_key.items():
-        if group == [cell["images"], cell["run"]] and kept["fields"] != cell["fields"]:
-            raise InputError(
-                f"{results} holds {cell['run']} on {cell['images']} images with the fields "
-                f"{kept['fields']}, not {cell['fields']}; move it away, or its cells out of it"
-            )
-    by_key[cell["images"], cell["run"], cell["seed"]] = cell
-    rows = ",\n".join(json.dumps(each, ensure_ascii=False) for each in by_key.values())
+    """Puts a cell in its place in the results, or after them; a line each."""
+    found = {_key(kept): kept for kept in _kept(results)} | {_key(cell): cell}
+    rows = ",\n".join(json.dumps(each, ensure_ascii=False) for each in found.values())
     storage.replace_text(results, f"[\n{rows}\n]\n")
+
+
+def _kept(results: Path) -> list[Cell]:
+    return json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
 
 
 if __name__ == "__main__":

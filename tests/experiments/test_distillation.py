@@ -45,6 +45,8 @@ def test_parts_are_balanced_nested_and_never_held_out(data, tmp_path):
     assert names[0.3, 0, "train"] != names[0.3, 1, "train"]
     assert names[0.3, 0, "train"][0] != names[0.3, 0, "train"][1], "drawn for each class"
     assert (at / "train" / "cat" / "0000.png").read_bytes()
+    with pytest.raises(InputError, match=r"holds 0\d\d\d.png, which is not of this part"):
+        distillation.link_images(data, at, 0.1, 0)
     with pytest.raises(InputError, match="holds no train/CLASS"):
         distillation.link_images(tmp_path / "none", tmp_path / "x", 0.1, 0)
 
@@ -67,13 +69,15 @@ def test_the_comparison_is_by_seed():
     ]
 
 
-def test_results_keep_what_is_there_and_do_not_mix_settings(tmp_path):
+def test_results_keep_what_is_there_and_do_not_mix_settings(data, tmp_path):
     results = tmp_path / "results.json"
     for each in (cell("plain", 0, 1.0), cell("plain", 1, 2.0), cell("plain", 0, 3.0)):
         distillation._keep(each, results)
     assert [c["top1"] for c in json.loads(results.read_text())] == [3.0, 2.0]
-    with pytest.raises(InputError, match="holds plain on 500 images with the fields"):
-        distillation._keep(cell("plain", 2, 1.0, fields={"train.seed": 1}), results)
+    part = {"fraction": 1.0, "seeds": [2], "runs": ["plain"], "fields": {"train.batch_size": 7}}
+    kept = [cell("plain", 0, 1.0) | {"images": 490}]
+    with pytest.raises(InputError, match="hold plain on 490 images with the fields"):
+        next(distillation.train([part], data, tmp_path, held_out=False, kept=kept))
 
 
 def test_a_cell_is_measured_once_and_not_with_other_fields(tmp_path):
