@@ -12,6 +12,8 @@ TORCH = ["torch>=2.11,<2.16", *HUB]
 TPU = ["jax[tpu]>=0.10.2,<0.13"]
 GCS = ["gcsfs>=2025.3", "google-crc32c>=1.5"]
 HF = ["datasets>=4"]  # earlier ones can be told to run the code of a data set
+# Later ones of jax2onnx take no Orbax from 0.11.37 on.
+ONNX = ["jax2onnx==0.13.0", "onnxruntime>=1.24"]
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.19"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
@@ -57,11 +59,13 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
         "gpu-plan": ["jax[cuda13-local]>=0.10.2,<0.13"],  # XLA's compiler for GPUs, not CUDA
         "docs": DOCS,
+        "onnx": ONNX,
         "plot": PLOT,
         "tpu": TPU,
         "test": [
             *DEMO,
             *TORCH,
+            *ONNX,
             *PLOT,
             *TENSORBOARD,
             *GCS,

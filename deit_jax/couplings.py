@@ -4,12 +4,13 @@ Private names of JAX, texts of other people's errors, and what Orbax prints and 
 an upgrade may break them. tests/test_couplings.py checks each.
 """
 
+import contextlib
 import logging
 import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def distributed_state() -> object:
@@ -114,3 +115,28 @@ def silence_orbax() -> None:
     for name in ("asyncio", "gcsfs"):  # gcsfs prints a traceback at each retry
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = unraisable
+
+
+@contextlib.contextmanager
+def converting_to_onnx() -> Iterator[None]:
+    """Keeps jax2onnx 0.13 quick and quiet.
+
+    The time of its search for reshapes that undo one another grows with the third power of the
+    depth, to hours; onnxruntime has its own. It warns of what it cannot convert of other libraries,
+    and onnx_ir of values without a type.
+    """
+    from jax2onnx.converter import ir_optimizations
+
+    name = "remove_redundant_reshape_pairs_ir"
+    search = getattr(ir_optimizations, name)
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    setattr(ir_optimizations, name, lambda graph: None)
+    try:
+        yield
+    finally:
+        setattr(ir_optimizations, name, search)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

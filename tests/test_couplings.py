@@ -61,6 +61,18 @@ def test_the_system_s_refusals_behind_other_errors():
     assert couplings.system_errno(ValueError("another")) is None
 
 
+def test_jax2onnx_is_quick_and_quiet():
+    from jax2onnx.converter import ir_optimizations
+
+    search = ir_optimizations.remove_redundant_reshape_pairs_ir
+    assert "remove_redundant_reshape_pairs_ir" in ir_optimizations.optimize_graph.__code__.co_names
+    with couplings.converting_to_onnx():
+        assert ir_optimizations.remove_redundant_reshape_pairs_ir(None) is None
+        assert not logging.getLogger("jax2onnx.plugins").isEnabledFor(logging.WARNING)
+    assert ir_optimizations.remove_redundant_reshape_pairs_ir is search
+    assert logging.getLogger("jax2onnx.plugins").isEnabledFor(logging.WARNING)
+
+
 def test_orbax_is_silenced(monkeypatch):
     absl = logging.getLogger("absl")
     monkeypatch.setattr(absl, "filters", [])

@@ -31,7 +31,7 @@ COMMANDS = {  # their modules, and their lines of --help
     "report": ("report", "report accuracy, confusion, calibration and mistakes"),
     "attention": ("attention", "draw what a model attends to in pictures"),
     "convert": ("convert", "make a model folder of PyTorch weights"),
-    "export": ("export", "make a StableHLO program of a model"),
+    "export": ("export", "make a StableHLO or ONNX program of a model"),
     "export-torch": ("export_torch", "make a PyTorch file of a model folder"),
     "push": ("push", "share a model on the Hugging Face hub"),
     "check-data": ("check_data", "decode every image of a data set once"),

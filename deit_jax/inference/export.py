@@ -1,7 +1,7 @@
 """Exports a model as a StableHLO program, which plain JAX runs without deit-jax."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,6 +14,7 @@ from jax import export
 from deit_jax import trees
 from deit_jax.errors import InputError
 from deit_jax.inference.predict import HEADS
+from deit_jax.models.info import ModelInfo
 from deit_jax.models.network import join_model, split_model
 from deit_jax.parallel import devices
 
@@ -48,6 +49,28 @@ def export_model(
       InputError: there would be no output.
     """
     info = model.info
+    program, weights = as_function(model, features=features)
+    images = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), *size_of(info), 3), jnp.uint8)
+    with devices.anywhere():
+        exported = export.export(jax.jit(program), platforms=platforms)(weights, images)
+    outputs = sorted(exported.out_tree.unflatten(exported.out_avals))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROGRAM).write_bytes(exported.serialize())
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in weights.items()}
+    safetensors.numpy.save_file(arrays, folder / WEIGHTS)
+    describe(folder, info, platforms=list(platforms), outputs=outputs, jax=jax.__version__)
+    return outputs
+
+
+def as_function(
+    model: nnx.Module, *, features: bool
+) -> tuple[Callable[[dict, jax.Array], dict[str, jax.Array]], dict[str, jax.Array]]:
+    """Returns the program of `export_model` as a function of weights and images, and the weights.
+
+    Raises:
+      InputError: it would have no output.
+    """
+    info = model.info
     if not info.num_classes and not features:
         raise InputError(f"this {info.name} has no classes: export its features (--features)")
     network, variables = split_model(model)
@@ -66,19 +89,19 @@ def export_model(
             outputs["probabilities"] = jax.nn.softmax(sum(heads) / len(heads))
         return outputs
 
-    size = tuple(int(side) for side in np.broadcast_to(info.image_size, 2))
-    images = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), *size, 3), jnp.uint8)
-    with devices.anywhere():
-        exported = export.export(jax.jit(program), platforms=platforms)(weights, images)
-    outputs = sorted(exported.out_tree.unflatten(exported.out_avals))
-    about = {"platforms": list(platforms), "outputs": outputs, "jax": jax.__version__}
-    text = json.dumps(about | info.to_json(), indent=2, ensure_ascii=False) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROGRAM).write_bytes(exported.serialize())
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in weights.items()}
-    safetensors.numpy.save_file(arrays, folder / WEIGHTS)
+    return program, weights
+
+
+def size_of(info: ModelInfo) -> tuple[int, int]:
+    """Returns height and width of the images."""
+    height, width = np.broadcast_to(info.image_size, 2)
+    return int(height), int(width)
+
+
+def describe(folder: Path, info: ModelInfo, **more: object) -> None:
+    """Writes what travels beside a program: class names, preprocessing and its outputs."""
+    text = json.dumps(more | info.to_json(), indent=2, ensure_ascii=False) + "\n"
     (folder / ABOUT).write_text(text, encoding="utf-8")
-    return outputs
 
 
 def _portable(model: nnx.Module) -> nnx.Module:

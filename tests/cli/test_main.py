@@ -23,6 +23,7 @@ from deit_jax.planning import topology
 from tests import small_main
 
 NO_RECIPE = ("predict", "convert", "export", "export-torch", "list-models", "plot", "attention")
+NO_RECIPE += ("push",)
 
 # Neither help nor a mistake in a flag waits for the libraries.
 LIGHT = """
