@@ -19,11 +19,11 @@ class ModelInfo:
     """Everything needed to predict with a model besides its weights; `model.json` holds it.
 
     A `crop_ratio` of None means that evaluation resizes the whole image and crops nothing.
-    `overrides` holds the structural options that differ from the registry's, as (option, value)
-    pairs sorted by option. `source` says where the weights come from, `weights` which: "raw" or
-    "ema". `num_batches_tracked` is PyTorch's count of updates of each BatchNorm layer, kept for the
-    way back: sorted by the layers' names, or one number where all agree. An `image_size` is a side,
-    or (height, width) where they differ.
+    `overrides` holds the structural options that were chosen at creation, as (option, value) pairs
+    sorted by option; what is not there is the registry's. `source` says where the weights come
+    from, `weights` which: "raw" or "ema". `num_batches_tracked` is PyTorch's count of updates of
+    each BatchNorm layer, kept for the way back: sorted by the layers' names, or one number where
+    all agree. An `image_size` is a side, or (height, width) where they differ.
     """
 
     name: str
