@@ -114,7 +114,7 @@ def test_the_lines_of_the_docs_run_without_deit_jax(tmp_path, repo_root, capsys)
     assert capsys.readouterr().err.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "digits"}
     Image.fromarray(pixels(1)[0]).save(tmp_path / "digit.png")
-    (lines,) = re.findall(r"```python\n(.*?)```", (repo_root / "docs/export.md").read_text(), re.S)
+    lines, _ = re.findall(r"```python\n(.*?)```", (repo_root / "docs/export.md").read_text(), re.S)
     run = subprocess.run(
         [sys.executable, "-c", ALONE + lines], cwd=tmp_path, capture_output=True, text=True
     )

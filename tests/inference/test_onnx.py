@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 
 import jax
@@ -13,7 +14,7 @@ from jax.extend.core import Primitive
 
 import deit_jax
 from deit_jax.cli.main import main
-from deit_jax.inference import primitives
+from deit_jax.inference import onnx_program, primitives
 from deit_jax.inference.onnx_program import export_onnx
 from tests.inference.test_export import NAMES, full_effect, logits_of, pixels
 
@@ -50,8 +51,9 @@ def test_onnxruntime_computes_what_the_model_does(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_is_right_or_nothing(tmp_path, capsys, monkeypatch):
-    deit_jax.save_model(tmp_path / "model", full_effect("resmlp_testing"))
+def test_the_command_writes_what_is_right_or_nothing(tmp_path, repo_root, capsys, monkeypatch):
+    model = full_effect("resmlp_testing")
+    deit_jax.save_model(tmp_path / "model", model)
     command = ["export", "--model", f"{tmp_path}/model", "--out", f"{tmp_path}/out"]
     command += ["--format", "onnx"]
     unknown = Primitive("unknown")
@@ -85,7 +87,15 @@ def test_the_command_writes_what_is_right_or_nothing(tmp_path, capsys, monkeypat
     out, err = capsys.readouterr()
     assert "resmlp_testing for ONNX, in onnxruntime equal within" in out
     assert err == ""
+    _, lines = re.findall(r"```python\n(.*?)```", (repo_root / "docs/export.md").read_text(), re.S)
+    scope = {"onnxruntime": onnxruntime, "np": np, "image": pixels(1)[0]}
+    exec(lines.replace("digits_onnx", f"{tmp_path}/out"), scope)
+    (logits,) = logits_of(model, pixels(1))
+    assert scope["probabilities"].argmax() == logits.argmax()
     assert logging.getLogger("jax2onnx").level != logging.ERROR
+    monkeypatch.setattr(onnx_program, "_MOST_BYTES", 1000)
+    with pytest.raises(deit_jax.InputError, match="more than an ONNX file may hold"):
+        export_onnx(tmp_path / "large", model)
     bfloat16 = deit_jax.load_model(tmp_path / "model", dtype=jnp.bfloat16)
     with pytest.raises(deit_jax.InputError, match="computes in bfloat16"):
         export_onnx(tmp_path / "half", bfloat16)
