@@ -15,6 +15,7 @@ HF = ["datasets>=4"]  # earlier ones can be told to run the code of a data set
 # Later ones of jax2onnx take no Orbax from 0.11.37 on.
 ONNX = ["jax2onnx==0.13.0", "onnxruntime>=1.24"]
 PLOT = ["matplotlib>=3.9"]
+WANDB = ["wandb>=0.19"]
 TENSORBOARD = ["tensorboard>=2.19"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=1"]
 
@@ -62,6 +63,7 @@ setup(
         "onnx": ONNX,
         "plot": PLOT,
         "tpu": TPU,
+        "wandb": WANDB,
         "test": [
             *DEMO,
             *TORCH,

@@ -141,4 +141,4 @@ def test_no_file_imports_what_it_must_not(repo_root):
         assert not found & forbidden, path
         if path.relative_to(repo_root).parts[:2] != ("deit_jax", "data"):
             assert not found & {"tensorflow", "tensorflow_datasets", "sklearn"}, path
-        assert path == package / "training" / "metrics.py" or "tensorboard" not in found, path
+        assert path == package / "training" / "loggers.py" or "tensorboard" not in found, path

@@ -18,8 +18,8 @@ from PIL import Image
 
 from deit_jax import storage
 from deit_jax.cli.arguments import new_file
-from deit_jax.cli.drawing import draw
 from deit_jax.console import log
+from deit_jax.drawing import draw
 from deit_jax.errors import InputError
 from deit_jax.folders import printable
 

@@ -28,11 +28,11 @@ from ml_collections import ConfigDict
 
 from deit_jax import storage
 from deit_jax.cli.arguments import new_file, one_or_more
-from deit_jax.cli.drawing import draw
 from deit_jax.config.fields import default_config
 from deit_jax.config.plan import check_batch, plan_data
 from deit_jax.config.randaugment_policy import OPERATIONS, Policy, parse_policy
 from deit_jax.console import log
+from deit_jax.drawing import draw
 from deit_jax.errors import InputError
 
 RECIPE = "optional"
@@ -104,9 +104,7 @@ def batch_of_step(
     import jax
 
     from deit_jax import data
-    from deit_jax.models import imagenet
-    from deit_jax.training.state import step_keys
-    from deit_jax.training.step import make_augment
+    from deit_jax.training import showcase
 
     source = data.open_source(config.dataset, "train")
     check_batch(config, num_devices=jax.device_count(), num_processes=1)
@@ -116,34 +114,15 @@ def batch_of_step(
             f"--step is {step}, but training has the steps 0 to {plan.total_steps - 1}"
         )
     batch = next(data.train_batches(source, data.InputPlan.of(config, plan), start_step=step))
-    key, _ = step_keys(config.train.seed, step)
-    images, targets, mix = jax.jit(make_augment(config, plan))(key, batch)
-    mean, std = np.float64(config.input.mean), np.float64(config.input.std)
-    pixels = np.rint(255 * (np.asarray(images[:count]) * std + mean))
-    smoothing, classes = config.mixing.smoothing, plan.num_classes
-    with np.errstate(invalid="ignore"):  # smoothing 1 leaves no class anything of its own
-        weights = (np.asarray(targets[:count]) - smoothing / classes) / np.float64(1 - smoothing)
-
-    names = [imagenet.readable(n) for n in plan.class_names] or [
-        f"class {i}" for i in range(classes)
-    ]
-    captions = []
-    for row, (own, shares) in enumerate(zip(batch["label"], weights.round(6), strict=False)):
-        # Rounded twice: float32's error must not tip 0.625 and 0.375 to a sum of 1.01.
-        others = [k for k in np.flatnonzero(shares > 0.005) if k != own]
-        target = " · ".join(f"{names[k]} {shares[k]:.2f}" for k in (own, *others))
-        group = row // plan.group_size
-        kind = "cutmix" if mix.use_cutmix[group] else "mixup"
-        mixed = f"{kind} {mix.lam[group]:.2f}" if mix.lam[group] < 1 else "not mixed"
-        captions.append(f"{target}\ngroup {group} · {mixed}")
+    tiles, captions = showcase.augmented(config, plan, batch, step, count)
     title = (
         f"step {step} · seed {config.train.seed} · {len(captions)} of {config.train.batch_size} "
         f"images · {config.input.image_size} pixels · groups of {plan.group_size} · "
         f"{config.input.auto_augment or 'no auto_augment'} · erasing "
         f"{config.mixing.random_erasing:g} · mixup {config.mixing.mixup_alpha:g} · cutmix "
-        f"{config.mixing.cutmix_alpha:g} · smoothing {smoothing:g}"
+        f"{config.mixing.cutmix_alpha:g} · smoothing {config.mixing.smoothing:g}"
     )
-    return list(pixels.clip(0, 255).astype(np.uint8)), captions, title  # erasing's noise is cut
+    return tiles, captions, title
 
 
 def _picture(config: ConfigDict, image: str | None) -> np.ndarray:

@@ -93,7 +93,7 @@ def default_config() -> ConfigDict:
     config.distill.teacher = ""  # model folder or run folder that exists; "": WORKDIR/teacher
     # Recipe that trains the teacher in WORKDIR/teacher where there is none. It takes from the
     # student: dataset, parallel, checkpoint and distributed; of input image_size, interpolation,
-    # mean, std and on_bad_image; of train batch_size, dtype, seed and tensorboard.
+    # mean, std and on_bad_image; of train batch_size, dtype, seed, tensorboard and wandb.
     config.distill.teacher_config = ""
     config.distill.teacher_epochs = 0  # 0: as that recipe says
 
@@ -148,7 +148,10 @@ def default_config() -> ConfigDict:
     # Pairs (epochs, top-1 in percent) of the published run; an evaluation well below it warns.
     config.train.expected_top1 = ()
     config.train.max_nonfinite_steps = 10  # in a row, before the run stops
-    config.train.tensorboard = False  # also write TensorBoard events (extra: tensorboard)
+    # Also write TensorBoard events (extra: tensorboard), with the config and, of runs in one
+    # process, the first batch as the model sees it and images with what it takes them for.
+    config.train.tensorboard = False
+    config.train.wandb = ""  # the same for Weights & Biases (extra: wandb): the project; "": off
 
     config.parallel = ConfigDict()
     # jit: one program over all devices; pmap: one program per device. Results agree.

@@ -10,6 +10,7 @@ from deit_jax.parallel.preemption import StopSignal
 from deit_jax.training import metrics
 from deit_jax.training.evaluate import evaluator, images_digest
 from deit_jax.training.run import Run
+from deit_jax.training.showcase import Showcase
 from deit_jax.training.state import TrainState
 
 
@@ -24,7 +25,13 @@ class Evaluations:
     """
 
     def __init__(
-        self, run: Run, writer: metrics.MetricWriter, stop: StopSignal, best: dict, hold: Lease
+        self,
+        run: Run,
+        writer: metrics.MetricWriter,
+        stop: StopSignal,
+        best: dict,
+        hold: Lease,
+        showcase: Showcase,
     ):
         """Evaluates nothing yet.
 
@@ -34,8 +41,9 @@ class Evaluations:
           stop: an evaluation under way is left between two batches.
           best: that of the checkpoint.
           hold: the lease of the workdir.
+          showcase: draws images of each evaluation.
         """
-        self.best, self._hold = best, hold
+        self.best, self._hold, self._showcase = best, hold, showcase
         self._run, self._writer, self._stop = run, writer, stop
         self._evaluate = evaluator(run, stop)
         self._data = images_digest(run, run.network.info, run.config.input.image_size)
@@ -65,6 +73,7 @@ class Evaluations:
         expected = dict(config.train.expected_top1).get(epoch)
         shown = results | ({} if expected is None else {"expected_top1": expected})
         self._writer.write(step, "eval", shown, data=self._data)
+        self._showcase.evaluation(step, state)
         log(f"step {step}: eval {metrics.eval_line(shown)}", on=first)
         if warning := metrics.accuracy_warning(shown):
             log(warning, on=first)

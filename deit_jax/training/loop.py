@@ -25,6 +25,7 @@ from deit_jax.training.evaluate import evaluator, make_attention_probe, skipped
 from deit_jax.training.evaluations import Evaluations
 from deit_jax.training.run import Run, matmuls
 from deit_jax.training.setup import check, check_start, initial_state
+from deit_jax.training.showcase import Showcase
 from deit_jax.training.state import TrainState
 from deit_jax.training.step import make_train_step
 from deit_jax.training.teacher import load_teacher, teacher_accuracy, teacher_config
@@ -134,11 +135,13 @@ def _train(
         resume_step=step,
         steps_per_epoch=plan.steps_per_epoch,
         tensorboard=config.train.tensorboard,
+        wandb=config.train.wandb,
         check=hold.check_here,
         on=first,
     )
     progress = metrics.Progress(batch_size=config.train.batch_size, total_steps=plan.total_steps)
-    window, evaluations = _Window(run), Evaluations(run, writer, stop, best, hold)
+    window, showcase = _Window(run), Showcase(run, writer)
+    evaluations = Evaluations(run, writer, stop, best, hold, showcase)
     if step >= plan.total_steps:
         log(f"Already finished at step {step}.", on=first)
         if int(state.nonfinite_steps) >= config.train.max_nonfinite_steps:
@@ -154,6 +157,7 @@ def _train(
 
     start, compiling = step, doing("compiling the training step", on=first)
     with contextlib.closing(writer):
+        showcase.config(step)
         if evaluations.due(step):  # the run ended during the evaluation, or after it
             results = evaluations.resumed(step, state)
         stop.check_alone()
@@ -162,6 +166,8 @@ def _train(
             begin = time.perf_counter()
             batch = next(batches)
             progress.waited(time.perf_counter() - begin)
+            if step == start:
+                showcase.batch(step, batch)
             batch = to_global(batch, batch_sharding(run.mesh))
             with compiling if step == start else contextlib.nullcontext():
                 state, measured = train_step(state, teacher_variables, batch)

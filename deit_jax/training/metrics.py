@@ -1,14 +1,17 @@
-"""Reports a run's metrics: metrics.jsonl, TensorBoard events and console lines."""
+"""Reports a run's metrics: metrics.jsonl, other loggers and console lines."""
 
 import json
 import math
 import time
 from collections.abc import Callable
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from deit_jax import storage
-from deit_jax.errors import InputError
+from deit_jax.training import loggers
 from deit_jax.training.log_file import LogFile
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _NO_VALUES = ("step", "epoch", "seconds", "split", "data")  # of a line
 
@@ -34,20 +37,23 @@ class MetricWriter:
         resume_step: int | None = None,
         steps_per_epoch: int = 0,
         tensorboard: bool = False,
+        wandb: str = "",
         beside: bool = False,
         check: Callable[[], None] = lambda: None,
         on: bool = True,
     ):
-        """Opens WORKDIR/metrics.jsonl; raises InputError if TensorBoard is wanted but missing.
+        """Opens WORKDIR/metrics.jsonl; raises InputError if a logger is wanted but missing.
 
         `check` raises where the run must not write any more; it is asked at each line.
         """
-        self._file = self._events = None
+        self._file, self._loggers = None, []
         self.evaluation: dict = {}
         self._check = check
         self._begin, self._steps_per_epoch = time.monotonic(), steps_per_epoch
         if tensorboard:
-            import_tensorboard()
+            loggers.import_tensorboard()
+        if wandb:
+            loggers.import_wandb(wandb)
         if not on:
             return
         path = storage.path_of(workdir, "metrics.jsonl")
@@ -59,7 +65,9 @@ class MetricWriter:
             path = path.with_name(f"metrics.{time.time_ns()}.jsonl")
         self._file = LogFile(path, check)
         if tensorboard:
-            self._events = _EventFile(workdir, resume_step or 0, check)
+            self._loggers.append(loggers.EventFile(workdir, resume_step or 0, check))
+        if wandb:
+            self._loggers.append(loggers.Wandb(workdir, wandb))
 
     def write(self, step: int, split: str, values: dict[str, float], *, data: str = "") -> None:
         """Appends one line; non-finite values become null, which JSON can hold."""
@@ -75,18 +83,33 @@ class MetricWriter:
         line |= numbers
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
-        if self._events is not None:
-            self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
+        for logger in self._loggers:
+            logger.write(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    @property
+    def draws(self) -> bool:
+        """Returns whether texts and pictures are kept anywhere."""
+        return bool(self._loggers)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Shows a text where there is a logger for it."""
+        for logger in self._loggers:
+            logger.text(step, name, text)
+
+    def picture(self, step: int, name: str, picture: "Image.Image") -> None:
+        """Shows a picture where there is a logger for it."""
+        for logger in self._loggers:
+            logger.picture(step, name, picture)
 
     def sync(self) -> None:
         """Waits until all is stored: a resumed run does not write it again."""
-        for file in (self._file, self._events):
+        for file in (self._file, *self._loggers):
             if file is not None:
                 file.sync()
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._file, self._events):
+        for file in (self._file, *self._loggers):
             if file is not None:
                 file.close()
 
@@ -212,47 +235,3 @@ def _drop_lines_after(path: storage.Path, step: int) -> list[dict]:
             continue
     storage.replace_text(path, "".join(kept))
     return lines
-
-
-class _EventFile:
-    """Writes TensorBoard events with the tensorboard package's record writer, no TensorFlow."""
-
-    def __init__(self, workdir: str, step: int, check: Callable[[], None]):
-        event_pb2, summary_pb2, record_writer = import_tensorboard()
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # Nanoseconds: a run that resumes within a second must not overwrite the earlier file.
-        path = storage.path_of(workdir, f"events.out.tfevents.{time.time_ns()}")
-        self._file = LogFile(path, check)
-        self._writer = record_writer.RecordWriter(self._file)
-        self._put(file_version="brain.Event:2")
-        # Makes TensorBoard drop what a killed run wrote for the steps from the next one on.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._put(step=step + 1, session_log=start)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        points = [self._summary.Value(tag=name, simple_value=v) for name, v in values.items()]
-        self._put(step=step, summary=self._summary(value=points))
-        self._writer.flush()
-
-    def _put(self, **fields: object) -> None:
-        event = self._event(wall_time=time.time(), **fields)
-        self._writer.write(event.SerializeToString())
-
-    def sync(self) -> None:
-        self._file.sync()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def import_tensorboard() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """Imports TensorBoard's events, summaries and record writer; InputError if it is missing."""
-    try:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer import record_writer
-    except ImportError as error:
-        raise InputError(
-            "config.train.tensorboard is True, but the tensorboard package is missing; "
-            "pip install 'deit-jax[tensorboard]', or set it to False"
-        ) from error
-    return event_pb2, summary_pb2, record_writer

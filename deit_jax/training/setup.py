@@ -18,9 +18,8 @@ from deit_jax.models import registry
 from deit_jax.models.network import Variables, split_model
 from deit_jax.parallel import cpu_memory, hosts
 from deit_jax.parallel.mesh import make_mesh, state_shardings, to_host, with_shardings
-from deit_jax.training import checks, kernels, optim
+from deit_jax.training import checks, kernels, loggers, optim
 from deit_jax.training.complete import as_trained, complete
-from deit_jax.training.metrics import import_tensorboard
 from deit_jax.training.run import Run, build_model
 from deit_jax.training.state import TrainState, init_key, new_state
 from deit_jax.training.teacher import check_teacher, teacher_folder
@@ -44,8 +43,7 @@ def check(config: ConfigDict, workdir: str, *, mode: str = "train") -> Run:
         checks.check_place(workdir)
     training = mode != "eval"
     config, notes = as_trained(complete(config, workdir), workdir, training=training)
-    if config.train.tensorboard:
-        import_tensorboard()
+    loggers.check(config)
     hosts.start(config.distributed)
     cpu_memory.keep_memory()
     checks.check_processes(config, workdir, mode=mode)

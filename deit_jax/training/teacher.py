@@ -77,7 +77,7 @@ def teacher_config(config: "ConfigDict") -> "ConfigDict":
     # It will see the student's images.
     for field in ("image_size", "interpolation", "mean", "std", "on_bad_image"):
         teacher.input[field] = config.input[field]
-    for field in ("batch_size", "dtype", "seed", "tensorboard"):
+    for field in ("batch_size", "dtype", "seed", "tensorboard", "wandb"):
         teacher.train[field] = config.train[field]
     epochs = config.distill.teacher_epochs
     if epochs:

@@ -220,3 +220,8 @@ def test_links_to_themselves_in_place_of_folders(refused, tmp_path, field):
 def test_tensorboard_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer", None)
     assert "config.train.tensorboard" in refused("--config.train.tensorboard=True")
+
+
+def test_wandb_that_is_not_installed(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install 'deit-jax[wandb]'" in refused("--config.train.wandb=mine")

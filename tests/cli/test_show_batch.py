@@ -9,8 +9,8 @@ import optax
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from deit_jax import data
-from deit_jax.cli import drawing, show_batch
+from deit_jax import data, drawing
+from deit_jax.cli import show_batch
 from deit_jax.config.files import load_config
 from deit_jax.config.plan import plan_run
 from deit_jax.config.randaugment_policy import OPERATIONS

@@ -36,6 +36,7 @@ def test_every_field_is_checked_for_its_type_and_most_for_their_range():
         "input.mean", "input.auto_augment", "distill.teacher", "distill.teacher_config",
         "optimizer.trainable", "train.expected_top1", "checkpoint.accept_changes",
         "init_from", "model.name", "model.options", "distributed.coordinator_address",
+            "train.wandb",
     }  # fmt: skip
     assert set(FIELDS) <= ranged | booleans | by_hand
     assert CHOICES["optimizer.name"] == optim.OPTIMIZERS
