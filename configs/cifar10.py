@@ -16,7 +16,7 @@ Commands:
 
 A tenth of the images (--config.dataset.train_fraction=0.1) takes minutes on two cores;
 experiments/distillation.py compares the runs on parts of the data, docs/experiments.md has what came
-out. Confidence in the settings: medium, our own choice on held-out training images.
+out. Confidence in the settings: low, our own choice; little of it has been tried.
 """  # noqa: E501
 
 from ml_collections import ConfigDict
