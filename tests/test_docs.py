@@ -92,5 +92,5 @@ def _check_command(line):
     _, command, *flags = shlex.split(line)
     module = importlib.import_module(f"deit_jax.cli.{main.COMMANDS[command][0]}")
     arguments = main._parse(command, module, flags, "deit-jax")
-    if module.RECIPE:
+    if module.RECIPE and arguments.config is not None:  # report reads --data, too
         complete(arguments.config)
