@@ -173,7 +173,7 @@ def layout(info: ModelInfo) -> layouts.Layout:
     if other or registry.family(info.name) != "vit":
         raise InputError(
             f"{info.name}: transformers has ViT and DeiT without LayerScale and with positions for "
-            "all tokens; use --format timm or fb"
+            "all tokens; take timm or fb"
         )
     return layouts.HF_DEIT if options["distilled"] else layouts.HF_VIT
 

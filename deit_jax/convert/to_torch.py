@@ -42,7 +42,7 @@ def layout(info: ModelInfo, form: str) -> layouts.Layout:
     if form == "timm" and (kind := options.get("rope", "none")) != "none":
         if kind == "vit5" or options["num_registers"] or options["norm"] != "layer":
             raise InputError(
-                f"{info.name}: timm has RoPE-ViT without registers, and no ViT-5; use --format fb"
+                f"{info.name}: timm has RoPE-ViT without registers, and no ViT-5; only fb has it"
             )
         return layouts.TIMM_ROPE
     key = form, registry.family(info.name)

@@ -222,7 +222,7 @@ def test_what_cannot_be_pushed(tmp_path, connected, capsys, monkeypatch):
         ("plain", ("--to", "name"), "expected OWNER/NAME"),
         ("plain", ("--to", "a/b/c"), "expected OWNER/NAME"),
         ("plain", ("--dry_run", tmp_path / "there"), "exists; choose another path"),
-        ("plain", (*to, "--layout", "hf"), "use --format timm or fb"),
+        ("plain", (*to, "--layout", "hf"), "take timm or fb"),
         ("vit5", to, "timm has RoPE-ViT without registers"),
         ("hmlp", to, "has hmlp True, which no name of timm's stands for"),
         ("resmlp", to, "timm builds ResMLP by its names alone"),
