@@ -19,7 +19,9 @@ from deit_jax.inference.export import export_model
 from deit_jax.inference.predict import predict
 from tests.inference.test_export import ALONE, full_effect
 
-RUN = ALONE + "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+RUN = ALONE + "sys.modules['safetensors'] = None\n"
+# -c leaves itself in argv[0]: the script's path takes its place.
+RUN += "import runpy; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def png(height, width, seed=0, mode="RGB"):
@@ -45,8 +47,6 @@ def server(model, tmp_path, repo_root):
     export_model(tmp_path / "program", model, platforms=["cpu"])
     limits = ["--batch", "4", "--max-bytes", "100000", "--max-pixels", "100000", "--port", "0"]
     command = [sys.executable, "-c", RUN, str(repo_root / "examples/serve.py")]
-    # -c leaves itself in argv[0]: the script's path takes its place.
-    command[2] = command[2].replace("import runpy;", "del sys.argv[0]; import runpy;")
     command += [str(tmp_path / "program"), *limits, "--wait-ms", "20"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:
