@@ -34,6 +34,7 @@ from jax import export
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+LINGER_SECONDS = 5  # for a client that goes on sending what has been refused
 MOST_RESIZED = 2**25  # pixels: a picture that is nearly a line would become gigabytes
 Image.MAX_IMAGE_PIXELS = None  # --max-pixels is the limit
 
@@ -233,6 +234,16 @@ class Handler(BaseHTTPRequestHandler):
             self.server.idle.discard(self.connection)
         return super().parse_request()
 
+    def finish(self) -> None:
+        """Ends a connection when its client has stopped sending, which reads no answer before."""
+        super().finish()
+        end = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):  # it has gone, or waits
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER_SECONDS)
+            while time.monotonic() < end and self.connection.recv(2**16):
+                pass
+
     def do_GET(self) -> None:
         """Answers /health."""
         path = urlsplit(self.path).path
@@ -281,10 +292,6 @@ class Handler(BaseHTTPRequestHandler):
         length = int(text)
         if length > most:
             self.close_connection = True
-            # Who is still sending when the connection ends does not read the answer.
-            left = min(length, 8 * most)
-            while left and (read := self.rfile.read1(min(left, 2**16))):
-                left -= len(read)
             raise Refused(413, f"{length:,} bytes, expected at most {most:,}")
         if not length:
             raise Refused(400, "the body is empty; send the bytes of an image")

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -139,6 +140,14 @@ def test_bad_requests_get_one_line(server):
         assert (found, list(answer)) == (status, ["error"]), words
         assert words in answer["error"]
         assert "\n" not in answer["error"]
+    late = socket.create_connection(server.place.split(":"))
+    late.sendall(b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert late.recv(1, socket.MSG_PEEK)  # the answer is there
+    for _ in range(3):
+        late.sendall(bytes(50_000))  # to who no longer wants it, but has not gone
+        time.sleep(0.05)
+    assert late.makefile("rb").readline().startswith(b"HTTP/1.1 411")
+    late.close()
     assert ask(server.place, body=good)[0] == 200  # it serves on
     server.send_signal(signal.SIGTERM)
     assert server.communicate(timeout=60) == ("stopped after 1 images in 1 batches\n", "")
