@@ -64,7 +64,7 @@ def _targets(path: Path, text: str) -> Iterator[Path]:
     for name in _LINK.findall(_FENCE.sub("", text)):
         target = (path.parent / name).resolve()
         if not target.is_file():
-            raise FileNotFoundError(f"{path.relative_to(ROOT)} links to {name}, which is no file")
+            raise FileNotFoundError(f"{path.relative_to(ROOT)} links to {name}: no such file")
         yield target
 
 

@@ -54,6 +54,18 @@ def pixels(count):
     return np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
 
 
+def assert_outputs(got, heads, model, images):
+    """A program's outputs are the model's logits of each head, and the softmax of their mean."""
+    want = logits_of(model, images)
+    for head, logits in zip(heads, want, strict=True):
+        assert np.abs(logits).max() > 0.1
+        assert np.abs(got[head] - logits).max() <= 1e-5 * np.abs(logits).max()
+    mean = np.float64(sum(want) / len(want))
+    exponents = np.exp(mean - mean.max())
+    likely = exponents / exponents.sum(1, keepdims=True)
+    np.testing.assert_allclose(got["probabilities"], likely, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_programs_compute_what_their_models_do(name, tmp_path):
     model = full_effect(name)
@@ -72,14 +84,7 @@ def test_programs_compute_what_their_models_do(name, tmp_path):
         np.testing.assert_array_equal(weights[key], x, err_msg=key)
     for count in (1, 3, 32) if "distilled" in name else (3,):
         got = program.call(weights, pixels(count))
-        want = logits_of(model, pixels(count))
-        for head, logits in zip(heads, want, strict=True):
-            assert np.abs(logits).max() > 0.1
-            assert np.abs(got[head] - logits).max() <= 1e-5 * np.abs(logits).max()
-        mean = np.float64(sum(want) / len(want))
-        exponents = np.exp(mean - mean.max())
-        likely = exponents / exponents.sum(1, keepdims=True)
-        np.testing.assert_allclose(got["probabilities"], likely, rtol=1e-4, atol=1e-6)
+        assert_outputs(got, heads, model, pixels(count))
     last = "head/fc/kernel" if "regnety" in name else "head/kernel"
     changed = {key: x * 1.5 if key.endswith(last) else x for key, x in weights.items()}
     other = program.call(changed, pixels(count))["logits_class"]  # the weights are no constants
