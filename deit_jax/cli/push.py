@@ -44,6 +44,8 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         hub.check_repository(repo)
     elif out is None:
         raise InputError("name the repository, --to OWNER/NAME, or a folder, --dry_run DIR")
+    if out is not None and (arguments.private or arguments.overwrite):
+        raise InputError("--private and --overwrite are for uploads; drop them or --dry_run")
     if out is None:
         hub.library()
     elif storage.exists(out):

@@ -68,15 +68,15 @@ def upload(folder: Path, repo: str, *, private: bool = False, overwrite: bool = 
     Args:
       folder: what to upload.
       repo: OWNER/NAME; created where it does not exist.
-      private: as which it is created.
+      private: as which it is created; one that exists must be private.
       overwrite: adds a commit to a repository that holds files; what it held stays in its history.
 
     Returns:
       The address of the commit.
 
     Raises:
-      InputError: huggingface_hub or the token is missing, the hub refuses, or the repository holds
-        files and `overwrite` is False.
+      InputError: huggingface_hub or the token is missing, the hub refuses, the repository is public
+        against `private`, or it holds files and `overwrite` is False.
       TransientError: no answer.
     """
     hub = library()
@@ -87,6 +87,11 @@ def upload(folder: Path, repo: str, *, private: bool = False, overwrite: bool = 
         if not api.repo_exists(repo):
             api.create_repo(repo, private=private)
         about = api.model_info(repo)
+        if private and not about.private:
+            raise InputError(
+                f"{repo} is public, and --private only says how a new repository is created; make "
+                "it private in its settings, or choose another name"
+            )
         held = [file.rfilename for file in about.siblings or ()]
         held = [name for name in held if name not in _OF_THE_HUB]
         if held and not overwrite:

@@ -49,6 +49,7 @@ class Hub(Handler):
                 {"type": "file", "path": f, "size": len(b), "oid": "0"} for f, b in files.items()
             ]
             about = {"id": repo, "sha": SHA, "siblings": [{"rfilename": file} for file in files]}
+            about["private"] = repo in self.server.private
             return self.answer(json.dumps(tree if "/tree/" in path else about).encode())
         body = files[rest.rpartition("/")[2]]
         digest = hashlib.sha256(body if self.server.honest else b"other").hexdigest()
@@ -68,6 +69,8 @@ class Hub(Handler):
         if path == "/api/repos/create":
             repo = "/".join((asked[0]["organization"] or "owner", asked[0]["name"]))
             self.server.repositories[repo] = {".gitattributes": b""}
+            if asked[0].get("private") or asked[0].get("visibility") == "private":
+                self.server.private.add(repo)
             said = {"url": f"{self.server.address}/{repo}", "id": repo}
         elif path == "/api/validate-yaml":
             said = {"errors": [], "warnings": []}
@@ -126,7 +129,7 @@ def serve_hub():
     """Starts a hub on loopback, and gives it with its `address`."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.files, server.repositories, server.seen, server.honest = {}, {}, [], True
-        server.commits = []
+        server.commits, server.private = [], set()
         server.address = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server

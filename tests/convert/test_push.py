@@ -199,6 +199,11 @@ def test_an_upload_replaces_nothing_unasked(tmp_path, connected, capsys, monkeyp
     assert held["notes.txt"] == b"somebody's"
     assert json.loads(held["config.json"])["architecture"] == "deit_tiny_distilled_patch16_224"
     assert connected.commits[1][0]["value"]["parentCommit"] == loopback.SHA
+    assert push("--model", run, *flags, "--overwrite", "--private") == 2
+    assert "owner/leaf is public, and --private only says" in capsys.readouterr().err
+    hidden = ("--model", run, "--to", "owner/hidden", "--private")
+    assert push(*hidden) == push(*hidden, "--overwrite") == 0
+    assert connected.private == {"owner/hidden"}
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     capsys.readouterr()
     assert push("--model", run, *flags, "--overwrite") == 2
@@ -207,7 +212,7 @@ def test_an_upload_replaces_nothing_unasked(tmp_path, connected, capsys, monkeyp
     connected.honest = False
     assert push("--model", run, *flags, "--overwrite") == 2
     assert "owner/leaf: refused by the hub (" in capsys.readouterr().err
-    assert len(connected.commits) == 2
+    assert len(connected.commits) == 4
 
 
 def test_what_cannot_be_pushed(tmp_path, connected, capsys, monkeypatch):
@@ -222,6 +227,7 @@ def test_what_cannot_be_pushed(tmp_path, connected, capsys, monkeypatch):
         ("plain", ("--to", "name"), "expected OWNER/NAME"),
         ("plain", ("--to", "a/b/c"), "expected OWNER/NAME"),
         ("plain", ("--dry_run", tmp_path / "there"), "exists; choose another path"),
+        ("plain", ("--dry_run", tmp_path / "new", "--private"), "are for uploads; drop them"),
         ("plain", (*to, "--layout", "hf"), "take timm or fb"),
         ("vit5", to, "timm has RoPE-ViT without registers"),
         ("hmlp", to, "has hmlp True, which no name of timm's stands for"),
