@@ -4,9 +4,9 @@ python examples/serve.py digits --port 8000
 curl --data-binary @digit.png 'http://127.0.0.1:8000/predict?top=3'
 curl http://127.0.0.1:8000/health
 
-Needs jax, NumPy and Pillow, not deit-jax. Images that arrive together are computed together. What
-is no good image is answered with a status of 400 to 499 and one line in JSON. SIGTERM and Ctrl-C
-end it once all that has been asked is answered.
+Needs `pip install jax flatbuffers numpy pillow`, not deit-jax. Images that arrive together are
+computed together. What is no good image is answered with a status of 400 to 499 and one line in
+JSON. SIGTERM and Ctrl-C end it once all that has been asked is answered.
 
 It has neither TLS nor passwords: put it behind a proxy that has.
 """

@@ -18,11 +18,10 @@ from PIL import Image
 
 from deit_jax.inference.export import export_model
 from deit_jax.inference.predict import predict
-from tests.inference.test_export import ALONE, full_effect
+from tests.inference.test_export import alone, full_effect
 
-RUN = ALONE + "sys.modules['safetensors'] = None\n"
 # -c leaves itself in argv[0]: the script's path takes its place.
-RUN += "import runpy; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+RUN = "import runpy; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def png(height, width, seed=0, mode="RGB"):
@@ -47,7 +46,8 @@ def server(model, tmp_path, repo_root):
     """A server that takes 100,000 bytes and pixels; `place` is its address."""
     export_model(tmp_path / "program", model, platforms=["cpu"])
     limits = ["--batch", "4", "--max-bytes", "100000", "--max-pixels", "100000", "--port", "0"]
-    command = [sys.executable, "-c", RUN, str(repo_root / "examples/serve.py")]
+    script = repo_root / "examples/serve.py"
+    command = [sys.executable, "-c", alone(script.read_text()) + RUN, str(script)]
     command += [str(tmp_path / "program"), *limits, "--wait-ms", "20"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import export
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -21,11 +24,24 @@ from deit_jax.cli.main import main
 from deit_jax.inference.export import PLATFORMS, export_model
 from deit_jax.models.network import split_model
 
-# An installation of jax alone: what else the project brings cannot be imported.
-ALONE = "import sys\nfor name in ('deit_jax', 'flax', 'orbax', 'tensorflow', 'torch'):\n"
-ALONE += "    sys.modules[name] = None\n"
 NAMES = ("deit_testing_distilled", "parallel_testing", "hmlp_testing", "cait_testing")
 NAMES += ("resmlp_testing", "vit5_testing", "vit_testing_rope_mixed_ape", "regnety_testing")
+
+
+def alone(text):
+    """Python after which only what the first `pip install` of a text brings can be imported."""
+    wanted, installed = re.search("`pip install ([a-z ]+)`", text)[1].split(), {"pip"}
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name not in installed:
+            installed.add(name)
+            needs = map(Requirement, metadata.requires(name) or ())
+            wanted += [n.name for n in needs if not n.marker or n.marker.evaluate({"extra": ""})]
+    absent = {"deit_jax"}
+    for module, sources in metadata.packages_distributions().items():
+        if installed.isdisjoint(map(canonicalize_name, sources)):
+            absent.add(module)
+    return f"import sys\nfor name in {absent}:\n    sys.modules.setdefault(name, None)\n"
 
 
 def full_effect(name, **options):
@@ -119,10 +135,10 @@ def test_the_lines_of_the_docs_run_without_deit_jax(tmp_path, repo_root, capsys)
     assert capsys.readouterr().err.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "digits"}
     Image.fromarray(pixels(1)[0]).save(tmp_path / "digit.png")
-    lines, _ = re.findall(r"```python\n(.*?)```", (repo_root / "docs/export.md").read_text(), re.S)
-    run = subprocess.run(
-        [sys.executable, "-c", ALONE + lines], cwd=tmp_path, capture_output=True, text=True
-    )
+    page = (repo_root / "docs/export.md").read_text()
+    lines, _ = re.findall(r"```python\n(.*?)```", page, re.S)
+    command = [sys.executable, "-c", alone(page) + lines]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{'abcdefghij'[sum(logits_of(model, pixels(1)))[0].argmax()]}\n"
     about = json.loads((tmp_path / "digits" / "about.json").read_text())
