@@ -16,10 +16,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from deit_jax.cli.arguments import Parser, new_file, one_or_more
+from deit_jax.cli.arguments import Parser, one_or_more
 from deit_jax.cli.status import exit_status
 from deit_jax.config.files import load_config
-from deit_jax.planning.markdown import head, origin, processor, publish, table
+from deit_jax.console import log
+from deit_jax.planning.markdown import around, head, origin, processor, table, write_between
 from deit_jax.training import loop
 from experiments import cells
 
@@ -71,8 +72,11 @@ def _run(argv: list[str]) -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--train_fraction", type=float, default=0.1)
     add("--epochs", type=one_or_more, default=16)
-    add("--write", type=new_file, metavar="FILE", help="also put the table into this file")
+    help_text = "also put the table between <!-- positions --> and <!-- end of positions --> there"
+    add("--write", type=Path, metavar="FILE", help=help_text)
     arguments = parser.parse_args(argv)
+    if arguments.write:
+        around(arguments.write, "positions")  # which says what is wrong before hours of training
     figures = {model: [] for model in MODELS}
     fraction, epochs = arguments.train_fraction, arguments.epochs
     for seed in arguments.seeds:
@@ -88,12 +92,15 @@ def _run(argv: list[str]) -> None:
         rows.append((model, f"`{MODELS[model]}`" if MODELS[model] else "", *means, each))
     command = f"python -m experiments.positions {shlex.join(argv)}"
     what = (
-        f"Top-1 in percent after {epochs} epochs of {fraction:.0%} of CIFAR-10's training images; "
+        f"Top-1 in percent after {epochs} epochs of {100 * fraction:g} % of the training images, "
     )
     what += f"seeds {', '.join(map(str, arguments.seeds))}."
     columns = ["model", "options", *(f"at {size} pixels" for size in SIZES), "each seed"]
-    section = head("Positions", command, origin("jax", "flax", "tensorflow"), processor())
-    publish([*section, what, "", *table(*columns, rows=rows)], arguments.write)
+    _, _, *section = head("", command, origin("jax", "flax", "tensorflow"), processor())
+    section += [what, "", *table(*columns, rows=rows)]
+    log("\n".join(section))
+    if arguments.write:
+        write_between(arguments.write, "positions", section)
 
 
 if __name__ == "__main__":

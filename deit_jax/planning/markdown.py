@@ -81,10 +81,20 @@ def write_between(file: Path, name: str, section: Iterable[str]) -> None:
     Raises:
       InputError: the file has no such comments.
     """
+    before, after = around(file, name)
+    file.write_text("\n".join([before, "", *section, "", after]), encoding="utf-8")
+
+
+def around(file: Path, name: str) -> tuple[str, str]:
+    """Returns the text up to and with `<!-- NAME -->`, and that from `<!-- end of NAME -->` on.
+
+    Raises:
+      InputError: the file has no such comments.
+    """
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, first, rest = file.read_text(encoding="utf-8").partition(start)
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    before, first, rest = text.partition(start)
     _, last, after = rest.partition(end)
     if not first or not last:
         raise InputError(f"{file} has no {start} ... {end} to put the table between")
-    lines = "\n".join([start, "", *section, "", end])
-    file.write_text(before + lines + after, encoding="utf-8")
+    return before + first, last + after

@@ -40,6 +40,15 @@ def test_runs_and_table(runs, tmp_path, capsys):
     assert positions.main([*flags, "--epochs=9"]) == 0
     assert row in capsys.readouterr().out.splitlines()
     assert len(runs) == 2 * 2 * len(positions.MODELS), "what is kept is not made again"
+    (page := tmp_path / "page.md").write_text("before\n<!-- positions -->\n", encoding="utf-8")
+    assert positions.main([*flags, "--epochs=7", f"--write={page}"]) == 2
+    assert "<!-- end of positions -->" in capsys.readouterr().err
+    assert len(runs) == 2 * 2 * len(positions.MODELS), "what is wrong with the page is said first"
+    page.write_text("before\n<!-- positions --><!-- end of positions -->after", encoding="utf-8")
+    assert positions.main([*flags, "--epochs=9", f"--write={page}"]) == 0
+    assert row in (text := page.read_text(encoding="utf-8"))
+    assert text.startswith("before\n<!-- positions -->")
+    assert text.endswith("-->after")
     assert positions.main([*flags, "--epochs=8"]) == 2
     assert "schedule.epochs" in capsys.readouterr().err
 
