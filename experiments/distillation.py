@@ -41,13 +41,18 @@ from experiments import cells
 
 TABLES = Path(__file__).parent
 HELD_OUT = 0.02  # of each class of train: evaluated while settings are tuned, never trained on
+SETTINGS = {"teacher": "teacher", "over": "plain"}  # of a run, beside its fields; and its recipe
 TOP1 = {"top1": "mean", "top1_cls": "class", "top1_dist": "distillation"}  # report → predictions
 
 Cell = dict[str, Any]  # run, images, seed and fields, and what was found
 
 
 def read_table(name: str) -> list[dict]:
-    """Returns the parts of a table: fraction, seeds, runs, and fields of all and of each run."""
+    """Returns the parts of a table: fraction, seeds, runs, and fields of all and of each run.
+
+    A run may also name a `recipe` of cifar10 other than itself, the run that is its `teacher`,
+    and the one `over` which its gain is counted.
+    """
     return tomllib.loads((TABLES / f"{name}.toml").read_text(encoding="utf-8"))["part"]
 
 
@@ -86,16 +91,21 @@ def link_images(data: Path, folder: Path, fraction: float, seed: int) -> Path:
 
 def recipe(part: dict, run: str, seed: int, workdir: Path) -> ConfigDict:
     """Returns the recipe of a cell: cifar10's, with the table's fields for all and for this run."""
-    config = load_config(f"cifar10:{run}")
+    config = load_config(f"cifar10:{part.get(run, {}).get('recipe', run)}")
     config.dataset.root, config.train.seed = str(workdir.absolute() / "images"), seed
     if config.distill.kind != "none":
-        config.distill.teacher = str(workdir.absolute() / "teacher")
+        config.distill.teacher = str(workdir.absolute() / _settings(part, run)["teacher"])
     config.update_from_flattened_dict(_fields(part, run))
     return config
 
 
+def _settings(part: dict, run: str) -> dict[str, str]:
+    return {name: part.get(run, {}).get(name, usual) for name, usual in SETTINGS.items()}
+
+
 def _fields(part: dict, run: str) -> dict[str, object]:
-    return part.get("fields", {}) | part.get(run, {})
+    fields = part.get("fields", {}) | part.get(run, {})
+    return {name: value for name, value in fields.items() if name not in (*SETTINGS, "recipe")}
 
 
 def measure(config: ConfigDict, workdir: Path) -> Cell:
@@ -167,14 +177,16 @@ def train(
             count = sum(1 for _ in (images / "train").glob("*/*"))
             cells_here = [
                 {"run": run, "images": count, "seed": seed, "fields": _fields(part, run)}
+                | {"over": _settings(part, run)["over"]}
                 for run in ("teacher", *part["runs"])
             ]
             for cell in cells_here:
                 _check_fields(cell, kept)
             groups.append((part, folder, cells_here))
-    for part, folder, (teacher, *students) in groups:
-        missing = [cell for cell in (teacher, *students) if held_out or _key(cell) not in done]
-        for cell in [teacher] * bool(missing) + [cell for cell in missing if cell is not teacher]:
+    for part, folder, cells_here in groups:
+        missing = {cell["run"] for cell in cells_here if held_out or _key(cell) not in done}
+        wanted = missing | {_settings(part, run)["teacher"] for run in missing}
+        for cell in (cell for cell in cells_here if cell["run"] in wanted):
             at = folder / cell["run"]
             config = recipe(part, cell["run"], cell["seed"], folder)
             cell |= cells.report(config, at, lambda c=config, w=at: measure(c, w))
@@ -197,14 +209,15 @@ def _check_fields(cell: Cell, kept: list[Cell]) -> None:
 def compare(found: list[Cell]) -> Iterator[dict[str, Any]]:
     """Yields a row for each number of images and run: means, and the difference from plain.
 
-    `error` is the standard error of the mean over the seeds. `over` holds the mean and standard
-    error of the difference from the plain student of the same seed, which saw the same images.
+    `over` holds the mean and standard error of the difference from the run of the same seed over
+    which the table counts it, most often the plain student; it saw the same images.
     """
     groups: dict[tuple[int, str], dict[int, Cell]] = {}
     for cell in found:
         groups.setdefault((cell["images"], cell["run"]), {})[cell["seed"]] = cell
     for (images, run), by_seed in sorted(groups.items(), key=lambda item: item[0][0]):
-        plain = groups.get((images, "plain"), {})
+        base = next(iter(by_seed.values())).get("over", "plain")
+        plain = groups.get((images, base), {}) if run not in ("teacher", base) else {}
         over = [c["top1"] - plain[s]["top1"] for s, c in by_seed.items() if s in plain]
         names = (*TOP1, "agreement")
         values = {n: [c[n] for c in by_seed.values() if n in c] for n in names}
@@ -213,7 +226,8 @@ def compare(found: list[Cell]) -> Iterator[dict[str, Any]]:
             "run": run,
             "seeds": len(by_seed),
             "top1": values.pop("top1"),
-            "over": _mean(over) if run not in ("plain", "teacher") and over else None,
+            "over": _mean(over) if over else None,
+            "base": base,
         } | {name: statistics.mean(each) for name, each in values.items() if each}
 
 
@@ -224,6 +238,8 @@ def lines(found: list[Cell]) -> Iterator[str]:
         rest = [f"{row[n]:.1f}" if n in row else "" for n in ("top1_cls", "top1_dist", "agreement")]
         over = row["over"]
         rest += [_with_error(*over), _in_errors(*over)] if over else ["", ""]
+        if over and row["base"] != "plain":
+            rest[-2] += f" (over {row['base']})"
         rest = [_with_error(*_mean(row["top1"])), *rest]
         rows.append((row["images"], row["run"], row["seeds"], *rest))
     columns = ("images", "run", "seeds", "top-1", "class head", "distillation head")

@@ -67,6 +67,11 @@ def test_the_comparison_is_by_seed():
         "| 500 | hard | 3 | 34.00 ± 1.53 | 31.0 | 33.0 | 50.0 | 2.00 ± 0.58 | +3.5 |",
         "| 500 | soft | 1 | 32.50 |  |  |  | 0.50 |  |",
     ]
+    found += [cell(run, 0, top1, over="bare") for run, top1 in (("bare", 20.0), ("taught", 21.5))]
+    assert list(distillation.lines(found))[-2:] == [
+        "| 500 | bare | 1 | 20.00 |  |  |  |  |  |",
+        "| 500 | taught | 1 | 21.50 |  |  |  | 1.50 (over bare) |  |",
+    ]
 
 
 def test_results_keep_what_is_there_and_do_not_mix_settings(data, tmp_path):
@@ -104,6 +109,25 @@ def test_the_table_lists_runs_of_the_recipe():
         for part in parts:
             for run in ("teacher", *part["runs"]):
                 distillation.recipe(part, run, 0, distillation.TABLES)
+
+
+def test_a_run_may_have_another_recipe_and_teacher(data, tmp_path, monkeypatch):
+    """Its teacher is made again where it is missing, also if its cell is kept."""
+    part = {"fraction": 1.0, "seeds": [0], "runs": ["plain", "larger", "hard_larger"]}
+    part["larger"] = {"recipe": "plain", "model.options": "depth=6"}
+    part["hard_larger"] = {"recipe": "hard", "teacher": "larger", "over": "larger"}
+    config = distillation.recipe(part, "hard_larger", 0, tmp_path)
+    assert config.distill.kind == "hard"
+    assert config.distill.teacher == str(tmp_path / "larger")
+    assert distillation.recipe(part, "larger", 0, tmp_path).model.options == "depth=6"
+    monkeypatch.setattr(distillation.cells, "report", lambda config, at, measure: {})
+    monkeypatch.setattr(distillation, "score", lambda config, at, test: {"top1": 1.0})
+    kept = [{"run": r, "images": 490, "seed": 0, "fields": {}} for r in ("teacher", "plain")]
+    kept += [kept[0] | {"run": "larger", "fields": {"model.options": "depth=6"}}]
+    made = list(distillation.train([part], data, tmp_path, held_out=False, kept=kept))
+    assert [cell["run"] for cell in made] == ["larger", "hard_larger"]
+    assert made[1]["over"] == "larger"
+    assert made[1]["fields"] == {}
 
 
 @pytest.mark.slow
