@@ -35,7 +35,7 @@ from deit_jax.config.files import load_config
 from deit_jax.console import log, log_error
 from deit_jax.errors import InputError
 from deit_jax.inference.predict import predict
-from deit_jax.planning.markdown import origin, processor, table, write_between
+from deit_jax.planning.markdown import around, origin, processor, table, write_between
 from deit_jax.training import loop
 from experiments import cells
 
@@ -166,7 +166,8 @@ def train(
     The teacher of a seed is there wherever one of its students is made.
 
     Raises:
-      InputError: before any training, if kept cells of the same images and run have other fields.
+      InputError: before any training, if kept cells of the same images and run have other fields,
+        or a run names a teacher that does not come before it, or a run that is not of its part.
     """
     test = [] if held_out else sorted((data / "val").glob("*/*"))
     done, groups = {_key(cell) for cell in kept}, []
@@ -182,10 +183,12 @@ def train(
             ]
             for cell in cells_here:
                 _check_fields(cell, kept)
+                _check_names(part, cell["run"])
             groups.append((part, folder, cells_here))
     for part, folder, cells_here in groups:
         missing = {cell["run"] for cell in cells_here if held_out or _key(cell) not in done}
-        wanted = missing | {_settings(part, run)["teacher"] for run in missing}
+        taught = [run for run in missing if recipe(part, run, 0, folder).distill.kind != "none"]
+        wanted = missing | {_settings(part, run)["teacher"] for run in taught}
         for cell in (cell for cell in cells_here if cell["run"] in wanted):
             at = folder / cell["run"]
             config = recipe(part, cell["run"], cell["seed"], folder)
@@ -204,6 +207,15 @@ def _check_fields(cell: Cell, kept: list[Cell]) -> None:
                 f"the results hold {cell['run']} on {cell['images']} images with the fields "
                 f"{other['fields']}, not {cell['fields']}; move them away, or change the table"
             )
+
+
+def _check_names(part: dict, run: str) -> None:
+    runs, named = ["teacher", *part["runs"]], _settings(part, run)
+    before = runs[: runs.index(run)]
+    if run != "teacher" and named["teacher"] not in before:
+        raise InputError(f"{run}: its teacher, {named['teacher']}, is not among {before}")
+    if "over" in part.get(run, {}) and named["over"] not in runs:
+        raise InputError(f"{run}: {named['over']}, which it is over, is not among {runs}")
 
 
 def compare(found: list[Cell]) -> Iterator[dict[str, Any]]:
@@ -318,6 +330,8 @@ def _run(argv: list[str]) -> None:
     results = arguments.out / "results" / f"{name}.json"
     results.parent.mkdir(parents=True, exist_ok=True)
     figures.check(results.with_suffix(".svg"))
+    if (page := arguments.out / "experiments.md").exists() and not arguments.held_out:
+        around(page, name)  # which says what is wrong before hours of training
     if arguments.data is not None:
         parts, where = read_table(name), (arguments.data, arguments.workdir)
         for cell in train(parts, *where, held_out=arguments.held_out, kept=_kept(results)):

@@ -20,7 +20,7 @@ from deit_jax.cli.arguments import Parser, one_or_more
 from deit_jax.cli.status import exit_status
 from deit_jax.config.files import load_config
 from deit_jax.console import log
-from deit_jax.planning.markdown import around, head, origin, processor, table, write_between
+from deit_jax.planning.markdown import around, origin, processor, table, write_between, written_by
 from deit_jax.training import loop
 from experiments import cells
 
@@ -96,8 +96,11 @@ def _run(argv: list[str]) -> None:
     )
     what += f"seeds {', '.join(map(str, arguments.seeds))}."
     columns = ["model", "options", *(f"at {size} pixels" for size in SIZES), "each seed"]
-    _, _, *section = head("", command, origin("jax", "flax", "tensorflow"), processor())
-    section += [what, "", *table(*columns, rows=rows)]
+    section = [
+        *written_by(command, origin("jax", "flax", "tensorflow"), processor()),
+        *(what, ""),
+        *table(*columns, rows=rows),
+    ]
     log("\n".join(section))
     if arguments.write:
         write_between(arguments.write, "positions", section)

@@ -40,8 +40,14 @@ def head(title: str, command: str, report: dict[str, object], machine: str = "")
       report: holds what `origin` returned.
       machine: what the command ran on.
     """
+    yield from (f"## {title}", "")
+    yield from written_by(command, report, machine)
+
+
+def written_by(command: str, report: dict[str, object], machine: str = "") -> Iterator[str]:
+    """Yields the lines below a heading: what wrote them, when and where; arguments as `head`."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    yield from (f"## {title}", "", f"`{command}`", "")
+    yield from (f"`{command}`", "")
     yield from (f"{'; '.join(filter(None, (report['date'], machine, versions)))}.", "")
 
 

@@ -128,6 +128,21 @@ def test_a_run_may_have_another_recipe_and_teacher(data, tmp_path, monkeypatch):
     assert [cell["run"] for cell in made] == ["larger", "hard_larger"]
     assert made[1]["over"] == "larger"
     assert made[1]["fields"] == {}
+    kept += [kept[0] | {"run": "hard_larger"}]
+    more = part | {"runs": [*part["runs"], "again"], "again": part["larger"]}
+    made = list(distillation.train([more], data, tmp_path, held_out=False, kept=kept))
+    assert [cell["run"] for cell in made] == ["again"], "no teacher for what is not taught"
+    for wrong, words in (({"teacher": "none"}, "its teacher, none"), ({"over": "none"}, "is over")):
+        table = part | {"hard_larger": part["hard_larger"] | wrong}
+        with pytest.raises(InputError, match=words):
+            next(distillation.train([table], data, tmp_path, held_out=False, kept=[]))
+
+
+def test_a_page_without_place_for_the_table_is_refused_first(tmp_path, capsys):
+    (tmp_path / "experiments.md").write_text("# Mine", encoding="utf-8")
+    flags = ["--quick", f"--data={tmp_path}", f"--workdir={tmp_path}/runs", f"--out={tmp_path}"]
+    assert distillation.main(flags) == 2
+    assert "<!-- distillation_quick -->" in capsys.readouterr().err
 
 
 @pytest.mark.slow
