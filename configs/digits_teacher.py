@@ -14,6 +14,5 @@ def get_config() -> ConfigDict:
     config.model.name = "regnety_testing"
     config.model.patch_size = 0
     config.model.drop_path_rate = 0.0
-    config.optimizer.lr = 3e-3
-    config.schedule.epochs = 20
+    config.schedule.epochs = 40
     return config
