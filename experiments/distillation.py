@@ -42,6 +42,7 @@ from experiments import cells
 TABLES = Path(__file__).parent
 HELD_OUT = 0.02  # of each class of train: evaluated while settings are tuned, never trained on
 SETTINGS = {"teacher": "teacher", "over": "plain"}  # of a run, beside its fields; and its recipe
+DRAWN = ("teacher", "plain", "soft", "hard")  # in the figure; the table has all runs
 TOP1 = {"top1": "mean", "top1_cls": "class", "top1_dist": "distillation"}  # report → predictions
 
 Cell = dict[str, Any]  # run, images, seed and fields, and what was found
@@ -275,9 +276,9 @@ def _in_errors(mean: float, error: float) -> str:
 
 
 def draw(found: list[Cell], out: Path) -> None:
-    """Draws the mean of each run with its standard error, and the point of each seed."""
-    rows = list(compare(found))
-    runs = list(dict.fromkeys(row["run"] for row in rows))
+    """Draws the mean of each run in DRAWN with its standard error, and the point of each seed."""
+    rows = list(compare([cell for cell in found if cell["run"] in DRAWN]))
+    runs = [run for run in DRAWN if any(row["run"] == run for row in rows)]
     with figures.new_figure(out, 6, 4) as figure:
         axes = figure.subplots()
         for place, (run, colour) in enumerate(zip(runs, figures.COLOURS, strict=False)):
