@@ -7,13 +7,15 @@ Orbax takes it, and writes arrays there through TensorStore.
 import contextlib
 import functools
 import importlib.util
+import itertools
+import json
 import os
 import pathlib
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deit_jax.errors import InputError
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 Path = pathlib.Path | epath.Path
 
 _MOST_READS = 1 << 14
+_MOST_DEPTH = 100  # of JSON
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -138,6 +141,28 @@ def read_bytes(path: Path) -> bytes:
       FileNotFoundError: there is none.
     """
     return _bucket().cat_file(os.fspath(path)) if is_remote(path) else path.read_bytes()
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Returns what a JSON text says.
+
+    Raises:
+      ValueError: it is no JSON, not in UTF-8, or nested so deep that readers would recurse too far.
+    """
+    deep = ValueError(f"nested more than {_MOST_DEPTH} deep")
+    try:
+        content = json.loads(content)
+    except RecursionError:
+        raise deep from None
+    level = [content]
+    for _ in range(_MOST_DEPTH):
+        inner = (
+            x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)
+        )
+        level = list(itertools.chain.from_iterable(inner))
+    if any(isinstance(x, dict | list) for x in level):
+        raise deep
+    return content
 
 
 def create(path: Path, data: bytes) -> bool:

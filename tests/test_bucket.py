@@ -163,6 +163,7 @@ def test_weights_are_converted_from_and_into_a_bucket(root, tmp_path):
         ("s3://bucket/run", "s3:// is not supported"),
         ("GS://bucket/run", "GS:// is not supported"),
         ("exp[lr=3e-4]", r"cannot hold checkpoints .* name with \["),
+        ("exp\\1", r"cannot hold checkpoints .* name with \\"),
         ("gs://bucket/exp[lr=3e-4]", r"cannot hold checkpoints .* name with \["),
         ("gs://bucket/run#2", r"cannot hold checkpoints .* name with #"),
         ("gs://bucket/what?", r"cannot hold checkpoints .* name with \?"),

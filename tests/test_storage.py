@@ -1,5 +1,6 @@
 """Paths on disks and in buckets, without a bucket; tests/test_bucket.py has one."""
 
+import json
 import os
 import pathlib
 
@@ -36,3 +37,14 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'deit-jax\[gcs\]'"):
         storage.path_of("gs://bucket/run")
+
+
+@pytest.mark.parametrize("text", ["", b"\xff", "[" * 100_000, "[" * 101 + "]" * 101, '{"a":' * 200])
+def test_json_that_no_reader_can_follow(text):
+    with pytest.raises(ValueError):
+        storage.parse_json(text)
+
+
+def test_json_is_read_in_text_and_bytes():
+    text = "[" * 98 + '{"ü": [0, null]}' + "]" * 98
+    assert storage.parse_json(text) == storage.parse_json(text.encode()) == json.loads(text)

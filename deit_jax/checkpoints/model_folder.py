@@ -104,7 +104,7 @@ def _check_place(path: storage.Path) -> None:
 def _weights_name(path: storage.Path) -> str:
     """Returns the name of the weights that `model.json` speaks of; "" without one."""
     try:
-        fields = json.loads((path / _MODEL_FILE).read_text(encoding="utf-8"))
+        fields = storage.parse_json((path / _MODEL_FILE).read_bytes())
         return str(fields.get("folder", _WEIGHTS))
     except (OSError, ValueError, AttributeError):
         return ""
@@ -144,7 +144,7 @@ def _read_description(
     file = _existing_model(path) / _MODEL_FILE
     hint = "convert or save the model again"
     try:
-        sealed = json.loads(file.read_text(encoding="utf-8"))
+        sealed = storage.parse_json(file.read_bytes())
         fields = dict(sealed)
         version, _ = fields.pop("format"), fields.pop("digest", None)
         folder, kept = fields.pop("folder", _WEIGHTS), fields.pop("checksums", None)
@@ -156,7 +156,7 @@ def _read_description(
                 raise ValueError("it has no checksums")
             hint += ', or remove "digest" from it if you have changed it by hand'
             checksums.unseal(sealed)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error}); {hint}") from error
     if version not in (1, _FORMAT):
         raise InputError(f"{file} has format {version!r}, expected {_FORMAT}; update deit-jax")
@@ -301,7 +301,7 @@ def load_checkpoint(
     """
     folder, which = storage.path_of(path), "ema" if ema else "model"
     try:
-        meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+        meta = storage.parse_json((folder / "meta" / "metadata").read_bytes())
         meta = checksums.unseal(meta)
         info = registry.ModelInfo.from_json(meta["model"])
         averaged = meta["ema"]

@@ -255,17 +255,10 @@ def saved_info(workdir: str) -> registry.ModelInfo | None:
 
 
 def _read_meta(folder: storage.Path) -> dict:
-    return checksums.unseal(_read_json(folder / "meta"))
-
-
-def _read_json(folder: storage.Path) -> dict:
-    try:
-        content = ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore())
-    except RecursionError:
-        raise ValueError("brackets in brackets without end") from None
+    content = storage.parse_json((folder / "meta" / "metadata").read_bytes())
     if not isinstance(content, dict):
         raise ValueError(f"{content!r:.20} in place of fields")
-    return content
+    return checksums.unseal(content)
 
 
 def _check_model(folder: storage.Path, saved: dict, info: registry.ModelInfo, ema: bool) -> None:

@@ -10,7 +10,6 @@ axis shows epochs, or steps where a run has not written its epochs. Needs matplo
 'deit-jax[plot]').
 """
 
-import json
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -98,12 +97,12 @@ def read(folder: storage.Path) -> list[Line]:
     lines = []
     for text in texts:
         try:
-            line = json.loads(text)
+            line = storage.parse_json(text)
             places = [line["step"], line.get("epoch", 0)]
             values = (line[name] for name in line if name not in _TEXTS and line[name] is not None)
             if all(isinstance(value, (int, float)) for value in (*places, *values)):
                 lines.append(line | {"split": line["split"]})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     if len(lines) < len(texts):
         log_error(f"note: {path}: left out {len(texts) - len(lines)} line(s) that are no metrics")

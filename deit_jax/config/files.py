@@ -5,7 +5,6 @@ import difflib
 import importlib.util
 import inspect
 import itertools
-import json
 import os
 import re
 import sys
@@ -157,7 +156,7 @@ def _run_recipe(file: Path, recipe: str, run: str | None) -> ConfigDict:
 def _read_config(file: storage.Path) -> ConfigDict:
     """Reads a run's config.json; prints which fields it lacks, as another version wrote it."""
     try:
-        tree = upgrade(json.loads(file.read_text(encoding="utf-8")))
+        tree = upgrade(storage.parse_json(file.read_bytes()))
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, AttributeError) as error:
@@ -221,6 +220,6 @@ def recipe_fields(config: ConfigDict) -> dict[str, object]:
 
 
 def _recipe(text: str) -> dict[str, object]:
-    tree = upgrade(json.loads(text))
+    tree = upgrade(storage.parse_json(text))
     tree.pop("distributed", None)
     return flatten(tree)

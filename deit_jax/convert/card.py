@@ -120,7 +120,7 @@ def _record(model: storage.Path, info: ModelInfo) -> tuple[dict[str, Any], str]:
     if not file.is_file():
         return {}, ""
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        records = [storage.parse_json(line) for line in file.read_bytes().splitlines()]
         kinds = ("eval", "final")
         found = [record for record in records if record.get("split") in kinds]
         if not found:
@@ -133,7 +133,7 @@ def _record(model: storage.Path, info: ModelInfo) -> tuple[dict[str, Any], str]:
             same = {n: record[n] for n in ("num_examples", "teacher_top1") if n in record}
             return ema | same, f"the EMA at step {record['step']:,}"
         return record, f"at step {record['step']:,}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({brief(error)}); remove it, or mend it") from error
 
 
@@ -143,9 +143,9 @@ def _recipe(model: storage.Path, info: ModelInfo) -> str:
     if not file.is_file():
         return f"{source}> **To be filled in:** no configuration of a run lies beside the model."
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = storage.parse_json(file.read_bytes())
         chosen = {name: config[name] for name in _RECIPE if name in config}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{file} is damaged ({brief(error)}); take another copy of it") from error
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _leaves("", chosen))
     return f"{source}| field of the run's configuration | value |\n|---|---|\n{rows}"

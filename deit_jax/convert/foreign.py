@@ -1,11 +1,11 @@
 """Recognises files that hold no weights: what a download or a clone leaves in their place."""
 
 import codecs
-import json
 import re
 import zipfile
 from pathlib import Path
 
+from deit_jax import storage
 from deit_jax.convert.pickles import MAGIC
 
 START = 512  # bytes that tell most kinds
@@ -105,8 +105,8 @@ def _json(path: Path) -> str:
     if path.stat().st_size > _MOST_JSON:
         return "text, not weights"
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        content = storage.parse_json(path.read_bytes())
+    except ValueError:
         return "text, not weights"
     if isinstance(content, dict) and "weight_map" in content:
         return "the index of weights in several files; keep its name, NAME.index.json"

@@ -68,8 +68,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise ValueError("larger than any such file")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = storage.parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{file} is damaged ({brief(error)}); download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, expected a JSON object")

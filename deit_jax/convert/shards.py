@@ -1,9 +1,9 @@
 """Weights in several files: `model.safetensors.index.json` says which tensor is in which file."""
 
-import json
 import re
 from pathlib import Path
 
+from deit_jax import storage
 from deit_jax.errors import InputError, brief
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -45,13 +45,13 @@ def _read_index(index: Path) -> dict[Path, list[str]]:
     try:
         if index.stat().st_size > MOST_BYTES:
             raise ValueError("larger than any index")
-        for name, file in json.loads(index.read_bytes())["weight_map"].items():
+        for name, file in storage.parse_json(index.read_bytes())["weight_map"].items():
             if Path(file).name != file or file in ("", ".", ".."):
                 raise ValueError(f"{file!r:.60} is not the name of a file beside it")
             files.setdefault(index.with_name(file), []).append(name)
         if not files:
             raise ValueError("it names no file")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"{index}: not a readable index of weights in several files ({brief(error)}); "
             "download it again"

@@ -61,8 +61,8 @@ def read(
     if info is None:
         return tensors, None
     try:
-        return tensors, ModelInfo.from_json(json.loads(info))
-    except (ValueError, TypeError, RecursionError) as error:
+        return tensors, ModelInfo.from_json(storage.parse_json(info))
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: entry {_INFO!r} is damaged ({brief(error)})") from error
 
 

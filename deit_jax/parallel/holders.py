@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import functools
-import json
 import os
 import re
 import socket
@@ -121,8 +120,8 @@ def read(path: storage.Path) -> bytes | None:
 
 
 def _parse(content: bytes) -> dict:
-    with contextlib.suppress(ValueError, RecursionError):
-        record = json.loads(content)
+    with contextlib.suppress(ValueError):
+        record = storage.parse_json(content)
         if isinstance(record, dict):
             return record
     return {}

@@ -225,13 +225,13 @@ def values_of(line: dict) -> dict[str, float]:
 def _drop_lines_after(path: storage.Path, step: int) -> list[dict]:
     """Keeps the complete lines up to `step`, and returns them; drops one that a crash cut short."""
     kept, lines = [], []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in storage.read_bytes(path).decode(errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = storage.parse_json(text)
             if line["step"] <= step:
                 lines.append(line)
                 kept.append(text + "\n")  # a crash may have cut off only the newline
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
     storage.replace_text(path, "".join(kept))
     return lines

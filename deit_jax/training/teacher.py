@@ -186,8 +186,8 @@ def teacher_accuracy(
     if hosts.is_first() and file.exists():
         kept = file.read_bytes().decode(errors="replace")
     kept = hosts.gather("the teacher's accuracy", kept)[0]
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # damaged: anew
-        saved = json.loads(kept)
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: anew
+        saved = storage.parse_json(kept)
         if saved["digest"] == digest:
             return {"teacher_top1": float(saved["teacher_top1"])}
     top1 = split_evaluator(run, teacher, size, stop)({"": variables})["top1"]

@@ -1,7 +1,9 @@
 """Training checkpoints: exact round trips, what is kept, interrupted saves, other models."""
 
 import dataclasses
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import optax
@@ -33,8 +35,29 @@ def test_the_weights_alone_of_a_training_checkpoint(tmp_path):
         )
     (step / "state" / "_METADATA").write_bytes(b"{")
     assert f"{step} cannot be read" in refusal(load_checkpoint, step)
-    (step / "meta" / "metadata").write_text("{}")
-    assert f"{step} is damaged" in refusal(load_checkpoint, step)
+    for text in ("{}", "[" * 100_000):
+        (step / "meta" / "metadata").write_text(text)
+        assert f"{step} is damaged" in refusal(load_checkpoint, step)
+
+
+def test_opening_a_workdir_reads_little_of_its_checkpoints(tmp_path):
+    """Their bytes are looked at when they are restored, and not before."""
+    info, state = random_state(embed_dim=256, depth=4)
+    with opened(tmp_path) as checkpoints:
+        save(checkpoints, info, state, 1)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    before = _bytes_read()
+    with opened(tmp_path) as checkpoints:
+        checkpoints.check(info, ema=True)
+        assert _bytes_read() - before < size / 20
+        checkpoints.restore(abstract(state))
+        assert _bytes_read() - before > size / 2
+
+
+def _bytes_read():
+    """What this process has asked the kernel to read so far."""
+    (count,) = re.findall(r"^rchar: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    return int(count)
 
 
 @pytest.mark.parametrize("ema", [True, False])

@@ -165,6 +165,7 @@ def test_no_model_folder(tmp_path):
     [
         (lambda text: text[:40], "model.json is damaged"),
         (lambda text: "[1, 2]", "model.json is damaged"),
+        (lambda text: "[" * 100_000, "nested more than 100 deep"),
         (lambda text: text.replace('"num_classes"', '"classes"'), "model.json is damaged"),
         (lambda text: text.replace('"format": 2', '"format": 99'), "has format 99, expected 2"),
         (
@@ -190,6 +191,8 @@ def test_damaged_model_json_is_one_line_that_names_it(tmp_path, change, words):
     message = refusal(load_model, tmp_path / "model")
     assert words in message
     assert str(file) in message
+    save_model(tmp_path / "model", tiny(seed=1), replace=True)
+    assert_equal(load_model(tmp_path / "model"), tiny(seed=1))
 
 
 def _cut(file):

@@ -136,7 +136,7 @@ def test_no_checkpoint_that_can_be_read_is_an_error(workdir):
     ("function", "where"),
     [
         ("pathlib.Path.iterdir", "checkpoints cannot be read now"),
-        (f"{training.__name__}._read_json", "3 cannot be read now"),
+        (f"{training.__name__}._read_meta", "3 cannot be read now"),
     ],
 )
 def test_a_disk_that_fails_is_no_damage(workdir, monkeypatch, capsys, number, function, where):

@@ -11,7 +11,13 @@ import pytest
 import deit_jax
 from deit_jax.config import files
 from deit_jax.config.fields import default_config
-from deit_jax.config.files import changed_fields, load_config, packaged_recipes, write_config
+from deit_jax.config.files import (
+    changed_fields,
+    load_config,
+    packaged_recipes,
+    recorded_fields,
+    write_config,
+)
 from deit_jax.config.validate import validate
 from deit_jax.training.teacher import teacher_config
 from tests.refusal import refusal
@@ -79,13 +85,13 @@ def test_a_file_in_the_folder_wins_over_the_packaged_recipe(own_recipes, monkeyp
     """A copy of a recipe, changed, and what it imports or names beside it."""
     for name in ("digits.py", "digits_teacher.py"):
         text = packaged_recipes()[name.removesuffix(".py")].read_text()
-        (own_recipes / name).write_text(text.replace("epochs = 20", "epochs = 9"))
+        (own_recipes / name).write_text(text.replace("epochs = 40", "epochs = 9"))
     copy = own_recipes / "digits_distill.py"
     copy.write_text(packaged_recipes()["digits_distill"].read_text())
     config = load_config(copy)
     assert config.distill.teacher_config == str(own_recipes / "digits_teacher.py")
     assert teacher_config(config).schedule.epochs == 9
-    assert teacher_config(load_config("digits_distill")).schedule.epochs == 20
+    assert teacher_config(load_config("digits_distill")).schedule.epochs == 40
     monkeypatch.chdir(own_recipes)
     assert load_config("digits_teacher.py").schedule.epochs == 9
 
@@ -98,12 +104,12 @@ def test_the_teachers_recipe_is_found_beside_its_students_and_later(own_recipes,
     assert config.distill.teacher_config == str(own_recipes / "teacher.py")
     packaged = load_config("digits_distill")
     assert packaged.distill.teacher_config == "digits_teacher"
-    for recipe, epochs in ((config, 7), (packaged, 20)):
+    for recipe, epochs in ((config, 7), (packaged, 40)):
         write_config(recipe, tmp_path)
         assert teacher_config(load_config(tmp_path / "config.json")).schedule.epochs == epochs
     old = default_config()
     old.distill.teacher_config = "configs/digits_teacher.py"  # of earlier versions
-    assert teacher_config(old).schedule.epochs == 20
+    assert teacher_config(old).schedule.epochs == 40
 
 
 def test_the_config_of_another_version(tmp_path, capsys):
@@ -120,8 +126,9 @@ def test_the_config_of_another_version(tmp_path, capsys):
     tree["train"]["dropout"] = 0.1
     file.write_text(json.dumps(tree))
     assert "train.dropout" in refusal(load_config, file)
-    for damaged in ("", '{"train": ', "[]"):
+    for damaged in ("", '{"train": ', "[]", "[" * 100_000, '{"train": ' * 300 + "1" + "}" * 300):
         file.write_text(damaged)
+        assert recorded_fields(str(file.parent)) == {}
         assert f"{file} is damaged" in refusal(load_config, file)
         assert changed_fields(default_config(), tmp_path) == []  # a run resumes all the same
     assert "nowhere/config.json cannot be read" in refusal(load_config, "nowhere/config.json")

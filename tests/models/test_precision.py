@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import digits
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
+from deit_jax.training.run import matmuls
 
 
 def _matmuls(name, dtype):
@@ -27,9 +29,13 @@ def _matmuls(name, dtype):
 
 @pytest.mark.parametrize("name", ["deit_testing_distilled", "deit3_testing", "regnety_testing"])
 def test_float32_asks_for_full_precision(name):
-    lines = _matmuls(name, "float32")
+    config = digits.get_config()
+    config.train.dtype = "float32"
+    with matmuls(config):
+        lines = _matmuls(name, "float32")
     assert len(lines) > 10
     assert all(line.count("HIGHEST") == 2 for line in lines), lines
     assert not any("HIGH" in line for line in _matmuls(name, "bfloat16"))
-    with jax.default_matmul_precision("default"):  # as float32_fast has it
+    config.train.dtype = "float32_fast"
+    with matmuls(config):
         assert not any("HIGH" in line for line in _matmuls(name, "float32"))

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from configs import digits
-from deit_jax import data
+from deit_jax import console, data
 from deit_jax.config.validate import CHANGEABLE
 from deit_jax.errors import InputError
 from deit_jax.training import continuation, loop
@@ -57,7 +57,8 @@ def test_what_a_step_means_may_not_change(finished, changes, named):
 
 
 @pytest.mark.slow
-def test_more_epochs_and_accepted_changes_go_on(finished, tmp_path, capsys):
+def test_more_epochs_and_accepted_changes_go_on(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_PATIENCE", 0.0)
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     longer = {"schedule.epochs": 2, "train.seed": 1, "checkpoint.accept_changes": "train.seed"}
@@ -66,6 +67,8 @@ def test_more_epochs_and_accepted_changes_go_on(finished, tmp_path, capsys):
     assert "note: schedule.epochs was 1 and is 2: from here the rate follows" in printed
     assert "note: train.seed was 0 and is 1, as accepted" in printed
     assert "resumed at step 11" in printed
+    for what in ("opening the data", "restoring the checkpoint", "compiling the training step"):
+        assert f"{what} …\n" in printed
     meta = json.loads((workdir / "checkpoints" / "22" / "meta" / "metadata").read_text())
     assert meta["run"]["train.seed"] == 1
     with pytest.raises(InputError, match=r"schedule.epochs was 2 and is 1"):

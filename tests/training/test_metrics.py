@@ -1,5 +1,6 @@
 """What a run says about itself: metrics.jsonl, TensorBoard events, speed and durations."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -21,7 +22,8 @@ def test_one_json_object_a_line_and_null_for_what_json_cannot_hold(tmp_path):
     writer = MetricWriter(tmp_path)
     writer.write(3, "train", {"loss": 0.5, "grad_norm": float("inf"), "rate": float("nan")})
     # Readable at once: a run that is killed must not lose what it has reported.
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert 0 <= line["seconds"] < 60
     writer.write(4, "final", {"top1": np.float64(97.5), "num_examples": 360})
     writer.close()
     assert _lines(tmp_path) == [
@@ -49,12 +51,17 @@ def test_an_evaluation_leaves_the_lines_of_a_run_that_goes_on(tmp_path):
         ('{"step": 2, "split": "train"}', [1, 2, 3]),
         ("\0\0\0", [1, 3]),
         ('{"step": 3, "split": "train"}\n', [1, 3]),  # whole, but the run will make it again
+        # Not ours:
+        ('[1]\n3\nnull\n"step"\n{"step": "2"}\n{}\n', [1, 3]),
+        ("[" * 100_000 + "\n", [1, 3]),
+        ('\udcff{"step": 2}\n', [1, 3]),
     ],
 )
 def test_a_resumed_run_drops_what_it_will_make_again_and_what_a_crash_cut_short(
     tmp_path, tail, kept
 ):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n' + tail)
+    text = '{"step": 1, "split": "train"}\n' + tail
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     writer = MetricWriter(tmp_path, resume_step=2)
     writer.write(3, "train", {})
     writer.close()
