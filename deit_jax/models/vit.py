@@ -74,7 +74,7 @@ class Block(Layer):
     ) -> jax.Array:
         """Maps [B, N, D] to [B, N, D], with at most one rotation, and `absent` as Attention has."""
         images = x.shape
-        x = in_rows(row_major(x, "tpu"))
+        x = in_rows(row_major(x, "tpu"), self.norm1.dtype)
         branch = self.attn(self.norm1(x).reshape(images), rngs, *rotation, **absent)
         branch = branch.reshape(x.shape)
         x = x + self._drop(self.ls1(branch) if self.layer_scale else branch, images, rngs)

@@ -5,7 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deit_jax.models import layouts
 from deit_jax.models.layouts import row_major
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "tokens", "axes"),
+    [
+        ("cpu", "float32", 197, 2),
+        ("cpu", "bfloat16", 200, 3),
+        ("gpu", "bfloat16", 197, 2),
+        ("tpu", "bfloat16", 200, 2),
+        ("tpu", "bfloat16", 197, 3),
+        (None, "bfloat16", 197, 2),
+    ],
+)
+def test_blocks_work_on_two_axes_where_that_is_faster(monkeypatch, platform, dtype, tokens, axes):
+    monkeypatch.setattr(layouts.devices, "platform", lambda: platform)
+    rows = layouts.in_rows(jnp.zeros((2, tokens, 4)), jnp.dtype(dtype))
+    assert rows.shape == ((2 * tokens, 4) if axes == 2 else (2, tokens, 4))
 
 
 def _loss(x, pinned):
