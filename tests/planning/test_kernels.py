@@ -186,7 +186,7 @@ def test_no_residual_is_stored_batch_minor():
             jax.ShapeDtypeStruct((batch, 1000), jnp.float32),
         ),
     )
-    with topology._without_cache():
+    with topology.without_cache():
         text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
     stream, astray = 0, []
     for one in hlo.walk(*hlo.computations(text), []):
