@@ -2,10 +2,12 @@
 
 python -m experiments.compiled tpu
 python -m experiments.compiled gpu
+python -m experiments.compiled attention
 
 A row is the report of one `deit-jax compile-for --json`, which takes minutes. Rows are kept in
-docs/results/compiled_tpu.jsonl and compiled_gpu.jsonl, and are not compiled again: delete a line
-there to renew it. The tables stand between `<!-- compiled -->` and `<!-- end of compiled -->`.
+docs/results/compiled_KIND.jsonl, and are not compiled again: delete a line there to renew it. The
+tables of steps stand between `<!-- compiled -->` and `<!-- end of compiled -->`, that of attention
+on TPUs, with and without the kernels, between `<!-- attention -->` and its end in docs/tpu.md.
 """
 
 import json
@@ -26,6 +28,8 @@ _DOCS = Path("docs")
 _REMAT = "--config.model.remat=True"
 _CUDNN = "--config.model.attention=cudnn"
 _SIZES = ("deit:ti", "deit:s", "deit_b")
+_BLOCKS = 2  # of the models that show attention alone
+_WAYS = ("xla", "pallas")
 _COLUMNS = {
     "attention": "attention",
     "MLP": "MLP",
@@ -48,6 +52,14 @@ def _cells(kind: str) -> Iterator[tuple[str, str, int, str]]:
         yield "v5e:2x2", "deit3:l", 64, ""
         yield "v5e:4x8", "deit3:h", 64, _REMAT
         yield "v5e:4x8", "deit3:h", 64, f"--config.parallel.fsdp=8 {_REMAT}"
+    elif kind == "attention":
+        sizes = [
+            (recipe, *each) for recipe in (*_SIZES, "deit3:l") for each in ((224, 64), (384, 16))
+        ]
+        for recipe, pixels, count in (*sizes, ("deit:s", 128, 64), ("deit_b", 448, 16)):
+            for way in _WAYS:
+                flags = f"--config.input.image_size={pixels} --config.model.options=depth={_BLOCKS}"
+                yield "v5e:2x2", recipe, count, f"{flags} --config.model.attention={way}"
     else:
         for how in ("", _CUDNN):
             yield "cuda:H200x1", "deit_b", 256, how
@@ -120,6 +132,30 @@ def lines(rows: list[dict[str, object]]) -> Iterator[str]:
         cells.append((*first, *speed, *(f"{1e3 * part:.1f}" if part else "" for part in parts)))
     columns = "model", "chips", "images a chip", "ms", "MFU", "images/s a chip", "GiB a chip"
     yield from table(*columns, *_COLUMNS, rows=cells)
+    yield from _origins(rows)
+
+
+def attention_lines(rows: list[dict[str, object]]) -> Iterator[str]:
+    """Yields the table: what attention takes of a block in each way, forward and backward."""
+    cells: dict[tuple[object, ...], dict[str, float]] = {}
+    for row in rows:
+        way = next(way for way in _WAYS if row["command"].endswith(f"={way}"))
+        images = row["batch"] // row["devices"]
+        each = 1e6 * row["seconds"] * row["parts"]["attention"] / (_BLOCKS * images)
+        name = row["model"].removesuffix("_224")
+        cells.setdefault((name, row["image_size"], images), {})[way] = each
+    columns = "model", "pixels", "images a chip", *_WAYS, f"{_WAYS[0]} / {_WAYS[1]}"
+    done = {
+        key: tuple(by_way[way] for way in _WAYS)
+        for key, by_way in cells.items()
+        if len(by_way) == 2
+    }
+    shown = ((*key, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}") for key, (a, b) in done.items())
+    yield from table(*columns, rows=shown)
+    yield from _origins(rows)
+
+
+def _origins(rows: list[dict[str, object]]) -> Iterator[str]:
     yield ""
     origins = {(row["date"], *row["versions"].items()) for row in rows}
     for date, *versions in sorted(origins):
@@ -129,9 +165,10 @@ def lines(rows: list[dict[str, object]]) -> Iterator[str]:
 def _run(argv: list[str]) -> int:
     """Compiles what is missing, row by row, and writes the table after each."""
     parser = Parser(__doc__)
-    parser.add_argument("kind", choices=("tpu", "gpu"))
+    parser.add_argument("kind", choices=_SECTIONS)
     kind = parser.parse_args(argv).kind
-    kept, document = _DOCS / "results" / f"compiled_{kind}.jsonl", _DOCS / f"{kind}.md"
+    kept = _DOCS / "results" / f"compiled_{kind}.jsonl"
+    page, section, made = _SECTIONS[kind]
     wanted = [_command(*cell) for cell in _cells(kind)]
     for number, command in enumerate(wanted, 1):
         rows = _kept(kept)
@@ -141,9 +178,17 @@ def _run(argv: list[str]) -> int:
             kept.parent.mkdir(exist_ok=True)
             with kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[command]) + "\n")
-        shown = lines([rows[each] for each in wanted if each in rows])
-        write_between(document, "compiled", shown)
+        shown = made([rows[each] for each in wanted if each in rows])
+        write_between(_DOCS / page, section, shown)
     return 0
+
+
+# Of each kind: its page, the name of its section there, and what makes that of the rows.
+_SECTIONS = {
+    "tpu": ("tpu.md", "compiled", lines),
+    "gpu": ("gpu.md", "compiled", lines),
+    "attention": ("tpu.md", "attention", attention_lines),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

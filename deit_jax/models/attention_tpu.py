@@ -43,7 +43,7 @@ def fits(tokens: int, num_heads: int, head_dim: int) -> bool:
 
 
 def pays(tokens: int, num_heads: int, head_dim: int) -> bool:
-    """Returns whether the kernels are faster than XLA by the compiler's estimate."""
+    """Returns whether the kernels are faster than XLA by the compiler's estimate (docs/tpu.md)."""
     return fits(tokens, num_heads, head_dim)
 
 
