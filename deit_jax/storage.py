@@ -147,7 +147,7 @@ def parse_json(content: str | bytes) -> Any:
     """Returns what a JSON text says.
 
     Raises:
-      ValueError: it is no JSON, not in UTF-8, or nested so deep that readers would recurse too far.
+      ValueError: it is no JSON, or nested so deep that what reads it would recurse too far.
     """
     deep = ValueError(f"nested more than {_MOST_DEPTH} deep")
     try:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deit_jax import trees
+from deit_jax import storage, trees
 from deit_jax.errors import TransientError
 from deit_jax.parallel import hosts
 
@@ -92,6 +92,19 @@ def unseal(fields: dict[str, Any]) -> dict[str, Any]:
     if digest not in (None, _digest(fields)):
         raise ValueError("it does not agree with its digest")
     return fields
+
+
+def read_sealed(file: storage.Path) -> dict[str, Any]:
+    """Reads the fields that were sealed in a JSON file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it holds no fields, or they have changed.
+    """
+    content = storage.parse_json(file.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"{content!r:.20} in place of fields")
+    return unseal(content)
 
 
 def _digest(fields: dict[str, Any]) -> str:

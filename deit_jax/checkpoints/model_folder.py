@@ -301,8 +301,7 @@ def load_checkpoint(
     """
     folder, which = storage.path_of(path), "ema" if ema else "model"
     try:
-        meta = storage.parse_json((folder / "meta" / "metadata").read_bytes())
-        meta = checksums.unseal(meta)
+        meta = checksums.read_sealed(folder / "meta" / "metadata")
         info = registry.ModelInfo.from_json(meta["model"])
         averaged = meta["ema"]
     except OSError as error:

@@ -255,10 +255,7 @@ def saved_info(workdir: str) -> registry.ModelInfo | None:
 
 
 def _read_meta(folder: storage.Path) -> dict:
-    content = storage.parse_json((folder / "meta" / "metadata").read_bytes())
-    if not isinstance(content, dict):
-        raise ValueError(f"{content!r:.20} in place of fields")
-    return checksums.unseal(content)
+    return checksums.read_sealed(folder / "meta" / "metadata")
 
 
 def _check_model(folder: storage.Path, saved: dict, info: registry.ModelInfo, ema: bool) -> None:

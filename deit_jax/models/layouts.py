@@ -15,7 +15,7 @@ def in_rows(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
     XLA for TPUs adds the biases and the branches to large products of two axes in one pass; of
     three axes it stores them in float32 first. Images that are no whole tiles stay as they are:
-    they would be moved. On CPUs two axes made a step of DeiT-Ti 8 to 15 % shorter in float32, but 8
+    they would be moved. On CPUs two axes made a step of DeiT-Ti 7 to 13 % shorter in float32, but 8
     to 10 % longer in bfloat16, where images stay as they are, too (`tools/benchmark.py train`,
     2026-11-29, jax 0.12).
 
