@@ -1,10 +1,10 @@
 """Attention of short sequences on TPUs: a Pallas kernel for each pass, a whole image in VMEM.
 
 XLA writes the scores, the weights and every head's q, k and v to HBM. Here they never leave the
-chip: a program of the kernel reads an image's [N, 3D] and writes [N, D], or the gradient. Heads
-that share 128 lanes are told apart by multiplying with masks of their lanes: the products run over
-all 128, which takes a TPU no longer than over 64. The backward pass recomputes the weights from
-the softmax's sums (as FlashAttention, arXiv 2205.14135, section 3.1).
+chip: a program of the kernel reads the [N, 3D] of a few images and writes [N, D], or the gradient.
+Heads that share 128 lanes are told apart by multiplying with masks of their lanes: the products run
+over all 128, which takes a TPU no longer than over 64. The backward pass recomputes the weights
+from the softmax's sums (as FlashAttention, arXiv 2205.14135, section 3.1).
 """
 
 import functools
@@ -20,12 +20,12 @@ LANES = 128
 _MAX_ROWS = 304  # of queries at a time: longer sequences are divided
 _ROW_TILE = 16  # rows of bfloat16 that are stored together
 NO_WEIGHT = -1e30  # of a score: its exponential is 0
+_MAX_GROUPS = 12  # of 128 lanes, of all images of a program: more keep too much at a time
 _SCORES = 6  # arrays of scores that live at a time
 _DEFAULT_VMEM, _MAX_VMEM = 16 * 2**20, 32 * 2**20  # bytes for a kernel, of at least 64 MiB a chip
 
 _A_BT = (((1,), (1,)), ((), ()))  # a · bᵀ
 _A_B = (((1,), (0,)), ((), ()))  # a · b
-_AT_B = (((0,), (0,)), ((), ()))  # aᵀ · b
 _product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 Ref = object  # an array in VMEM, of which Pallas has no public type
@@ -39,7 +39,8 @@ def padded(num_heads: int, head_dim: int) -> int:
 def fits(tokens: int, num_heads: int, head_dim: int) -> bool:
     """Returns whether the kernels take such sequences: heads that divide 128 lanes, in VMEM."""
     width = padded(num_heads, head_dim)
-    return LANES % head_dim == 0 and _vmem_bytes(tokens, width) <= _MAX_VMEM
+    whole = LANES % head_dim == 0 and head_dim % _ROW_TILE == 0
+    return whole and _vmem_bytes(tokens, width) <= _MAX_VMEM
 
 
 def pays(tokens: int, num_heads: int, head_dim: int) -> bool:
@@ -56,7 +57,7 @@ def forward(
       qkv: bfloat16 [B, N, 3D]; the last axis is [q|k|v] × [head] × [hd], with D as `padded` says;
         zeros where there is room for more heads.
       num_heads: H.
-      head_dim: hd, which divides 128.
+      head_dim: hd, which divides 128; a multiple of 16.
       absent: the last so many rows of an image are no tokens, and none attends to them.
       interpret: runs on any device, slowly.
 
@@ -158,10 +159,12 @@ def _backward_kernel(
         q_lanes, k_lanes, v_lanes = _lanes(number, width)
         heads = _heads(number, num_heads, head_dim)
         k, v = qkv_ref[0, :, k_lanes], qkv_ref[0, :, v_lanes]
-        k_grads, v_grads, q_sum = [0.0] * len(heads), [0.0] * len(heads), 0.0
+        k_grads, v_grads, q_sum = [0.0] * len(heads), [0.0] * len(heads), 0.0  # transposed
         for rows in _chunks(tokens):
             q, grad = qkv_ref[0, rows, q_lanes], grad_ref[0, rows, q_lanes]
             wide_q, wide_grad = q.astype(jnp.float32), grad.astype(jnp.float32)
+            # These two are transposed, once for all heads, in place of each head's weights.
+            q_t, grad_t = q.T, grad.T
             log_total = log_total_ref[0, rows, :]
             along = wide_grad * out_ref[0, rows, q_lanes].astype(jnp.float32)
             q_grad = jnp.zeros_like(wide_q)
@@ -172,13 +175,14 @@ def _backward_kernel(
                 weights_grad = _product(_of_head(wide_grad, own, v), v, _A_BT)
                 scores_grad = (weights * (weights_grad - _sum_where(own, along))).astype(k.dtype)
                 q_grad = jnp.where(own, _product(scores_grad, k, _A_B), q_grad)
-                k_grads[place] += _product(scores_grad, q, _AT_B)
-                v_grads[place] += _product(weights.astype(v.dtype), grad, _AT_B)
+                of_head = slice(place * head_dim, (place + 1) * head_dim)
+                k_grads[place] += _product(q_t[of_head], scores_grad, _A_B)
+                v_grads[place] += _product(grad_t[of_head], weights.astype(v.dtype), _A_B)
             q_grad *= scale
             q_sum += q_grad.sum(0, keepdims=True)
             qkv_grad_ref[0, rows, q_lanes] = q_grad.astype(qkv_grad_ref.dtype)
         sums_ref[0, :, q_lanes] = q_sum
-        k_grad, v_grad = _joined(heads, k_grads) * scale, _joined(heads, v_grads)
+        k_grad, v_grad = _stacked(k_grads).T * scale, _stacked(v_grads).T
         for lanes, x in ((k_lanes, k_grad), (v_lanes, v_grad)):
             sums_ref[0, :, lanes] = x.sum(0, keepdims=True)
             qkv_grad_ref[0, :, lanes] = x.astype(qkv_grad_ref.dtype)
@@ -260,12 +264,10 @@ def _sum_where(mask: jax.Array, x: jax.Array) -> jax.Array:
     return (x * mask.astype(x.dtype)).sum(-1, keepdims=True)
 
 
-def _joined(heads: Sequence[jax.Array], of_heads: Sequence[jax.Array]) -> jax.Array:
-    """Returns the lanes of each head from its own array."""
-    joined = of_heads[0]
-    for own, x in zip(heads[1:], of_heads[1:], strict=True):
-        joined = jnp.where(own, x, joined)
-    return joined
+def _stacked(of_heads: Sequence[jax.Array]) -> jax.Array:
+    """Returns the heads' arrays [hd, N] as [128, N], with zeros where there are fewer heads."""
+    x = jnp.concatenate(of_heads)
+    return jnp.pad(x, ((0, LANES - x.shape[0]), (0, 0)))
 
 
 def _call(
@@ -277,18 +279,23 @@ def _call(
     products: int,
     interpret: bool,
 ) -> Sequence[jax.Array]:
-    """Runs a kernel once for each image; `products` are its products of N × N × hd for a head."""
-
-    def image(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        return pl.BlockSpec((1, *x.shape[1:]), lambda number: (number, 0, 0))
-
+    """Runs a kernel for each image; `products` are its products of N × N × hd for a head."""
     batch, tokens, width = operands[0].shape
+    count = _images(batch, tokens, width // 3)
+
+    def images(x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        return pl.BlockSpec((count, *x.shape[1:]), lambda number: (number, 0, 0))
+
+    def each(*refs: Ref) -> None:
+        for number in range(count):
+            kernel(*(ref.at[pl.ds(number, 1)] for ref in refs))
+
     num_scores = batch * tokens**2 * kernel.keywords["num_heads"]
     return pl.pallas_call(
-        kernel,
-        grid=(batch,),
-        in_specs=[image(x) for x in operands],
-        out_specs=[image(x) for x in outs],
+        each,
+        grid=(batch // count,),
+        in_specs=[images(x) for x in operands],
+        out_specs=[images(x) for x in outs],
         out_shape=outs,
         cost_estimate=pl.CostEstimate(
             flops=2 * products * num_scores * kernel.keywords["head_dim"],
@@ -297,15 +304,29 @@ def _call(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            vmem_limit_bytes=max(_DEFAULT_VMEM, _vmem_bytes(tokens, width // 3)),
+            vmem_limit_bytes=max(_DEFAULT_VMEM, _vmem_bytes(tokens, width // 3, count)),
         ),
         interpret=interpret,
         name=name,
     )(*operands)
 
 
-def _vmem_bytes(tokens: int, width: int) -> int:
-    """Returns what the backward kernel needs: two images' arrays, and one group's scores."""
+def _images(batch: int, tokens: int, width: int) -> int:
+    """Returns how many images a program takes: a power of two that divides the batch, and fits.
+
+    Its first products have no softmax beside them yet, and its last softmax no products: of
+    several images in a row this happens once.
+    """
+    groups, count = width // LANES, 1
+    while batch % (2 * count) == 0 and 2 * count * groups <= _MAX_GROUPS:
+        if _vmem_bytes(tokens, width, 2 * count) > _DEFAULT_VMEM:
+            break
+        count *= 2
+    return count
+
+
+def _vmem_bytes(tokens: int, width: int, images: int = 1) -> int:
+    """Returns what the backward kernel needs: its images' arrays twice, and one group's scores."""
     image = tokens * (8 * width * 2 + LANES * 4)
     scores = min(tokens, _MAX_ROWS) * (-(-tokens // LANES) * LANES) * 4
-    return 2 * image + _SCORES * scores
+    return 2 * images * image + _SCORES * scores
