@@ -289,6 +289,9 @@ class Attention(Layer):
             bias = jnp.zeros(projected.shape[-1:], jnp.float32)
         else:
             kernel = _pad_parts(self.qkv.kernel[...], no_heads)
+            if no_heads:
+                # Or XLA for TPUs turns the whole gradient of qkv over, to divide the kernel's.
+                kernel = jax.lax.optimization_barrier(kernel)
             projected = product("ri,io->ro", x.reshape(-1, shape[-1]), kernel)
             bias = _pad_parts(self.qkv.bias[...], no_heads)
         sequences = Sequences(self.num_heads, self.head_dim, shape[1], absent)
