@@ -262,7 +262,7 @@ class Attention(Layer):
         absent: int = 0,
     ) -> jax.Array:
         """Maps [B, N, D] to float32 [B, N, D]; the last `absent` rows of an image are no tokens."""
-        chosen = self._chosen(x.shape[1])
+        chosen = self.chosen(x.shape[1])
         if chosen == "pallas":
             out = self._in_vmem(x, rotation, absent)
         else:
@@ -271,13 +271,14 @@ class Attention(Layer):
             out = self.proj(ways[chosen](self.num_heads, self._qkv(x, rotation), absent))
         return self.drop(out, rngs)
 
-    def _chosen(self, tokens: int) -> str:
+    def chosen(self, tokens: int) -> str:
+        """Returns how attention of so many tokens is computed, as `choose` says."""
         dtype = self.qkv.dtype
         return choose(self.implementation, tokens, self.num_heads, self.head_dim, dtype)
 
     def absent_rows(self, tokens: int) -> int:
         """Returns how many rows that are no tokens an image should get in the blocks."""
-        return absent_rows(self._chosen(tokens), tokens)
+        return absent_rows(self.chosen(tokens), tokens)
 
     def _in_vmem(self, x: jax.Array, rotation: Rotation | None, absent: int) -> jax.Array:
         shape = x.shape

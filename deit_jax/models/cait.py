@@ -72,6 +72,10 @@ class TalkingHeads(Attention):
         layers = _weights(self.proj_l), _weights(self.proj_w)
         return self.drop(self.proj(attend_talking(self.num_heads, self.qkv(x), *layers)), rngs)
 
+    def chosen(self, tokens: int) -> str:
+        """Returns "xla": no kernels mix heads."""
+        return "xla"
+
     def weights(self, x: jax.Array) -> jax.Array:
         """Returns the mixed weights of the values, float32 [B, H, N, N]."""
         qkv = self.qkv(x)

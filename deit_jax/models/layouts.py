@@ -33,9 +33,8 @@ def row_major(x: jax.Array, *platforms: str) -> jax.Array:
 
     XLA chooses the layout of every array inside a program. It may store the residual stream
     [B, N, D] with the batch as the contiguous axis, because one product at the heads likes that:
-    then each LayerNorm and each addition of the blocks is a transposing kernel. On TPUs a stream
-    `in_rows` has no such axis, and is better left to the compiler: 192 channels, which do not fill
-    their lanes, it stores with the rows as the contiguous axis.
+    then each LayerNorm and each addition of the blocks is a transposing kernel. A stream `in_rows`
+    has no such axis. Between TPU kernels, which take rows as they are, it is faster unpinned.
 
     Args:
       x: an array whose first axis is the batch; the layout is that of each device's rows.

@@ -74,13 +74,15 @@ class Block(Layer):
     ) -> jax.Array:
         """Maps [B, N, D] to [B, N, D], with at most one rotation, and `absent` as Attention has."""
         images = x.shape
-        x = in_rows(x, self.norm1.dtype)
+        # Attention in VMEM wants rows as they are; without it XLA may put the batch last.
+        pinned = () if self.attn.chosen(images[1]) == "pallas" else ("tpu",)
+        x = in_rows(row_major(x, *pinned), self.norm1.dtype)
         branch = self.attn(self.norm1(x).reshape(images), rngs, *rotation, **absent)
         branch = branch.reshape(x.shape)
         x = x + self._drop(self.ls1(branch) if self.layer_scale else branch, images, rngs)
         branch = self.mlp(self.norm2(x), rngs)
         x = x + self._drop(self.ls2(branch) if self.layer_scale else branch, images, rngs)
-        return row_major(x.reshape(images), "cuda")
+        return row_major(x.reshape(images), *pinned, "cuda")
 
     def _drop(self, branch: jax.Array, images: tuple[int, ...], rngs: nnx.Rngs | None) -> jax.Array:
         return self.drop_path(branch.reshape(images), rngs).reshape(branch.shape)

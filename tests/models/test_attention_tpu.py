@@ -34,26 +34,27 @@ def error(found, want):
 
 @pytest.mark.parametrize("interpret", [True, False], ids=["kernels", "formulas"])
 @pytest.mark.parametrize(
-    ("tokens", "num_heads", "head_dim", "absent"),
+    ("images", "tokens", "num_heads", "head_dim", "absent"),
     [
-        (37, 2, 64, 0),
-        (37, 2, 64, 3),
-        pytest.param(197, 4, 64, 3, marks=pytest.mark.slow),  # two groups of lanes
-        (20, 3, 64, 0),  # a group with room for another head
-        (17, 3, 32, 7),
-        (16, 1, 128, 0),
-        pytest.param(LONGER, 2, 64, 0, marks=pytest.mark.slow),
-        pytest.param(LONGER - 5, 2, 64, 5, marks=pytest.mark.slow),
+        (1, 37, 2, 64, 0),
+        (2, 37, 2, 64, 3),
+        pytest.param(2, 197, 4, 64, 3, marks=pytest.mark.slow),  # two groups of lanes
+        (2, 20, 3, 64, 0),  # a group with room for another head
+        (2, 17, 3, 32, 7),
+        (2, 16, 1, 128, 0),
+        (4, 16, 8, 64, 0),  # two programs of two images
+        pytest.param(2, LONGER, 2, 64, 0, marks=pytest.mark.slow),
+        pytest.param(2, LONGER - 5, 2, 64, 5, marks=pytest.mark.slow),
     ],
 )
 def test_values_and_gradients_are_as_exact_as_those_of_xla(
-    tokens, num_heads, head_dim, absent, interpret
+    images, tokens, num_heads, head_dim, absent, interpret
 ):
     """Whatever the rows that are no tokens hold."""
     width = num_heads * head_dim
     rng = np.random.default_rng(0)
-    projected = (1.5 * rng.normal(size=(2, tokens, 3 * width))).astype(np.float32)
-    bias, grad = rng.normal(size=3 * width), rng.normal(size=(2, tokens, width))
+    projected = (1.5 * rng.normal(size=(images, tokens, 3 * width))).astype(np.float32)
+    bias, grad = rng.normal(size=3 * width), rng.normal(size=(images, tokens, width))
     bias, grad = bias.astype(np.float32), jnp.asarray(grad, jnp.bfloat16)
     want, want_grad = exact(num_heads, projected + bias, grad)
     no_heads = attention_tpu.padded(num_heads, head_dim) - width
@@ -65,7 +66,7 @@ def test_values_and_gradients_are_as_exact_as_those_of_xla(
         projected = pad(jnp.pad(projected, rows, constant_values=30.0))
         projected = projected.reshape(-1, projected.shape[-1])
         out = attention.attend_in_vmem(sequences, interpret, projected, pad(bias))
-        return out.reshape(2, tokens + absent, -1)[:, :tokens, :width]
+        return out.reshape(images, tokens + absent, -1)[:, :tokens, :width]
 
     def xla(projected, bias):
         qkv = (projected + bias[None, None]).astype(jnp.bfloat16)
@@ -89,6 +90,22 @@ def test_what_the_kernels_take():
     assert attention_tpu.fits(577, 16, 64)
     assert not attention_tpu.fits(257, 16, 80)  # DeiT III-H
     assert not attention_tpu.fits(5000, 16, 64)
+    assert not attention_tpu.fits(197, 24, 8)  # less than a tile of rows, once transposed
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "images"),
+    [
+        (128, 200, 384, 4),
+        (64, 200, 768, 2),
+        (6, 200, 384, 2),
+        (3, 200, 384, 1),
+        (64, 200, 1024, 1),  # of two the TPU compiler finds no room for what it keeps
+        (16, 584, 384, 1),
+    ],
+)
+def test_how_many_images_a_program_takes(batch, tokens, width, images):
+    assert attention_tpu._images(batch, tokens, width) == images
 
 
 @pytest.mark.parametrize(
