@@ -158,6 +158,15 @@ def test_auto_is_the_kernels_on_tpus_alone(platform, options, kernels):
     assert lowered(platform, **options).count("tpu_custom_call") == want
 
 
+@pytest.mark.usefixtures("on_tpus")
+def test_between_kernels_the_stream_lies_as_the_compiler_likes():
+    """Without them libtpu 0.0.50 aborts at 384 pixels, unless the layout is asked for."""
+    assert "@LayoutConstraint" not in lowered("tpu")
+    assert "@LayoutConstraint" in lowered("tpu", attention="xla")
+    assert "@LayoutConstraint" in lowered("tpu", dtype="float32")
+    assert "@LayoutConstraint" not in lowered("cpu", attention="xla")
+
+
 @pytest.mark.parametrize(("count", "kernels"), [(1, 2), (4, 0)])
 def test_without_a_mesh_the_only_device_has_kernels(monkeypatch, count, kernels):
     """Of several devices a program may use one or all; a kernel would have to be told."""
