@@ -291,7 +291,7 @@ class Attention(Layer):
         else:
             kernel = _pad_parts(self.qkv.kernel[...], no_heads)
             if no_heads:
-                # Or XLA for TPUs turns the whole gradient of qkv over, to divide the kernel's.
+                # Or XLA for TPUs transposes the whole gradient of qkv, to divide the kernel's.
                 kernel = jax.lax.optimization_barrier(kernel)
             projected = product("ri,io->ro", x.reshape(-1, shape[-1]), kernel)
             bias = _pad_parts(self.qkv.bias[...], no_heads)
