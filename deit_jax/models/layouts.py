@@ -41,7 +41,7 @@ def row_major(x: jax.Array, *platforms: str) -> jax.Array:
       platforms: where to ask for it ("cuda", "tpu"). Elsewhere, and where the devices of the
         program are not known, this is the identity.
     """
-    if devices.platform() is None:
+    if devices.platform() is None or not platforms:
         return x
     layout = Layout(major_to_minor=tuple(range(x.ndim)))
 
