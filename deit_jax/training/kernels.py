@@ -18,7 +18,7 @@ from deit_jax.models.vit import VisionTransformer
 from deit_jax.parallel import devices, hosts
 from deit_jax.training.run import Run, build_model, dtype_of
 
-_IMAGES = 8
+_IMAGES = 8  # the most that a program of the TPU kernels takes
 _MAX_ERROR = 0.03  # relative; both round to bfloat16 at the same places and differ by about 0.006
 
 

@@ -12,6 +12,7 @@ import torch
 from deit_jax.errors import InputError
 from deit_jax.models import attention, attention_tpu
 from deit_jax.parallel import devices
+from deit_jax.training import kernels
 from tests.training import steps
 
 LONGER = 320  # than the queries that the kernels take at a time
@@ -108,6 +109,13 @@ def test_how_many_images_a_program_takes(batch, tokens, width, images):
     assert attention_tpu._images(batch, tokens, width) == images
 
 
+@pytest.mark.parametrize("width", [128, 256, 384, 768, 1024])
+def test_the_trial_is_of_programs_as_large_as_any(width):
+    """Or a run could meet a program of more images that the trial at its start did not try."""
+    images = kernels._IMAGES
+    assert attention_tpu._images(images, 40, width) == attention_tpu._images(1024, 40, width)
+
+
 @pytest.mark.parametrize(
     ("options", "answer"),
     [
@@ -143,7 +151,7 @@ def lowered(platform, name="deit_testing", dtype="bfloat16", **options):
 @pytest.mark.usefixtures("on_tpus")
 @pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda"])
 @pytest.mark.parametrize(
-    ("options", "kernels"),
+    ("options", "count"),
     [
         ({}, 2),
         ({"dtype": "float32"}, 0),
@@ -152,9 +160,9 @@ def lowered(platform, name="deit_testing", dtype="bfloat16", **options):
         ({"name": "vit5_testing"}, 2),
     ],
 )
-def test_auto_is_the_kernels_on_tpus_alone(platform, options, kernels):
+def test_auto_is_the_kernels_on_tpus_alone(platform, options, count):
     """Also where a program that was traced for TPUs is compiled for something else."""
-    want = kernels if platform == "tpu" else 0
+    want = count if platform == "tpu" else 0
     assert lowered(platform, **options).count("tpu_custom_call") == want
 
 
@@ -167,12 +175,12 @@ def test_between_kernels_the_stream_lies_as_the_compiler_likes():
     assert "@LayoutConstraint" not in lowered("cpu", attention="xla")
 
 
-@pytest.mark.parametrize(("count", "kernels"), [(1, 2), (4, 0)])
-def test_without_a_mesh_the_only_device_has_kernels(monkeypatch, count, kernels):
+@pytest.mark.parametrize(("chips", "count"), [(1, 2), (4, 0)])
+def test_without_a_mesh_the_only_device_has_kernels(monkeypatch, chips, count):
     """Of several devices a program may use one or all; a kernel would have to be told."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: count)
-    assert lowered("tpu").count("tpu_custom_call") == kernels
+    monkeypatch.setattr(jax, "device_count", lambda: chips)
+    assert lowered("tpu").count("tpu_custom_call") == count
 
 
 def losses_and_gradients(name, **options):
