@@ -69,8 +69,7 @@ def walk(top: str) -> Found:
             deeper = []
             for (at, chain), entries in zip(level, listed, strict=True):
                 for name, link in _sort_out(found, at, entries):
-                    target = os.path.realpath(join(top, at, name)) if link else ""
-                    if own := _descend(chain, name, target):
+                    if own := _descend(chain, join(top, at, name), link):
                         deeper.append((join(at, name), own))
                     else:
                         found.passed_over["links in a circle"].append(join(at, name))
@@ -112,13 +111,25 @@ def _sort_out(found: Found, at: str, entries: list[Entry]) -> list[tuple[str, bo
     return folders
 
 
-def _descend(chain: tuple[str, ...], name: str, target: str) -> tuple[str, ...] | None:
+def subfolders(top: str) -> list[str]:
+    """Returns the names of the folders in a folder that `walk` enters, sorted.
+
+    Raises:
+      InputError: it cannot be listed.
+    """
+    above = (os.path.realpath(top),)
+    folders = [e for e in list_folder(top) if e.kind == "folder" and not is_hidden(e.name)]
+    return [e.name for e in folders if _descend(above, join(top, e.name), e.link)]
+
+
+def _descend(chain: tuple[str, ...], path: str, link: bool) -> tuple[str, ...] | None:
     """Returns the real paths that lead to a folder, the last of each stretch without links.
 
     None for a link to a folder that the walk is in: it would come back here for ever.
     """
-    if not target:
-        return (*chain[:-1], join(chain[-1], name))
+    if not link:
+        return (*chain[:-1], join(chain[-1], path.rpartition("/")[2]))
+    target = os.path.realpath(path)
     above = target.rstrip("/") + "/"
     return None if any(f"{real}/".startswith(above) for real in chain) else (*chain, target)
 

@@ -53,6 +53,8 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
         names = [escaped(name, one_line=True) for name in names]
         _say(f"{split}: {source.description}, {source.num_examples:,} images")
         _say(f"  {source.num_classes} classes: {_some(names) or 'without names'}")
+        if source.num_classes == 1:
+            _say("  warning: of one class there is nothing to learn; check config.dataset.root")
         for note in source.notes:
             _say(f"  note: {escaped(note, one_line=True)}")
         for reason, passed in source.passed_over.items():

@@ -17,11 +17,10 @@ from deit_jax.folders import (
     Found,
     describe,
     is_folder,
-    is_hidden,
     join,
-    list_folder,
     normalise,
     printable,
+    subfolders,
     walk,
 )
 from deit_jax.trees import digest
@@ -162,7 +161,7 @@ def _find_splits(dataset: ConfigDict, root: str) -> tuple[Splits, list[str]]:
             found = f"the folder {splits['eval']} is the evaluation split"
             return splits, [f"{root} has no folder {wanted['eval'] or 'for evaluation'}: {found}"]
     if splits == {"train": None, "eval": None} and dataset.eval_fraction:
-        folders = _folders(root)
+        folders = subfolders(root)
         if (folders or dataset.label_file) and not _SPLIT_NAMES & {
             name.casefold() for name in folders
         }:
@@ -171,7 +170,7 @@ def _find_splits(dataset: ConfigDict, root: str) -> tuple[Splits, list[str]]:
 
 
 def _no_such_split(dataset: ConfigDict, root: str, splits: Splits, split: str) -> str:
-    name, present = dataset[f"{split}_split"], _folders(root)
+    name, present = dataset[f"{split}_split"], subfolders(root)
     listed = ", ".join(present[:8]) + (", …" if len(present) > 8 else "") or "no folders"
     tried = f" and none of {', '.join(EVAL_NAMES)}" if split == "eval" else ""
     hint = ""
@@ -183,11 +182,6 @@ def _no_such_split(dataset: ConfigDict, root: str, splits: Splits, split: str) -
         f"config.dataset.{split}_split is {name!r}, but {join(root, name)} is not a folder; {root} "
         f"holds {listed}{tried}{did_you_mean(name, present)}{hint}"
     )
-
-
-def _folders(folder: str) -> list[str]:
-    entries = list_folder(folder)
-    return [e.name for e in entries if e.kind == "folder" and not is_hidden(e.name)]
 
 
 def _walk(folder: str) -> Found:
@@ -232,7 +226,7 @@ def _read_class_folders(dataset: ConfigDict, root: str, splits: Splits, split: s
         _check_unsplit(root, present, found)
     # Whoever only evaluates may have no train split.
     train = join(root, splits["train"] if splits["train"] is not None else splits["eval"])
-    names = present if train == folder else _folders(train)
+    names = present if train == folder else subfolders(train)
     number = {normalise(name): i for i, name in enumerate(names)}
     if len(number) < len(names):
         twin = next(n for i, n in enumerate(names) if number[normalise(n)] != i)

@@ -47,7 +47,9 @@ def check_processes(config: ConfigDict, workdir: str, *, mode: str) -> None:
 
 
 def check_data(train_source: "Source | None", eval_source: "Source", teacher: bool | None) -> None:
-    """Checks that all processes have the same data, of which each host may have a copy.
+    """Checks that both splits have the same classes, and all processes the same data.
+
+    Each host may have a copy of the data.
 
     Args:
       train_source: the opened split; None for an evaluation.
@@ -57,6 +59,8 @@ def check_data(train_source: "Source | None", eval_source: "Source", teacher: bo
     Raises:
       InputError: on every process, as `check_processes`.
     """
+    if train_source is not None:
+        _check_classes(train_source, eval_source)
     if not hosts.several():
         return
     facts = {
@@ -71,6 +75,28 @@ def check_data(train_source: "Source | None", eval_source: "Source", teacher: bo
         facts["training data with digest"] = train_source.fingerprint()
     # A host that sees its data for the first time reads them all for their index.
     hosts.compare("the comparison of data", facts, seconds=hosts.LONG_SECONDS)
+
+
+def _check_classes(train: "Source", evaluation: "Source") -> None:
+    """Raises InputError for a single class, and where a label means another class in each split."""
+    if train.num_classes == 1:
+        raise InputError(
+            f"{train.description} has one class{''.join(f', {name}' for name in train.class_names)}"
+            ": there is nothing to learn; check config.dataset.root, which may be one folder too "
+            "high"
+        )
+    if train.class_names == evaluation.class_names and train.num_classes == evaluation.num_classes:
+        return
+    names = zip(train.class_names, evaluation.class_names, strict=False)
+    number = next((i for i, (a, b) in enumerate(names) if a != b), None)
+    first = ""
+    if number is not None:
+        pair = train.class_names[number], evaluation.class_names[number]
+        first = f"; class {number} is {pair[0]!r} in one and {pair[1]!r} in the other"
+    raise InputError(
+        f"{train.description} has {train.num_classes:,} classes, but {evaluation.description} "
+        f"{evaluation.num_classes:,}{first}; both need the same classes"
+    )
 
 
 def check_weights(folder: str, weights: object) -> None:

@@ -12,6 +12,7 @@ from deit_jax.cli.predict import find_images
 from deit_jax.config.files import load_config
 from deit_jax.data import open_source, train_batches
 from deit_jax.errors import InputError
+from deit_jax.training import checks
 from deit_jax.training.setup import check
 from tests.data.conftest import NFC, NFD, make_files, plan_of, read_split, refused
 from tests.oracles.torchvision_ops import import_torchvision
@@ -58,6 +59,7 @@ FOLDERS = {
     ),
     "linked image": (("train/bee/4.png -> ../ant/1.png",), {"bee": ["4"]}, "", []),
     "link to itself": (("train/ant/up -> .",), {}, CIRCLE, ["ant/up"]),
+    "a class that is a link to all": (("train/all -> .",), {}, CIRCLE, ["all"]),
     "link to the root": (("train/ant/up -> ../..",), {}, CIRCLE, ["ant/up"]),
     "links to one another": (
         ("store/a/4.png", "store/a/b -> ../b", "store/b/a -> ../a", "train/cow -> ../store/a"),
@@ -88,6 +90,8 @@ def test_folders(tmp_path, dataset_config, kind):
     assert note in notes
     assert bool(notes) == bool(note)
     assert left == passed
+    train, evaluation = (open_source(dataset_config, split) for split in ("train", "eval"))
+    assert evaluation.class_names == train.class_names  # bee has no images to evaluate
 
 
 def test_classes_match_in_any_unicode_normalisation(tmp_path, dataset_config):
@@ -284,3 +288,18 @@ def test_console_lines_survive_a_terminal_of_ascii(run_python):
     code = "from deit_jax.console import log; log('4 × caf\\udce9')"
     found = run_python("-c", code, env={"PYTHONIOENCODING": "ascii:strict"})
     assert (found.returncode, found.stdout) == (0, "4 \\xd7 caf\\udce9\n")
+
+
+def test_splits_of_other_classes_are_refused(tmp_path, dataset_config):
+    """A label of one split would mean another class in the other; of one class there is no loss."""
+    sources = []
+    for root, classes in (("a", ("ant", "bee")), ("b", ("ant", "cow")), ("c", ("ant",))):
+        make_files(tmp_path / root, [f"train/{name}/1.png" for name in classes])
+        dataset_config.root = str(tmp_path / root)
+        sources.append(open_source(dataset_config, "train"))
+    first, other, single = sources
+    checks.check_data(first, first, None)
+    with pytest.raises(InputError, match="class 1 is 'bee' in one and 'cow' in the other"):
+        checks.check_data(first, other, None)
+    with pytest.raises(InputError, match="has one class, ant: there is nothing to learn"):
+        checks.check_data(single, single, None)
