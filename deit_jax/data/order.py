@@ -14,6 +14,7 @@ from deit_jax.data.plan import InputPlan
 from deit_jax.errors import InputError
 
 NONE = -1  # in place of a row, a position or an example: there is none
+_SEED_BITS, _KEY_BITS = 32, 8  # of a seed, and of those that a permutation tells apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +84,7 @@ class Order:
         epoch, slot = _divmod(slots, self._slots_per_epoch)
 
         def shuffled(slot: tf.Tensor) -> tf.Tensor:
-            if self.num_examples == 1:  # index_shuffle needs two
-                return tf.zeros_like(slot)
-            return tf.random.experimental.index_shuffle(
-                slot % self.num_examples,
-                seed=tf.stack([tf.cast(self.plan.seed, tf.int64), epoch[0]]),
-                max_index=tf.constant(self.num_examples - 1, tf.int64),
-            )
+            return self._permuted(slot % self.num_examples, epoch[0])
 
         index = shuffled(slot)
         if not unreadable:
@@ -103,6 +98,24 @@ class Order:
             lambda _, index: tf.reduce_any(among(index, unreadable)), advance, (slot, index)
         )
         return index
+
+    def _permuted(self, slot: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+        """Returns the places [n] of an epoch's permutation.
+
+        TensorFlow's cipher takes the lowest bits of seed and epoch: 8 of each for up to 65,537
+        examples, 12 for ImageNet's. What is above the lowest 8 permutes once more, so that epoch
+        256 is not epoch 0 again.
+        """
+        if self.num_examples == 1:  # index_shuffle needs two
+            return slot
+        seed = tf.stack([tf.cast(self.plan.seed, tf.int64), epoch])
+        for shift in range(0, _SEED_BITS, _KEY_BITS):
+            key = tf.bitwise.right_shift(seed, tf.constant(shift, tf.int64))
+            again = tf.random.experimental.index_shuffle(
+                slot, seed=key, max_index=tf.constant(self.num_examples - 1, tf.int64)
+            )
+            slot = tf.where(tf.reduce_any(key > 0), again, slot) if shift else again
+        return slot
 
 
 def among(index: tf.Tensor, listed: list[int]) -> tf.Tensor:

@@ -204,11 +204,17 @@ def check_stateless(function, *, count, distinct):
 
 def permutation(num_examples, seed, epoch):
     """The examples in the order of an epoch, [num_examples]."""
-    return tf.random.experimental.index_shuffle(
-        tf.range(num_examples, dtype=tf.int64),
-        seed=tf.constant([seed, epoch], tf.int64),
-        max_index=num_examples - 1,
-    ).numpy()
+    order = np.arange(num_examples)
+    for byte in (0, 1, 2, 3):
+        key = [seed >> 8 * byte, epoch >> 8 * byte]
+        if byte == 0 or any(key):
+            shuffled = tf.random.experimental.index_shuffle(
+                tf.range(num_examples, dtype=tf.int64),
+                seed=tf.constant(key, tf.int64),
+                max_index=num_examples - 1,
+            )
+            order = shuffled.numpy()[order]
+    return order
 
 
 class CountingSource(Source):

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from deit_jax import data
+from deit_jax.data.order import Order
 from tests.data.conftest import CountingSource, permutation, plan_of
 
 
@@ -57,3 +59,30 @@ def test_repeats_of_imagenet_on_eight_gpus(input_config):
     assert ids[::128] == [first] * 3 + [fourth] * 3 + [seventh] * 2
     assert ids[1] == seventh
     assert len({first, fourth, seventh}) == 3
+
+
+@pytest.mark.parametrize("num_examples", [100, 50_000])
+def test_no_two_epochs_or_seeds_have_the_same_order(input_config, num_examples):
+    """The cipher alone repeats itself after 256 epochs, and 256 seeds."""
+
+    def first(seed, epoch):
+        plan = plan_of(input_config, seed=seed, batch_size=20, steps_per_epoch=5)
+        return tuple(data.example_ids(CountingSource(num_examples), plan, 5 * epoch))
+
+    numbers = (0, 1, 256, 257, 512, 65_536, 2**24)
+    orders = [first(seed, 0) for seed in numbers] + [first(0, epoch) for epoch in numbers[1:]]
+    orders.append(first(256, 256))
+    assert len(set(orders)) == len(orders)
+
+
+def test_all_images_are_seen_as_often_over_many_epochs(input_config):
+    """Of three repeats an epoch has a third of the images: over 1,500, another third each."""
+    input_config.repeats, examples, epochs = 3, 20, 1500
+    plan = plan_of(input_config, batch_size=20, steps_per_epoch=1)
+    order = Order(plan, examples)
+    seen = tf.function(lambda step: order.index(order.slots(step)))
+    counts = np.zeros(examples)
+    for epoch in range(epochs):
+        np.add.at(counts, seen(tf.constant(epoch, tf.int64)).numpy(), 1)
+    share = counts.sum() / examples / epochs
+    assert np.std(counts) < 1.5 * np.sqrt(epochs * share * (1 - share))
