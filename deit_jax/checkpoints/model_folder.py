@@ -59,7 +59,7 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
     path = storage.path_of(path)
     first = jax.process_index() == 0
     if first:
-        _check_place(path)
+        check_place(path)
     # Never over the weights in use: the new ones count from the moment that model.json names them.
     used = hosts.gather(f"the writing of {path}", _weights_name(path))[0]
     name = _OTHER_WEIGHTS if used == _WEIGHTS else _WEIGHTS
@@ -92,7 +92,7 @@ def write_model(path: str | os.PathLike, variables: Variables, info: registry.Mo
         time.sleep(1)
 
 
-def _check_place(path: storage.Path) -> None:
+def check_place(path: storage.Path) -> None:
     """Raises InputError where `path` is something else than a model folder, whole or begun."""
     storage.check_name(path)
     if path.exists() and not any((path / name).is_file() for name in (_MODEL_FILE, _BEGUN)):

@@ -98,8 +98,7 @@ def plan_run(
             "choose a batch no larger than the split"
         )
     group_size = _group_size(config.mixing.group_size, batch // num_devices)
-    mixing = config.mixing.prob and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha)
-    if mixing and group_size % 2:
+    if _mixes(config.mixing) and group_size % 2:
         raise InputError(
             f"config.mixing.group_size is {config.mixing.group_size}, which leaves groups of "
             f"{group_size} in the {batch // num_devices} images of a device, but mixup and cutmix "
@@ -148,12 +147,17 @@ def plan_evaluation(eval_source: Any) -> RunPlan:
     )
 
 
+def _mixes(mixing: ConfigDict) -> bool:
+    """Tells whether images are mixed with one another."""
+    return bool(mixing.prob and (mixing.mixup_alpha or mixing.cutmix_alpha))
+
+
 def _warnings(
     config: ConfigDict, warmup_epochs: int, total_steps: int, group_size: int
 ) -> Iterator[str]:
     """Yields a line for each field that does not suit so short a run, or so small a batch."""
     schedule, decay = config.schedule, config.train.ema_decay
-    if group_size < config.mixing.group_size / 2:
+    if _mixes(config.mixing) and group_size < config.mixing.group_size / 2:
         yield (
             f"{group_size} images share a draw of mixup or cutmix, less than half of "
             f"config.mixing.group_size {config.mixing.group_size}: a device's images must hold "
@@ -163,6 +167,12 @@ def _warnings(
         yield (
             f"warm-up takes {warmup_epochs} of {schedule.epochs} epochs, at most half, instead of "
             f"config.schedule.warmup_epochs {schedule.warmup_epochs}"
+        )
+    if schedule.per_epoch and 0 < warmup_epochs == schedule.epochs - 1:
+        yield (
+            f"with config.schedule.per_epoch the rate lags by an epoch: it stays at warmup_lr "
+            f"{schedule.warmup_lr:g} in all {schedule.epochs} epochs; set "
+            "--config.schedule.per_epoch=False, or more epochs"
         )
     if decay > 0 and total_steps * (1 - decay) < 1:
         better = 1 - float(f"{10 / max(total_steps, 20):.1g}")  # over a tenth of the run

@@ -59,7 +59,7 @@ def text(
             "> **Licence: to be filled in.** Name it here and in the first lines of this file "
             "(`license`), after those of the data and of the weights that training began with."
         )
-    distilled = registry.is_distilled(info.name)
+    distilled = registry.is_distilled(info.name, dict(info.overrides))
     kind = ("DeiT", "WithTeacher") if distilled else ("ViT", "")
     use = _USE[layout].format(repo=repo, model=f"{kind[0]}ForImageClassification{kind[1]}")
     parts += ["## Use", use, "## Images", _images(info), "## Evaluation", _evaluation(model, info)]
@@ -109,7 +109,7 @@ def _evaluation(model: storage.Path, info: ModelInfo) -> str:
     if not rows:
         return "> **To be filled in:** no report of a run lies beside the model."
     table = "\n".join(f"| {words} | {_number(value)} |" for words, value in rows)
-    both = registry.is_distilled(info.name)
+    both = registry.is_distilled(info.name, dict(info.overrides))
     note = "The prediction is that of the mean of both heads' logits.\n\n" * both
     return f"{note}On the evaluation images of the run, {where}:\n\n| | |\n|---|---|\n{table}"
 

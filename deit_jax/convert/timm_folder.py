@@ -35,7 +35,7 @@ def config(info: ModelInfo) -> dict[str, Any]:
     size, regnet = info.side, registry.family(info.name) == "regnet"
     by_name = regnet or registry.family(info.name) == "resmlp"
     architecture, arguments = _by_name(info) if by_name else _transformer(info)
-    distilled = registry.is_distilled(info.name)
+    distilled = registry.is_distilled(info.name, dict(info.overrides))
     stem = {"regnet": "stem.conv", "resmlp": "stem.proj"}
     whole = info.crop_ratio is None
     described = {
@@ -89,7 +89,7 @@ def _transformer(info: ModelInfo) -> tuple[str, dict[str, Any]]:
     if rope != "none":
         ape = "_ape" * options["pos_embed"]
         return f"vit_small_patch16_rope{_ROPE[rope]}{ape}_224", arguments
-    if registry.is_distilled(info.name):
+    if registry.is_distilled(info.name, dict(info.overrides)):
         return "deit_tiny_distilled_patch16_224", arguments
     return _BASES[registry.family(info.name)], arguments
 

@@ -232,14 +232,14 @@ def family(name: str) -> str:
     return _FAMILIES[_entry(name).build]
 
 
-def can_distil(name: str) -> bool:
+def can_distil(name: str, options: dict[str, Any] | None = None) -> bool:
     """Tells whether a teacher may teach a model: by a token, or, as published, its one head."""
-    return is_distilled(name) or family(name) in ("cait", "resmlp")
+    return is_distilled(name, options) or family(name) in ("cait", "resmlp")
 
 
-def is_distilled(name: str) -> bool:
-    """Tells whether a registered model has a distillation token and head."""
-    return _entry(name).options.get("distilled", False)
+def is_distilled(name: str, options: dict[str, Any] | None = None) -> bool:
+    """Tells whether a model has a distillation token and head; `options` replace its own."""
+    return (_entry(name).options | (options or {})).get("distilled", False)
 
 
 def fixed_size(info: ModelInfo) -> int | None:

@@ -54,17 +54,22 @@ def as_trained(config: ConfigDict, workdir: str, *, training: bool) -> tuple[Con
 
     Mean, std, crop and interpolation belong to the weights: with others, a model loses accuracy
     without a word. Training keeps mean and std, and evaluates with the recipe's crop and
-    interpolation, with which it trains. The image size may be chosen.
+    interpolation, with which it trains. The image size may be chosen. A model folder that is
+    evaluated holds one set of weights, so there is no EMA.
 
     Args:
       config: of the run.
       workdir: of the run, whose checkpoint counts, or else `init_from`.
       training: whether it is to train, not to be evaluated alone.
+
+    Raises:
+      InputError: a run cannot prepare images as the model was trained.
     """
     info = None
     with contextlib.suppress(NotADirectoryError):  # `checks.check_writing` says so
         info = saved_info(workdir)
-    if info is None and config.init_from:
+    resumed = info is not None
+    if not resumed and config.init_from:
         with contextlib.suppress(InputError):  # `setup.check_start` says what is wrong
             info = model_folder.read_info(config.init_from)
     if info is None:
@@ -87,4 +92,12 @@ def as_trained(config: ConfigDict, workdir: str, *, training: bool) -> tuple[Con
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.input.update(changed)
+    if not training and not resumed:
+        config.train.ema_decay = 0.0
+    try:
+        validate(config)
+    except InputError as error:
+        raise InputError(
+            f"as the model of {workdir if resumed else config.init_from} was trained, {error}"
+        ) from error
     return config, notes

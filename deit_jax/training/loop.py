@@ -325,6 +325,8 @@ def open_checkpoints(
         check_start(run, training=training)
     if training and hosts.is_first():
         checks.check_writing(run.workdir)
+        for name in ("model", "model_ema", "best"):  # written hours later
+            model_folder.check_place(storage.path_of(run.workdir, name))
     checkpoints = TrainCheckpoints(
         run.workdir,
         keep=run.config.checkpoint.keep,

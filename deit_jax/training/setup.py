@@ -15,6 +15,7 @@ from deit_jax.config.plan import RunPlan, check_batch, plan_data, plan_evaluatio
 from deit_jax.console import doing, log
 from deit_jax.errors import InputError
 from deit_jax.models import registry
+from deit_jax.models.info import parse_options
 from deit_jax.models.network import Variables, split_model
 from deit_jax.parallel import cpu_memory, hosts
 from deit_jax.parallel.mesh import make_mesh, state_shardings, to_host, with_shardings
@@ -90,17 +91,19 @@ def check_model(config: ConfigDict, platform: str) -> None:
             f"{wanted.upper()}s, but the devices here are {platform.upper()}s; set it to auto"
         )
     name, distill = config.model.name, config.distill
-    if distill.class_head and registry.is_distilled(name):
+    options = parse_options(config.model.options)
+    told = f"config.model.name {name!r}" + f" with options {config.model.options}" * bool(options)
+    if distill.class_head and registry.is_distilled(name, options):
         raise InputError(
-            f"config.distill.class_head is True, but config.model.name {name!r} has a distillation "
-            "token, which learns from the teacher; set it to False or choose a model without token"
+            f"config.distill.class_head is True, but {told} has a distillation token, which learns "
+            "from the teacher; set it to False or choose a model without token"
         )
-    if distill.kind != "none" and not (distill.class_head or registry.can_distil(name)):
+    if distill.kind != "none" and not (distill.class_head or registry.can_distil(name, options)):
         raise InputError(
-            f"config.distill.kind is {distill.kind!r}, but config.model.name {name!r} has no "
-            "distillation token; choose a *_distilled_* model, such as "
-            "deit_base_distilled_patch16_224, --config.distill.kind=none, or "
-            "--config.distill.class_head=True to teach the class head"
+            f"config.distill.kind is {distill.kind!r}, but {told} has no distillation token; "
+            "choose a *_distilled_* model, such as deit_base_distilled_patch16_224, "
+            "--config.distill.kind=none, or --config.distill.class_head=True to teach the class "
+            "head"
         )
 
 

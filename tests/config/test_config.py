@@ -1,5 +1,6 @@
 """Validation of configs, and the numbers derived from them."""
 
+import numpy as np
 import pytest
 
 from deit_jax.config.fields import default_config
@@ -196,7 +197,7 @@ def test_the_batch_divides_over_the_devices(batch, accumulate, fsdp, words):
     [
         (300, 5, 0.99996, []),  # the published run
         (10, 5, 0.0, []),
-        (2, 5, 0.0, ["warm-up takes 1 of 2 epochs", "config.schedule.warmup_epochs 5"]),
+        (3, 5, 0.0, ["warm-up takes 1 of 3 epochs", "config.schedule.warmup_epochs 5"]),
         (1, 5, 0.0, ["warm-up takes 0 of 1 epochs"]),
         (10, 5, 0.99, []),  # 100 steps of 125,000
         (10, 5, 0.99996, ["averages over 25,000 steps", "has 12,510", "ema_decay=0.9992"]),
@@ -212,8 +213,26 @@ def test_fields_that_do_not_suit_a_short_run_get_a_line(epochs, warmup, decay, w
     assert all(word in plan.warnings[0] for word in words)
 
 
-@pytest.mark.parametrize(("group_size", "warned"), [(64, False), (128, False), (200, True)])
-def test_groups_much_smaller_than_the_recipe_get_a_line(group_size, warned):
-    plan = _plan(_config(mixing__group_size=group_size, train__batch_size=64))
+@pytest.mark.parametrize(("epochs", "per_epoch"), [(1, True), (2, True), (3, True), (2, False)])
+def test_a_rate_that_never_rises_gets_a_line(epochs, per_epoch):
+    config = _config(schedule__epochs=epochs, schedule__warmup_epochs=5)
+    config.schedule.per_epoch = per_epoch
+    plan = _plan(config)
+    steps = np.arange(plan.total_steps)
+    arguments = {"peak_lr": 1e-3, "warmup_epochs": plan.warmup_epochs}
+    rates = optim.learning_rate(
+        steps, config.schedule, steps_per_epoch=plan.steps_per_epoch, **arguments
+    )
+    told = any("it stays at warmup_lr 1e-06 in all 2 epochs" in line for line in plan.warnings)
+    assert told == (np.max(rates) < 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "prob", "warned"),
+    [(64, 1.0, False), (128, 1.0, False), (200, 1.0, True), (200, 0.0, False)],
+)
+def test_groups_much_smaller_than_the_recipe_get_a_line(group_size, prob, warned):
+    config = _config(mixing__group_size=group_size, train__batch_size=64, mixing__prob=prob)
+    plan = _plan(config)
     assert plan.group_size == 64
     assert any("config.mixing.group_size 200" in line for line in plan.warnings) == warned

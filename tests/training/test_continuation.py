@@ -150,7 +150,30 @@ def test_a_model_is_evaluated_with_the_images_it_was_trained_on(finished, tmp_pa
     workdir = finished
     if source == "init_from":
         workdir, other["init_from"] = tmp_path / "new", str(finished / "model")
+        other["train.ema_decay"] = 0.9  # of which a model folder has nothing to report
     assert loop.evaluate(config_of(**other), str(workdir)) == want
     printed = capsys.readouterr().out
     for name in ("mean", "std", "interpolation", "train_crop"):
         assert f"  note      evaluating with input.{name} " in printed
+
+
+@pytest.mark.slow
+def test_a_kernel_that_evaluation_lacks_is_one_line(finished, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(finished / "model", folder)
+    described = json.loads((folder / "model.json").read_text()) | {"interpolation": "lanczos"}
+    del described["digest"]
+    (folder / "model.json").write_text(json.dumps(described))
+    words = f"as the model of {folder} was trained, config.input.interpolation is 'lanczos'"
+    with pytest.raises(InputError, match=re.escape(words)):
+        loop.evaluate(config_of(init_from=str(folder)), str(tmp_path / "new"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model", "best"])
+def test_a_place_that_is_taken_shows_before_training(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").touch()
+    with pytest.raises(InputError, match=f"{name} exists and is not a model folder; remove it"):
+        loop.train(config_of(), str(tmp_path))
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,5 +1,7 @@
 """Runs of the models beside DeiT's: training, a teacher, evaluation, and another resolution."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from deit_jax.errors import InputError
 from deit_jax.models import registry
 from deit_jax.models.network import split_model
 from deit_jax.training import loop
-from deit_jax.training.setup import check, check_start
+from deit_jax.training.setup import check, check_model, check_start
 from tests import kill_and_resume
 
 
@@ -73,3 +75,20 @@ def test_log_attention_is_refused_where_there_is_none(tmp_path):
     config.train.log_attention = True
     with pytest.raises(InputError, match="'resmlp_testing' has no attention"):
         check(config, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled", "class_head", "words"),
+    [
+        ("deit_testing", True, True, "with options distilled=True has a distillation token"),
+        ("deit_testing", True, False, None),
+        ("deit_testing_distilled", False, False, "distilled=False has no distillation token"),
+        ("deit_testing_distilled", False, True, None),
+    ],
+)
+def test_a_token_is_there_as_the_options_say(name, distilled, class_head, words):
+    config = recipe(name)
+    config.model.options = f"distilled={distilled}"
+    config.distill.kind, config.distill.class_head = "hard", class_head
+    with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
+        check_model(config, "cpu")
