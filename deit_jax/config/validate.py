@@ -125,6 +125,8 @@ def validate(config: ConfigDict) -> None:
         refuse(config, "train.cosub", "False where model.drop_path_rate is 0: no two submodels")
     if config.train.cosub and config.distill.kind != "none":
         refuse(config, "train.cosub", "False where distill.kind is not 'none': it has no teacher")
+    if config.dataset.label_file and config.dataset.source != "folder":
+        refuse(config, "dataset.label_file", "'' where dataset.source is not 'folder'")
     if config.parallel.backend == "pmap" and config.parallel.fsdp > 1:
         refuse(config, "parallel.fsdp", "1 where parallel.backend is 'pmap', which shards nothing")
     if not _is_curve(config.train.expected_top1):

@@ -9,7 +9,7 @@ _CONSEQUENCES = {  # of another value than that of the checkpoint
     "train.seed": "order and augmentation start anew in the middle",
     "input.repeats": "an epoch has other images",
     "mixing.group_size": "the order of the images is another one",
-    "steps_per_epoch": "an epoch ends at another step",
+    "steps_per_epoch": "an epoch ends at another step, and with it the rate and the end move",
     "data": "the training images, their order or their labels are others",
     EPOCHS: "the schedule ends sooner, perhaps before this step",
 }

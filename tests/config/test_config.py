@@ -109,6 +109,7 @@ def test_one_wrong_field_is_one_line_that_names_it(field, value, words):
         ({"distill__kind": "soft", "distill__alpha": 1.0}, "distill.alpha"),
         ({"train__cosub": True, "model__drop_path_rate": 0.0}, "train.cosub"),
         ({"parallel__backend": "pmap", "parallel__fsdp": 2}, "parallel.fsdp"),
+        ({"dataset__label_file": "labels.csv", "dataset__source": "hf"}, "dataset.label_file"),
         ({"model": {"name": "deit_testing"}}, "model."),
         ({"distributed__num_processes": 2}, "distributed.coordinator_address"),
     ],
