@@ -1,4 +1,4 @@
-"""Reads and writes folders of transformers, reads timm's: `config.json` beside the weights."""
+"""Reads and writes folders of transformers: JSON files beside the weights; finds those of timm."""
 
 import json
 import tempfile
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from deit_jax import storage
-from deit_jax.convert import layouts, torch_files
+from deit_jax.convert import layouts, timm_folder, torch_files
 from deit_jax.convert.shards import INDICES, MOST_BYTES
 from deit_jax.errors import InputError, brief
 from deit_jax.models import imagenet, registry
@@ -53,7 +53,7 @@ def read_description(folder: Path) -> tuple[dict[str, Any], list[str]]:
             if same and processor == _processor(info):
                 return {"info": info}, []
         if "architecture" in config:
-            return _timm_description(config), []
+            return timm_folder.description(config, file)
         return _transformers_description(config, processor, file)
     except InputError:
         raise
@@ -74,16 +74,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, expected a JSON object")
     return {key: value for key, value in content.items() if value is not None or key == _INFO}
-
-
-def _timm_description(config: dict[str, Any]) -> dict[str, Any]:
-    said = dict(config.get("pretrained_cfg", config))
-    said |= {"crop_ratio": said.get("crop_pct"), "class_names": config.get("label_names")}
-    kinds = {"mean": _three, "std": _three, "crop_ratio": float, "interpolation": str}
-    kinds["model"] = lambda name: name if name in registry.names_of() else None
-    said["model"] = config["architecture"]
-    kinds["class_names"] = lambda names: tuple(map(str, names))
-    return {name: kind(said[name]) for name, kind in kinds.items() if said.get(name) is not None}
 
 
 def _transformers_description(

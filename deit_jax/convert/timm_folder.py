@@ -1,5 +1,7 @@
-"""Describes a model as timm does on the Hugging Face hub: the `config.json` beside the weights."""
+"""Writes and reads the `config.json` that timm keeps beside the weights, as on the hub."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from deit_jax.errors import InputError
@@ -23,6 +25,16 @@ _ARGUMENTS = {  # ours, and timm's
     **{name: name for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")},
     **{name: name for name in ("qkv_bias", "no_embed_class", "depth_token_only")},
     "layer_scale_init": "init_values",
+}
+# Arguments of timm's that change no logits; and those that names and shapes of tensors show.
+_IDLE = {
+    *("img_size", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "weight_init"),
+    *("fix_init", "zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"),
+}
+_SHOWN = {
+    *_ARGUMENTS.values(),
+    *("num_classes", "in_chans", "class_token", "reg_tokens", "pos_embed", "qk_norm"),
+    *("scale_attn_norm", "scale_mlp_norm", "proj_bias", "pre_norm", "final_norm", "fc_norm"),
 }
 
 
@@ -97,3 +109,55 @@ def _transformer(info: ModelInfo) -> tuple[str, dict[str, Any]]:
 def _is_timms(name: str) -> bool:
     size = registry.model_options(name)["image_size"]
     return figures.row(name, size).weights.startswith("hf:timm/")
+
+
+def description(config: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Reads what a `config.json` of timm's says.
+
+    Args:
+      config: its content, without entries that are null.
+      file: names it in errors.
+
+    Returns:
+      Fields of ModelInfo, `model` and `num_heads`, as far as it says; and notes for a person.
+
+    Raises:
+      InputError: it describes a model that is not ours, though the tensors may be the same.
+    """
+    architecture, arguments = config["architecture"], config.get("model_args", {})
+    fields = _preparation(config.get("pretrained_cfg", config))
+    if architecture in registry.names_of():
+        fields["model"] = architecture
+    if "label_names" in config:
+        fields["class_names"] = tuple(map(str, config["label_names"]))
+    if arguments.get("num_heads") is not None:  # which the shapes of the weights do not show
+        fields["num_heads"] = int(arguments["num_heads"])
+    cnn = architecture.startswith("regnet")
+    own = {
+        "global_pool": "avg" if cnn or architecture.startswith("resmlp") else "token",
+        "act_layer": "relu" if cnn else "gelu",
+        "norm_layer": "batchnorm" if cnn else "layernorm",
+    }
+    # Beside the arguments stands how the model pools, which the architecture alone may decide.
+    pools = {name: config[name] for name in ("global_pool",) if name in config}
+    for name, value in (pools | arguments).items():
+        idle = value is None or name in _IDLE | _SHOWN or name.endswith("_drop_rate")
+        if not idle and value != own.get(name):
+            expected = f"expected {own[name]!r}" if name in own else "which is not followed"
+            raise InputError(
+                f"{file}: {name} is {value!r:.40}, {expected}; deit-jax has no such model"
+            )
+    return fields, []
+
+
+def _preparation(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ModelInfo's fields for a `pretrained_cfg`."""
+    kinds = {"mean": _numbers, "std": _numbers, "crop_pct": float, "interpolation": str}
+    fields = {name: kind(said[name]) for name, kind in kinds.items() if said.get(name) is not None}
+    if "crop_pct" in fields:
+        fields["crop_ratio"] = fields.pop("crop_pct")
+    return fields
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(map(float, values))

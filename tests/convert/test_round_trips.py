@@ -214,6 +214,58 @@ def test_timm_folder(tmp_path):
     assert (info.name, info.mean, info.crop_ratio) == ("deit3_testing", (0.5, 0.5, 0.5), 0.9)
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "regnety_002", "resmlp_12_224"])
+def test_timm_folder_as_timm_writes_it(tmp_path, name):
+    _timm_folder(tmp_path, name, num_classes=3)
+    read = from_torch.read(tmp_path)
+    assert (read.info.name, read.info.num_classes, read.info.overrides) == (name, 3, ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 6}, "6 attention heads, but deit_tiny_patch16_224 has 3"),
+        ({"global_pool": "avg", "fc_norm": False}, "global_pool is 'avg', expected 'token'"),
+        ({"act_layer": "gelu_tanh"}, "act_layer is 'gelu_tanh', expected 'gelu'"),
+        ({"norm_layer": "layernorm2d"}, "norm_layer is 'layernorm2d', expected 'layernorm'"),
+        ({"rope_temperature": 10}, "rope_temperature is 10, which is not followed"),
+        ({"num_heads": 3, "act_layer": "gelu", "norm_layer": "layernorm"}, None),
+        ({"drop_path_rate": 0.1, "pos_drop_rate": 0.1, "init_values": None, "fix_init": 1}, None),
+    ],
+)
+def test_arguments_of_timm_are_the_models_or_refused(tmp_path, arguments, message):
+    _timm_folder(tmp_path, "deit_tiny_patch16_224")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["model_args"] |= arguments
+    file.write_text(json.dumps(config))
+    if message is None:
+        assert from_torch.read(tmp_path).info.name == "deit_tiny_patch16_224"
+    else:
+        with pytest.raises(deit_jax.InputError, match=message):
+            from_torch.read(tmp_path)
+
+
+def test_a_pooling_beside_timms_arguments_counts_too(tmp_path):
+    _timm_folder(tmp_path, "deit_tiny_patch16_224")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"global_pool": "avg"}
+    del config["model_args"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(deit_jax.InputError, match="global_pool is 'avg', expected 'token'"):
+        from_torch.read(tmp_path)
+
+
+def _timm_folder(folder, name, **arguments):
+    """Writes what timm writes of one of its models, by its own function."""
+    import timm
+    from timm.models._hub import save_config_for_hf
+
+    module = timm.create_model(name, **arguments)
+    save(folder / "model.safetensors", numpy_state(module))
+    save_config_for_hf(module, str(folder / "config.json"))
+
+
 @pytest.mark.slow
 def test_torchvision_regnet():
     """Every layer's counter differs here, and all come back."""
