@@ -127,6 +127,13 @@ def _preprocessing(processor: dict[str, Any]) -> tuple[dict[str, Any], list[str]
         if crop > size:
             raise ValueError(f"crop_size {crop} is larger than size {size}")
         ratio = crop / size
+        said = processor["size"]
+        kind = processor.get("image_processor_type", processor.get("feature_extractor_type", ""))
+        if "height" in said if isinstance(said, dict) else kind.startswith(("DeiT", "ViT")):
+            notes.append(
+                f"preprocessor_config.json: transformers resizes both sides to {size}; the shorter "
+                "side is resized, as DeiT was trained"
+            )
         # preprocess() truncates crop / ratio, which has to give back the size.
         fields["crop_ratio"] = ratio if int(crop / ratio) == size else crop / (size + 0.5)
     return fields, notes

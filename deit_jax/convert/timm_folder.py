@@ -125,7 +125,7 @@ def description(config: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], 
       InputError: it describes a model that is not ours, though the tensors may be the same.
     """
     architecture, arguments = config["architecture"], config.get("model_args", {})
-    fields = _preparation(config.get("pretrained_cfg", config))
+    fields, notes = _preparation(config.get("pretrained_cfg", config))
     if architecture in registry.names_of():
         fields["model"] = architecture
     if "label_names" in config:
@@ -147,16 +147,24 @@ def description(config: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], 
             raise InputError(
                 f"{file}: {name} is {value!r:.40}, {expected}; deit-jax has no such model"
             )
-    return fields, []
+    return fields, notes
 
 
-def _preparation(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ModelInfo's fields for a `pretrained_cfg`."""
+def _preparation(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns ModelInfo's fields for a `pretrained_cfg`, and notes on what is not followed."""
     kinds = {"mean": _numbers, "std": _numbers, "crop_pct": float, "interpolation": str}
     fields = {name: kind(said[name]) for name, kind in kinds.items() if said.get(name) is not None}
+    mode, notes = said.get("crop_mode") or "center", []
     if "crop_pct" in fields:
         fields["crop_ratio"] = fields.pop("crop_pct")
-    return fields
+    if mode == "squash" and fields.get("crop_ratio") == 1:
+        fields["crop_ratio"] = None  # the whole image, whatever its aspect
+    elif mode != "center":
+        notes.append(
+            f"config.json: crop_mode {mode!r:.40} is not followed; the shorter side is resized and "
+            "the centre is cut out"
+        )
+    return fields, notes
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

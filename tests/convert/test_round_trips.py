@@ -1,5 +1,6 @@
 """To PyTorch and back, bit by bit; timm, transformers and torchvision load and are loaded."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from PIL import Image
 
 import deit_jax
 from deit_jax import trees
 from deit_jax.checkpoints import model_folder
-from deit_jax.convert import detect, from_torch, mapping, to_torch, torch_files
+from deit_jax.convert import detect, from_torch, mapping, timm_folder, to_torch, torch_files
 from deit_jax.models import imagenet, registry
 from deit_jax.models.network import split_model
 from tests.convert import peak_memory
@@ -254,6 +256,70 @@ def test_a_pooling_beside_timms_arguments_counts_too(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(deit_jax.InputError, match="global_pool is 'avg', expected 'token'"):
         from_torch.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("preparation", "note"),
+    [
+        ({"crop_pct": 0.9}, None),
+        ({"crop_pct": 0.9, "crop_mode": "center"}, None),
+        ({"crop_pct": 1.0, "crop_mode": "squash"}, None),
+        ({"crop_pct": 0.9, "crop_mode": "squash"}, "crop_mode 'squash' is not followed"),
+        ({"crop_pct": 1.0, "crop_mode": "border"}, "crop_mode 'border' is not followed"),
+    ],
+)
+def test_images_are_prepared_as_timm_does_or_a_note_says_so(tmp_path, preparation, note):
+    import timm.data
+
+    save(tmp_path / "model.safetensors", numpy_state(timm_twin("deit_testing")))
+    cfg = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.4] * 3} | preparation
+    config = {"architecture": "deit_testing", "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = from_torch.read(tmp_path)
+    assert any("crop_mode" in line for line in read.notes) == (note is not None)
+    assert note is None or any(note in line for line in read.notes)
+    theirs = timm.data.resolve_data_config({}, pretrained_cfg=cfg)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
+    want = timm.data.create_transform(**theirs)(picture).numpy().transpose(1, 2, 0)
+    got = deit_jax.preprocess(read.info, picture)[0]
+    assert (np.abs(got - want).max() < 1e-5) == (note is None)
+
+
+def test_a_folder_of_ours_for_timm_keeps_the_whole_image(tmp_path):
+    """Also where the weights lost what we say in their file, as when timm saves them again."""
+    info = registry.model_info("deit_testing", num_classes=7)
+    info = dataclasses.replace(info, crop_ratio=None)
+    save(tmp_path / "model.safetensors", numpy_state(timm_twin("deit_testing")))
+    (tmp_path / "config.json").write_text(json.dumps(timm_folder.config(info)))
+    assert from_torch.read(tmp_path).info.crop_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("DeiTImageProcessor", {"height": 40, "width": 40}),
+        ("DeiTImageProcessor", {"shortest_edge": 40}),
+        ("DeiTImageProcessor", 40),
+        ("CLIPImageProcessor", {"height": 40, "width": 40}),
+        ("CLIPImageProcessor", {"shortest_edge": 40}),
+        ("CLIPImageProcessor", 40),
+    ],
+)
+def test_a_note_says_where_transformers_resizes_both_sides(tmp_path, kind, size):
+    import transformers
+
+    save(tmp_path / "model.safetensors", numpy_state(timm_twin("deit_testing")))
+    said = {"image_processor_type": kind, "size": size, "crop_size": 32, "do_center_crop": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | {"resample": 3}))
+    read = from_torch.read(tmp_path)
+    assert read.info.crop_ratio == 0.8
+    noted = any("transformers resizes both sides to 40; the shorter" in line for line in read.notes)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path)
+    want = theirs(picture, return_tensors="np", do_normalize=False, do_rescale=False)
+    whole = np.asarray(picture.resize((40, 40), Image.Resampling.BICUBIC))[4:-4, 4:-4]
+    off = np.abs(want["pixel_values"][0].transpose(1, 2, 0) - whole).mean()
+    assert noted == (off < 2), off
 
 
 def _timm_folder(folder, name, **arguments):
