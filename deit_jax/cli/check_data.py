@@ -4,9 +4,10 @@ deit-jax check-data --config=deit_b_distill --config.dataset.root=ROOT
 deit-jax check-data --config=folder --config.dataset.root=ROOT --workers 16 --json > report.json
 
 Prints what the training and the evaluation split hold: classes in their order, images a class,
-sizes, colours. An image that training's decoder refuses, and a label outside the classes, are named
-on a line each, and the exit status is then 1. Files that are in both splits are a warning. Files
-that do not count as images are named by their kind; --json names all.
+sizes, colours. An image that training's decoder refuses, one so long and narrow that the run could
+not resize it, and a label outside the classes, are named on a line each, and the exit status is
+then 1. Files that are in both splits are a warning. Files that do not count as images are named by
+their kind; --json names all.
 """
 
 import sys
@@ -41,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     """Checks and reports; returns 1 where some images cannot be used, else 0."""
     from deit_jax import data
-    from deit_jax.data import scan
+    from deit_jax.data import scan, transforms
     from deit_jax.models import imagenet
     from deit_jax.training.complete import complete
 
@@ -70,7 +71,11 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
                 bar.update()
 
             splits[split], tables[split] = scan.survey(
-                source, image_size=size, workers=arguments.workers, seen=seen
+                source,
+                image_size=size,
+                short=transforms.short_side(config.input, split, image_size=size),
+                workers=arguments.workers,
+                seen=seen,
             )
     seconds = time.perf_counter() - begin
     twice = scan.in_both(sources, tables)

@@ -1,4 +1,4 @@
-"""Decodes every example of a split once: names those training could not use, counts the others."""
+"""Decodes every example of a split once: names those a run could not use, counts the others."""
 
 import collections
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from deit_jax.data.ahead import ahead_of
+from deit_jax.data.crop import without_lines
 from deit_jax.data.decode import decode
 from deit_jax.data.failures import ERRORS, reason_of
 from deit_jax.data.source import Source
@@ -45,13 +46,14 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
+def scan(source: Source, *, short: int | None, workers: int) -> Iterator[Example | Unreadable]:
     """Yields what is known of every example of a split, in order.
 
     Whole images are decoded, by training's decoder. Memory stays small for any number of examples.
 
     Args:
       source: the split.
+      short: what a run resizes the images' short side to, of `transforms.short_side`.
       workers: how many images are decoded at a time.
     """
 
@@ -62,7 +64,8 @@ def scan(source: Source, *, workers: int) -> Iterator[Example | Unreadable]:
         index = entry["index"]
         data, label = ahead.parse(entry) if "data" in entry else source.fetch(index)
         image = decode(data)
-        height, width, _ = tf.unstack(tf.shape(image))
+        shape = tf.shape(image)
+        height, width, _ = tf.unstack(shape if short is None else without_lines(shape, short))
         hashed = tf.bitcast(tf.fingerprint(tf.reshape(data, (1, -1)))[0], tf.int64)
         return index, label, height, width, _colours(data), hashed
 
@@ -118,6 +121,7 @@ def survey(
     source: Source,
     *,
     image_size: int,
+    short: int | None,
     workers: int,
     seen: Callable[[dict[str, str] | None], None] = lambda problem: None,
 ) -> tuple[dict[str, Any], np.ndarray]:
@@ -126,6 +130,7 @@ def survey(
     Args:
       source: the split.
       image_size: side that training wants, pixels.
+      short: as in `scan`.
       workers: images decoded at a time.
       seen: called for each example, with the `name` and `reason` of one that cannot be used.
 
@@ -135,7 +140,7 @@ def survey(
     table = np.zeros(source.num_examples, _COLUMNS)
     colours: collections.Counter[str] = collections.Counter()
     problems, usable = [], 0
-    for example in scan(source, workers=workers):
+    for example in scan(source, short=short, workers=workers):
         reason = problem = None
         if isinstance(example, Unreadable):
             reason = example.reason

@@ -49,6 +49,23 @@ def train_transform(
     return transform
 
 
+def short_side(input_config: ConfigDict, split: str, *, image_size: int) -> int | None:
+    """Returns what the short side of a split's images is resized to; None where it is not.
+
+    Of images resized by it, those that are nearly lines are refused (`crop.without_lines`).
+
+    Args:
+      input_config: the `input` group of the config.
+      split: "train" or "eval".
+      image_size: side of what is cut out, in pixels.
+    """
+    if input_config.train_crop == "small":
+        return None
+    if split == "eval":
+        return int(image_size / input_config.crop_ratio)
+    return image_size if input_config.train_crop == "simple_random" else None
+
+
 def _crops(
     data: tf.Tensor, views: tf.Tensor, config: ConfigDict, size: int
 ) -> Callable[[tf.Tensor], tf.Tensor]:

@@ -8,7 +8,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from deit_jax.config.fields import default_config
 from deit_jax.data.scan import Example, Unreadable, scan, survey
+from deit_jax.data.transforms import eval_transform, train_transform
 from tests.data.conftest import CountingSource, picture, store_tfds
 
 FOLDER = "--config=folder"
@@ -108,6 +110,36 @@ def test_bad_files_are_named_and_the_others_counted(run, folder):
     assert warning.endswith(f", 1: {again['eval']} = {again['train']}")
 
 
+@pytest.mark.parametrize("train_crop", ["random_resized", "simple_random", "small"])
+def test_a_picture_that_is_nearly_a_line_is_named_where_the_run_would_refuse_it(
+    run, tmp_path, train_crop
+):
+    config = default_config().input
+    config.train_crop = train_crop
+    views = train_transform(config, image_size=224)
+    transforms = {
+        "train": lambda data: views(data, tf.zeros((1, 2), tf.int64)),
+        "val": eval_transform(config, image_size=224),
+    }
+    refused = []
+    for split, transform in transforms.items():
+        line, plain = (tmp_path / split / name / "it.png" for name in ("line", "plain"))
+        for file, size in ((line, (4000, 1)), (plain, (30, 20))):
+            file.parent.mkdir(parents=True)
+            Image.new("RGB", size).save(file)
+        try:
+            tf.function(transform, autograph=False)(tf.constant(line.read_bytes()))
+        except tf.errors.OpError:
+            refused.append(str(line))
+    flags = (f"--config.dataset.root={tmp_path}", f"--config.input.train_crop={train_crop}")
+    status, _, _, report = run(FOLDER, *flags)
+    problems = [p for split in report["splits"].values() for p in split["problems"]]
+    assert [problem["name"] for problem in problems] == refused
+    assert all("4,000×1 pixels, which would be resized" in p["reason"] for p in problems)
+    assert len(refused) == {"random_resized": 1, "simple_random": 2, "small": 0}[train_crop]
+    assert status == bool(refused)
+
+
 def test_every_image_of_the_digits_can_be_used(run):
     status, out, _, report = run("--config=digits", "--workers=1")
     assert (status, report["ok"], report["in_both"]) == (0, True, [])
@@ -137,7 +169,7 @@ def test_tfds(run, tmp_path, kind):
 
 def test_labels_outside_the_classes_are_problems():
     source, seen = CountingSource(9, num_classes=6), []
-    report, table = survey(source, image_size=4, workers=2, seen=seen.append)
+    report, table = survey(source, image_size=4, short=None, workers=2, seen=seen.append)
     reason = "label {} is outside the classes 0..5"
     wanted = [{"name": f"counting:{i}", "reason": reason.format(i)} for i in (6, 7, 8)]
     assert report["problems"] == wanted
@@ -162,7 +194,7 @@ class _Moody(CountingSource):
 
 
 def test_every_example_is_seen_once_in_order_whatever_fails():
-    found = list(scan(_Moody(151), workers=4))
+    found = list(scan(_Moody(151), short=None, workers=4))
     assert [one.index for one in found] == list(range(151))
     assert [one.index for one in found if isinstance(one, Unreadable)] == [3, 150]
     assert "at first, but later" in found[3].reason
