@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from deit_jax import storage
 from deit_jax.data.source import Source, count_classes, fixed_fraction, in_python, read_threads
 from deit_jax.data.tfrecord import Part, TfRecords
-from deit_jax.errors import InputError
+from deit_jax.errors import InputError, brief
 from deit_jax.trees import digest
 
 Instructions = Sequence[tfds.core.utils.shard_utils.FileInstruction]
@@ -65,8 +65,9 @@ def open_tfds(dataset: ConfigDict, split: str) -> TfdsSource:
       split: "train" or "eval".
 
     Raises:
-      InputError: not prepared there, no such split, no image and label features, or labels that do
-        not fit `num_classes`.
+      InputError: not prepared there, no such split or none of its records, no image and label
+        features, pixels of another type, labels that do not fit `num_classes`, or a file that is
+        missing or damaged.
     """
     field = f"config.dataset.{split}_split"
     name = dataset[f"{split}_split"]
@@ -79,6 +80,12 @@ def open_tfds(dataset: ConfigDict, split: str) -> TfdsSource:
         raise InputError(
             f"{field} is {name!r}, but {where} has the splits {', '.join(info.splits)}"
         ) from None
+    if not sum(part.take for part in instructions):
+        sizes = {each: found.num_examples for each, found in info.splits.items()}
+        raise InputError(
+            f"{field} is {name!r}, but that part of {where} has no records; splits and sizes: "
+            f"{sizes}"
+        )
     features = _image_and_label(info.features, where)
     label = features["label"]
     num_classes = count_classes(dataset, label.num_classes, where)
@@ -123,7 +130,8 @@ def _open_builder(dataset: ConfigDict) -> tfds.core.DatasetBuilder:
     try:
         # Not tfds.builder: it prefers the installed code's version over the one that is on disk.
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
-    except ValueError:  # includes tfds.core.DatasetNotFoundError
+    # DatasetNotFoundError is a ValueError; "name/key=1", with arguments, is a TypeError.
+    except (ValueError, TypeError):
         place = root or "TFDS's default folder (config.dataset.root is empty)"
         raise InputError(
             f"config.dataset.name is {name!r}, but no such prepared data set is in {place}; check "
@@ -147,6 +155,11 @@ def _image_and_label(
         raise InputError(
             f"{where} has the features {listed}, expected image (Image) and label (ClassLabel)"
         )
+    dtype = np.dtype(found["image"].np_dtype).name
+    if dtype not in ("uint8", "uint16"):  # float32 is stored as the bytes of a PNG with alpha
+        raise InputError(
+            f"{where} has images of {dtype}, expected uint8 or uint16; prepare it again with these"
+        )
     return tfds.features.FeaturesDict({name: found[name] for name in wanted})
 
 
@@ -154,8 +167,18 @@ class _ArrayRecords:
     """Records of ArrayRecord files, through their own random-access reader."""
 
     def __init__(self, instructions: Instructions) -> None:
+        """Opens the files.
+
+        Raises:
+          InputError: one of them cannot be read.
+        """
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        for part in instructions:
+            try:
+                os.stat(part.filename)
+            except OSError as error:
+                raise InputError(f"{part.filename}: cannot be read ({brief(error)})") from None
         self._instructions = instructions
         self._source = ArrayRecordDataSource(instructions)
 

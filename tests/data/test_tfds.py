@@ -9,6 +9,7 @@ from PIL import Image
 import deit_jax
 from deit_jax.config.files import load_config
 from deit_jax.data import open_source
+from deit_jax.data.decode import decode
 from tests.data.conftest import picture, refused, store_tfds
 
 _COUNT = 11
@@ -90,6 +91,7 @@ def test_subsplits_and_fractions(config, stored, kind):
         ({"name": ""}, "train", "name is empty"),
         ({"name": "no good!"}, "train", "'no good!'"),
         ({"name": "toy:2.*.*"}, "train", "'toy:2.*.*'"),
+        ({"name": "toy/config=3"}, "train", "'toy/config=3', but no such prepared data set"),
         ({"eval_split": "validation"}, "eval", "eval_split is 'validation'"),
         ({"eval_split": "validation"}, "eval", "train, test"),
         ({"num_classes": 2}, "train", "3 classes"),
@@ -101,6 +103,15 @@ def test_mistakes_are_named(config, stored, change, split, message):
     found = refused(config, split)
     assert message in found
     assert len(found) < 300
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+@pytest.mark.parametrize("part", ["train[5:5]", "train[:1%]", "train[4:4]+test[:1%]"])
+def test_a_part_without_records_is_named(config, stored, kind, part):
+    config.root, config.train_split = str(stored[kind]), part
+    message = refused(config)
+    assert f"train_split is {part!r}" in message
+    assert message.endswith("has no records; splits and sizes: {'train': 11, 'test': 2}")
 
 
 def test_a_version_and_more_classes_can_be_asked_for(config, stored):
@@ -124,6 +135,32 @@ def test_features_must_hold_an_image_and_a_class(config, tmp_path, files):
     assert "label (Text)" in refused(config)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_pixels_are_tfds_own_or_refused(config, tmp_path, dtype):
+    """TFDS stores the bytes of a float32 as the four channels of a PNG."""
+    shape = (12, 10, 1 if dtype == np.float32 else 3)
+    pixels = np.random.default_rng(0).integers(0, 2**16, shape).astype(dtype)
+    features = {
+        "image": tfds.features.Image(shape=shape, dtype=dtype, encoding_format="png"),
+        "label": tfds.features.ClassLabel(num_classes=2),
+    }
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="odd",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={"train": [(0, {"image": pixels, "label": 1})]},
+        data_dir=str(tmp_path),
+    )
+    config.name, config.root = "odd", str(tmp_path)
+    if dtype == np.float32:
+        assert "images of float32, expected uint8 or uint16" in refused(config)
+        return
+    ((data, label),) = _examples(open_source(config, "train"))
+    want = pixels if dtype == np.uint8 else pixels >> 8
+    np.testing.assert_array_equal(decode(tf.constant(data)), want)
+    assert label == 1
+
+
 def test_a_file_cut_short_is_named(config, tmp_path, files):
     store_tfds(tmp_path, "tfrecord", files)
     config.root = str(tmp_path)
@@ -135,6 +172,14 @@ def test_a_file_cut_short_is_named(config, tmp_path, files):
     assert f"expected {_COUNT}" in message
     path.unlink()
     assert str(path) in refused(config)
+
+
+def test_a_missing_array_record_file_is_named(config, tmp_path, files):
+    store_tfds(tmp_path, "array_record", files)
+    config.root = str(tmp_path)
+    (path,) = tmp_path.glob("toy/1.2.0/toy-train*")
+    path.unlink()
+    assert f"{path}: cannot be read" in refused(config)
 
 
 @pytest.mark.slow
