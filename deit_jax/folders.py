@@ -204,6 +204,17 @@ def normalise(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def first_other(names: Sequence[str], others: Sequence[str]) -> tuple[int, str, str] | None:
+    """Returns the number of the first class whose two names differ, and these; None without one.
+
+    Names that differ in nothing but their Unicode normal form are the same name.
+    """
+    for number, (name, other) in enumerate(zip(names, others, strict=False)):
+        if normalise(name) != normalise(other):
+            return number, name, other
+    return None
+
+
 def printable(name: str) -> str:
     """Returns a name as one line: bytes that are not UTF-8 and control characters escaped."""
     return escaped(os.fsencode(name).decode("utf-8", "backslashreplace"), one_line=True)

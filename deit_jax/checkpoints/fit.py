@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from deit_jax import trees
+from deit_jax import folders, trees
 from deit_jax.errors import InputError
 from deit_jax.models import positions, registry
 from deit_jax.models.info import ModelInfo
@@ -221,10 +221,9 @@ def _other_classes(old: Tree, info: ModelInfo, want: Tree, target: ModelInfo) ->
     have, wanted = (head["kernel"].shape[-1] if head else 0 for head in heads)
     if have != wanted:
         return f"{wanted} classes, where {info.name} has {have}"
-    if info.class_names and target.class_names and info.class_names != target.class_names:
-        pairs = zip(info.class_names, target.class_names, strict=False)
-        first = next((pair for pair in pairs if pair[0] != pair[1]), ("?", "?"))
-        return f"{wanted} classes as before, but other ones: {first[0]!r} is now {first[1]!r}"
+    if other := folders.first_other(info.class_names, target.class_names):
+        _, name, now = other
+        return f"{wanted} classes as before, but other ones: {name!r} is now {now!r}"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from deit_jax import couplings, storage, trees
+from deit_jax import couplings, folders, storage, trees
 from deit_jax.checkpoints import checksums, recovery
 from deit_jax.console import log
 from deit_jax.errors import InputError, TransientError, system_reason
@@ -267,11 +267,9 @@ def _check_model(folder: storage.Path, saved: dict, info: registry.ModelInfo, em
                 f"config asks for {wanted[field]!r}; choose another --workdir, or the config "
                 "that the run was started with"
             )
-    names, ours = saved["model"].get("class_names"), wanted["class_names"]
-    if names and ours and names != ours:
-        number, (old, new) = next(
-            (k, pair) for k, pair in enumerate(zip(names, ours, strict=True)) if len(set(pair)) > 1
-        )
+    names = saved["model"].get("class_names") or ()
+    if other := folders.first_other(names, wanted["class_names"]):
+        number, old, new = other
         raise InputError(
             f"{folder} holds a model whose class {number} is {old!r}, but in the data set it is "
             f"{new!r}; its labels would mean something else: check config.dataset"

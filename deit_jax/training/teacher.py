@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from deit_jax import storage, trees
+from deit_jax import folders, storage, trees
 from deit_jax.checkpoints import checksums, model_folder
 from deit_jax.errors import InputError
 from deit_jax.models import registry, regnet_folded
@@ -115,9 +115,8 @@ def check_teacher(run: Run) -> None:
             f"config.distill.teacher: {folder} has {info.num_classes} classes, but the data set "
             f"has {ours.num_classes}; train a teacher on this data set"
         )
-    if info.class_names and ours.class_names and info.class_names != ours.class_names:
-        pairs = zip(info.class_names, ours.class_names, strict=True)
-        place, (theirs, expected) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+    if other := folders.first_other(info.class_names, ours.class_names):
+        place, theirs, expected = other
         raise InputError(
             f"config.distill.teacher: {folder} calls class {place} {theirs!r}, but the data set "
             f"calls it {expected!r}; its labels mean something else"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import unicodedata
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,15 @@ def test_other_classes_of_the_same_number(name):
     # The same names, or none on one side: no reason to forget the heads.
     for target in (birds, model):
         assert fit(birds, target, fresh=False)[3] == []
+
+
+def test_class_names_in_another_unicode_form_are_the_same():
+    composed, decomposed = (
+        with_names(shapes("deit_testing"), "ara", unicodedata.normalize(form, "mü"), *"jkl")
+        for form in ("NFC", "NFD")
+    )
+    assert composed[0].info.class_names != decomposed[0].info.class_names
+    assert fit(composed, decomposed, fresh=False)[3] == []
 
 
 SIZES = [

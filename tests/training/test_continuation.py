@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+import unicodedata
 
 import pytest
 
@@ -113,6 +114,28 @@ def test_class_names_are_compared_where_weights_meet_data(finished, tmp_path, ca
         return
     with pytest.raises(InputError, match=re.escape(words)):
         act(config, str(workdir))
+
+
+@pytest.mark.slow
+def test_class_names_in_another_unicode_form_are_the_same(tmp_path, monkeypatch):
+    """As macOS decomposes the names of folders that are copied there."""
+    opened, form = data.open_source, "NFC"
+
+    def open_source(*arguments):
+        names = tuple(unicodedata.normalize(form, f"mü{number}") for number in range(10))
+        return dataclasses.replace(opened(*arguments), class_names=names)
+
+    monkeypatch.setattr(data, "open_source", open_source)
+    trained = tmp_path / "trained"
+    loop.train(config_of(), str(trained))
+    form = "NFD"
+    result = loop.evaluate(config_of(), str(trained))
+    config = config_of()
+    config.init_from = str(trained)
+    assert loop.evaluate(config, str(tmp_path / "none")) == result
+    config.model.name, config.distill.kind = "deit_testing_distilled", "hard"
+    config.init_from, config.distill.teacher = "", str(trained)
+    loop.train(config, str(tmp_path / "student"))
 
 
 @pytest.mark.slow
