@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from deit_jax import storage
@@ -99,3 +99,14 @@ def new_file(text: str) -> storage.Path:
     if not os.access(file.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text}: its folder is missing or cannot be written to")
     return file
+
+
+def check_no_input(flag: str, target: storage.Path, inputs: Iterable[str | os.PathLike]) -> None:
+    """Raises InputError where a file to write is one of those that the command reads."""
+    if storage.is_remote(target) or not target.exists():
+        return
+    for name in inputs:
+        if os.path.exists(name) and target.samefile(name):
+            raise InputError(
+                f"{flag} is {target}, which would overwrite the input {name}; name another file"
+            )

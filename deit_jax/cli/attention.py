@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from deit_jax import storage
-from deit_jax.cli.arguments import new_file
+from deit_jax.cli.arguments import check_no_input, new_file
 from deit_jax.console import log
 from deit_jax.drawing import draw
 from deit_jax.errors import InputError
@@ -45,6 +45,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     """Draws."""
     if arguments.out.suffix.lower() != ".png":
         raise InputError(f"--out is {arguments.out}, expected a name that ends in .png")
+    check_no_input("--out", arguments.out, arguments.images)
     from deit_jax.convert.load import load_model
     from deit_jax.inference.preprocess import preprocess
 

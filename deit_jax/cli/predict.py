@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deit_jax import pictures, storage
-from deit_jax.cli.arguments import new_file, one_or_more
+from deit_jax.cli.arguments import check_no_input, new_file, one_or_more
 from deit_jax.console import escaped, log_error
 from deit_jax.errors import InputError
 from deit_jax.folders import describe, printable, walk
@@ -46,6 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     """Predicts and reports; returns 1 where some pictures could not be read, else 0."""
     files = find_images(arguments.images)
+    _check_csv(arguments.csv, [*files, arguments.model])
     from deit_jax.convert.load import load_model
     from deit_jax.inference.predict import predict
 
@@ -72,6 +73,15 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
             heading = False
     sys.stdout.flush()  # a closed pipe shows here, where it is caught, not at exit
     return status
+
+
+def _check_csv(file: storage.Path | None, inputs: list[str | Path]) -> None:
+    """Raises InputError where --csv would take the place of a picture or of the model."""
+    if file is None:
+        return
+    if file.suffix.lower() in pictures.SUFFIXES:  # `--csv *.png`, whose first one is the value
+        raise InputError(f"--csv is {file}, a name of an image; name a file such as found.csv")
+    check_no_input("--csv", file, inputs)
 
 
 @contextlib.contextmanager

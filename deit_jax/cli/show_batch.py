@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deit_jax import storage
-from deit_jax.cli.arguments import new_file, one_or_more
+from deit_jax.cli.arguments import check_no_input, new_file, one_or_more
 from deit_jax.config.fields import default_config
 from deit_jax.config.plan import check_batch, plan_data
 from deit_jax.config.randaugment_policy import OPERATIONS, Policy, parse_policy
@@ -83,6 +83,7 @@ def _check(arguments: Namespace) -> None:
     if arguments.config is None and arguments.image is None:
         other = " or an IMAGE" if sheet else ""
         raise InputError(f"--config{other} is missing; name a recipe, such as --config=digits")
+    check_no_input("--out", arguments.out, filter(None, [arguments.image]))
 
 
 def batch_of_step(

@@ -111,6 +111,27 @@ def test_a_mistake_is_one_line(deit_jax_command, line, words):
 
 
 @pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("predict --model m --csv b.png c.png", "--csv is"),  # --csv *.png: its value is forgotten
+        ("predict --model m c --csv c", "would overwrite the input c;"),
+        ("predict --model c b.png --csv c", "would overwrite the input c;"),
+        ("show-batch --randaugment rand-m9 c.png --out c.png", "would overwrite the input c.png"),
+        ("attention --model m b.png c.png --out link.png", "would overwrite the input c.png"),
+    ],
+)
+def test_no_input_is_overwritten(deit_jax_command, line, words):
+    for name in ("b.png", "c.png", "c"):
+        Image.new("RGB", (9, 9)).save(name, "PNG")
+    Path("link.png").symlink_to("c.png")
+    before = Path("c.png").read_bytes()
+    status, _, err = deit_jax_command(*shlex.split(line))
+    assert (status, err.count("\n")) == (2, 1)
+    assert words in err
+    assert {Path(name).read_bytes() for name in ("b.png", "c.png", "c")} == {before}
+
+
+@pytest.mark.parametrize(
     ("error", "status", "line"),
     [
         (InputError("a\nb \x1b"), 2, "error: a b \\x1b\n"),
