@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # which imports TensorFlow
     from deit_jax.models.info import ModelInfo
 
 RECIPE = "optional"
+_OWN = {"model", "data", "confusion", "calibration", "mistakes"}  # fields of every report
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -55,7 +56,11 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     """Reports; returns 1 where some images could not be read, else 0."""
     if arguments.out.suffix.lower() != ".html":
         raise InputError(f"--out is {arguments.out}, expected a name that ends in .html")
-    if (arguments.data is None) == (arguments.config is None):
+    beside = arguments.out.with_suffix(".json")
+    _check_beside(beside)
+    if arguments.data is None and arguments.config is None:
+        raise InputError("name the data: --data=ROOT or --config=RECIPE")
+    if arguments.data is not None and arguments.config is not None:
         raise InputError("name the data by --data=ROOT or by a --config, not by both")
     from deit_jax import data
     from deit_jax.convert.load import load_model
@@ -92,7 +97,6 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
         "mistakes": [{"example": source.example_id(one.index)} | one.facts for one in worst],
     }
     page = report_page.page(report, [one.pixels for one in worst])
-    beside = arguments.out.with_suffix(".json")
     storage.replace_text(beside, json.dumps(report, indent=1) + "\n")
     storage.replace_text(arguments.out, page)
     log(
@@ -102,6 +106,21 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> int:
     short = {name: report[name] for name in ("top1", "top5", "loss", "num_examples")}
     emit({"out": str(arguments.out), "ece": report["calibration"]["ece"], **short})
     return 1 if batches.skipped else 0
+
+
+def _check_beside(file: storage.Path) -> None:
+    """Raises InputError where the JSON file would take the place of another than of a report."""
+    if not storage.exists(file):
+        return
+    try:
+        known = storage.parse_json(storage.read_bytes(file))
+    except (OSError, ValueError):
+        known = None
+    if not isinstance(known, dict) or not set(known) >= _OWN:
+        raise InputError(
+            f"--out: the report's figures would overwrite {file}, which is no report; name another "
+            "file"
+        )
 
 
 def _folder(root: str) -> ConfigDict:

@@ -102,6 +102,7 @@ def test_the_figures_are_the_models_and_names_are_text(case, report, tmp_path):
     order = [i for i in np.argsort(-sure) if predicted[i] != label[i]][:5]
     assert [one["example"] for one in told["mistakes"]] == [list(files)[i] for i in order]
     assert len(told["left_out"]) == 1
+    assert report("--data=nowhere", "--out", "r.html").err.count("is not a folder"), "not refused"
     assert 4 in predicted, "choose weights that predict the name without a folder"
 
     text = (tmp_path / "r.html").read_text()
@@ -125,7 +126,7 @@ def test_the_figures_are_the_models_and_names_are_text(case, report, tmp_path):
     ("flags", "answer"),
     [
         (["--data={root}", "--out=r.pdf"], "ends in .html"),
-        (["--out=r.html"], "--data=ROOT or by a --config"),
+        (["--out=r.html"], "name the data: --data=ROOT or --config=RECIPE"),
         (["--data={root}", "--config=digits", "--out=r.html"], "not by both"),
         (["--config=digits", "--out=r.html"], "10 of its 10 classes are none of the model's 5"),
         (["--data=nowhere", "--out=r.html"], "config.dataset.root is 'nowhere'"),
@@ -137,6 +138,16 @@ def test_one_line_says_what_is_wrong(case, report, tmp_path, flags, answer):
     (line,) = ended.err.splitlines()
     assert answer in line
     assert not list(tmp_path.glob("r.*"))
+
+
+@pytest.mark.parametrize("text", ['{"model": {"name": "m"}, "data": {}}', "[1]", "{"])
+def test_no_json_of_others_is_overwritten(report, tmp_path, text):
+    """Such as the run's config.json, by --out RUN/config.html."""
+    (tmp_path / "config.json").write_text(text)
+    ended = report("--data=nowhere", "--out=config.html")
+    assert ended.status == 2
+    assert f"would overwrite {tmp_path / 'config.json'}, which is no report" in ended.err
+    assert (tmp_path / "config.json").read_text() == text
 
 
 @pytest.mark.parametrize("classes", [report_page.MOST_CELLS, 40, report_page.MOST_PIXELS + 1])
