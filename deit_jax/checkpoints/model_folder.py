@@ -16,7 +16,7 @@ from flax import nnx
 from deit_jax import couplings, storage, trees
 from deit_jax.checkpoints import checksums
 from deit_jax.errors import InputError, TransientError, brief, system_reason
-from deit_jax.models import registry
+from deit_jax.models import figures, registry
 from deit_jax.models.network import Network, Variables, join_model, split_model
 from deit_jax.parallel import hosts
 from deit_jax.parallel.mesh import to_host, wait_for_all
@@ -119,13 +119,39 @@ def find_model(path: str | os.PathLike) -> storage.Path | None:
 
 
 def _existing_model(path: str | os.PathLike) -> storage.Path:
+    source = _to_convert(os.fspath(path))
+    if source is not None:
+        raise InputError(
+            f"{path} is not a model folder; convert it first: deit-jax convert --src {source} "
+            "--dst FOLDER"
+        )
     folder = find_model(path)
+    if folder is None and all(storage.path_of(path, part).is_dir() for part in ("state", "meta")):
+        run = storage.path_of(path).parent.parent
+        raise InputError(
+            f"{path} is a training checkpoint; name the run, {run}, or read it by "
+            "deit_jax.load_checkpoint"
+        )
     if folder is None:
         raise InputError(
             f"{path} is not a model folder: no {_MODEL_FILE} in it or in its model/; expected a "
             "folder written by training, by a converter or by save_model"
         )
     return folder
+
+
+def _to_convert(text: str) -> str | None:
+    """Returns what `deit-jax convert --src` takes, where `text` names PyTorch weights, else None.
+
+    That is a file, an address, or timm's name of a model with published weights.
+    """
+    if re.match("hf:|https?://", text):
+        return text
+    path = storage.path_of(text)
+    if path.exists():
+        return text if path.is_file() else None
+    name = text.removeprefix("timm/").partition(".")[0]  # without the tag of the weights
+    return figures.weights_of(name) or None if name in figures.FIGURES else None
 
 
 def read_info(path: str | os.PathLike) -> registry.ModelInfo:

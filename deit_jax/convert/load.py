@@ -136,9 +136,12 @@ def _read(source: str | os.PathLike, model: str | None, refresh: bool) -> Conver
     if folder := model_folder.find_model(path):
         return _kept(folder)
     if text in registry.names_of():
+        where = figures.weights_of(text)
         raise InputError(
-            f"{text} is a model's name, not a file or folder; for its published weights use "
-            f'create_model("{text}", pretrained=True)'
+            f"{text} is a model's name, not a file or folder; its published weights are {where}"
+            if where
+            else f"{text} is a model's name, of which timm has no published weights; name a model "
+            "folder, or a file or URL of weights"
         )
     if path.is_dir() and not any(
         (path / name).is_file() for name in (*huggingface.WEIGHTS, *shards.INDICES)

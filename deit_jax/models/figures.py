@@ -51,9 +51,14 @@ def row(name: str, image_size: int) -> ModelRow:
     parameters, gmacs, top1, tag = FIGURES[name]
     words = set(name.split("_"))
     kinds = (family for mark, family in _FAMILIES.items() if mark in words)
-    weights = f"hf:timm/{name}.{tag}" if tag else ""
     size = parameters, image_size, gmacs
-    return ModelRow(name, next(kinds), *size, top1, weights, LICENCES[tag])
+    return ModelRow(name, next(kinds), *size, top1, weights_of(name), LICENCES[tag])
+
+
+def weights_of(name: str) -> str:
+    """Returns where the published weights of a registered model are, "" where timm has none."""
+    tag = FIGURES[name].tag
+    return f"hf:timm/{name}.{tag}" if tag else ""
 
 
 _FAMILIES = {  # by a word of the name; the first counts

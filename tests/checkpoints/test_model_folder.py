@@ -160,6 +160,27 @@ def test_no_model_folder(tmp_path):
     assert find_model(tmp_path) is None
 
 
+def test_weights_of_pytorch_are_to_be_converted_first(tmp_path):
+    file, published = tmp_path / "a.safetensors", "hf:timm/deit3_base_patch16_224.fb_in1k"
+    file.touch()
+    for name, source in (
+        (file, file),
+        ("hf:timm/resnet50", "hf:timm/resnet50"),
+        ("https://host/a.pth", "https://host/a.pth"),
+        ("deit3_base_patch16_224", published),
+        ("timm/deit3_base_patch16_224.fb_in1k", published),
+    ):
+        line = refusal(read_info, name)
+        assert f"convert it first: deit-jax convert --src {source} --dst FOLDER" in line
+
+
+def test_a_training_checkpoint_is_no_model_folder(tmp_path):
+    for part in ("state", "meta"):
+        (tmp_path / "checkpoints" / "7" / part).mkdir(parents=True)
+    message = refusal(read_info, tmp_path / "checkpoints" / "7")
+    assert f"is a training checkpoint; name the run, {tmp_path}, or" in message
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -201,7 +201,8 @@ def test_bad_sources_get_one_line(tmp_path, monkeypatch):
     file = save(tmp_path / "weights.safetensors", numpy_state(timm_twin(NAME)))
     load, create = deit_jax.load_model, functools.partial(deit_jax.create_model, pretrained=True)
     for call, argument, options, words in (
-        (load, "deit_base_patch16_224", {}, r'use create_model\("deit_base_patch16_224", pretrain'),
+        (load, "deit_base_patch16_224", {}, "are hf:timm/deit_base_patch16_224.fb_in1k$"),
+        (load, "vit5_small_patch16_224", {}, "of which timm has no published weights"),
         (load, "facebook/deit-tiny", {}, "write hf:facebook/deit-tiny"),
         (load, tmp_path / "none.pth", {}, "no such file"),
         (load, tmp_path / "empty", {}, "is not a model folder"),
