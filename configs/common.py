@@ -6,12 +6,8 @@ from typing import TypeVar
 
 from ml_collections import ConfigDict
 
-from deit_jax.config.fields import default_config
+from deit_jax.config.fields import PRETRAINED, default_config
 from deit_jax.errors import InputError
-
-# `init_from` of the fine-tuning recipes: no folder has this name, so a run that names none stops,
-# and its error shows this name.
-PRETRAINED = "PRETRAINED_MODEL_FOLDER"
 
 Row = TypeVar("Row")
 

@@ -51,6 +51,7 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
 
 
 def _run(arguments: Namespace, emit: Callable[[object], None]) -> None:
+    from deit_jax.config.flags import check_init_from
     from deit_jax.couplings import silence_orbax
     from deit_jax.parallel import exits, hosts
     from deit_jax.planning import forecast
@@ -62,6 +63,8 @@ def _run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     try:
         # A mistake is found before the others are waited for.
         config = complete(arguments.config, arguments.workdir)
+        if not loop.holds_checkpoint(arguments.workdir):  # else nothing is read from it
+            check_init_from(config)
         exits.connect(config.distributed)
         startup.quieten_absent_tpu()
         if note := startup.use_compilation_cache():

@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# `init_from` of recipes that fine-tune, until the command line names a folder.
+PRETRAINED = "PRETRAINED_MODEL_FOLDER"
 
 
 def default_config() -> ConfigDict:

@@ -8,6 +8,7 @@ import re
 from ml_collections import ConfigDict
 
 from deit_jax import storage
+from deit_jax.config.fields import PRETRAINED
 from deit_jax.config.files import CONFIG_FILE, find_recipe, load_config, tuples, upgrade
 from deit_jax.config.structure import FIELDS, GROUPS, check_structure, refuse_name
 from deit_jax.config.validate import CHOICES
@@ -47,8 +48,19 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
         )
     if arguments.config is not None:
         _override(arguments.config, overrides)
+        if not (arguments.config.model.name and arguments.config.input.image_size):
+            check_init_from(arguments.config)
         arguments.config.lock()
     return arguments
+
+
+def check_init_from(config: ConfigDict) -> None:
+    """Raises InputError where a recipe leaves `init_from` to the command line, and that is silent.
+
+    For what reads the weights, or takes from them what the config leaves open.
+    """
+    if config.init_from == PRETRAINED:
+        raise InputError("the recipe needs --config.init_from=FOLDER, a converted model or a run")
 
 
 def _split(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], list[str]]:

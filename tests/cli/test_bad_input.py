@@ -180,6 +180,13 @@ def test_weights_to_start_from_that_do_not_fit(refused, tmp_path, name, command,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("recipe", ["folder:finetune", "finetune_deit3:b_384"])
+def test_a_recipe_that_fine_tunes_needs_weights(refused, recipe):
+    for command in ("train", "plan"):
+        line = refused(command=command, recipe=recipe)
+        assert line.endswith("needs --config.init_from=FOLDER, a converted model or a run")
+
+
 @pytest.mark.parametrize("leftover", [False, True])
 def test_evaluation_of_a_workdir_without_a_checkpoint(refused, tmp_path, leftover):
     if leftover:  # a run that was killed in its first save
