@@ -171,6 +171,9 @@ def _find_splits(dataset: ConfigDict, root: str) -> tuple[Splits, list[str]]:
 
 def _no_such_split(dataset: ConfigDict, root: str, splits: Splits, split: str) -> str:
     name, present = dataset[f"{split}_split"], subfolders(root)
+    loose = [] if present else _walk(root).images.get("", [])
+    if loose and not dataset.label_file:
+        return _no_classes(root, len(loose), "")
     listed = ", ".join(present[:8]) + (", …" if len(present) > 8 else "") or "no folders"
     tried = f" and none of {', '.join(EVAL_NAMES)}" if split == "eval" else ""
     hint = ""
@@ -182,6 +185,16 @@ def _no_such_split(dataset: ConfigDict, root: str, splits: Splits, split: str) -
         f"config.dataset.{split}_split is {name!r}, but {join(root, name)} is not a folder; {root} "
         f"holds {listed}{tried}{did_you_mean(name, present)}{hint}"
     )
+
+
+def _no_classes(folder: str, images: int, more: str) -> str:
+    """Says what to do with a folder of images alone; `more` is a further remedy, or ""."""
+    remedy = "put the images into one folder a class, or set config.dataset.label_file"
+    return f"{folder} holds {_count(images, 'image')} and no class folders; {remedy}{more}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _walk(folder: str) -> Found:
@@ -216,10 +229,10 @@ def _read_class_folders(dataset: ConfigDict, root: str, splits: Splits, split: s
     loose = found.images[of_class.pop("")[0]]
     present = sorted(of_class)
     if not present:
-        hint = "set config.dataset.label_file" if loose else "expected one folder a class"
+        more = ""
         if split == "eval" and splits["train"]:
-            hint += f", or root to {root}/{splits['train']} to hold out a part of it"
-        raise InputError(f"{folder} holds {len(loose)} images and no class folders; {hint}")
+            more = f", or set root to {root}/{splits['train']} to hold out a part of it"
+        raise InputError(_no_classes(folder, len(loose), more))
     if loose:
         found.passed_over["images beside the class folders"] = loose
     if not splits[split]:
@@ -241,8 +254,8 @@ def _read_class_folders(dataset: ConfigDict, root: str, splits: Splits, split: s
         )
     if dataset.num_classes not in (0, len(names)):
         raise InputError(
-            f"config.dataset.num_classes is {dataset.num_classes}, but {train} has {len(names)} "
-            f"class folders; set {len(names)}, or 0 to infer it"
+            f"config.dataset.num_classes is {dataset.num_classes}, but {train} has "
+            f"{_count(len(names), 'class folder')}; set {len(names)}, or 0 to infer it"
         )
     notes = []
     if renamed := [name for name in present if name not in set(names)]:

@@ -141,6 +141,9 @@ def test_folders_that_are_refused(tmp_path, dataset_config, files, fields, split
         assert word in line
 
 
+REMEDIES = ("one folder a class", "config.dataset.label_file")
+
+
 @pytest.mark.parametrize(
     ("files", "fields", "words"),
     [
@@ -154,11 +157,13 @@ def test_folders_that_are_refused(tmp_path, dataset_config, files, fields, split
         (("images/ant/1.png", "images/bee/2.png"), {}, ["one folder, images", "/images?"]),
         (("pets/train/a/1.png", "birds/b/2.png"), {}, ["pets/train looks like a split"]),
         (("ant/1.png", "bee/2.png"), {}, ["one image a class"]),
-        (("1.png",), {}, ["holds no folders"]),
+        (("notes.txt",), {}, ["holds no folders"]),
+        (("1.png",), {}, [" holds 1 image and no class", *REMEDIES]),
+        (("1.png", "2.png", "notes.txt"), {}, [" holds 2 images and no class", *REMEDIES]),
         (
             ("train/ant/1.png", "test/2.png"),
             {},
-            ["no class folders", "or root to", "/train to hold"],
+            ["test holds 1 image and no class", *REMEDIES, "or set root to", "/train to hold"],
         ),
     ],
 )
