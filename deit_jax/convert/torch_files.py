@@ -126,6 +126,11 @@ def _read_torch(path: Path, weights: str, notes: list[str]) -> tuple[_Entries, A
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a state dict")
+    if isinstance(content, pickles.Inert) and not content:
+        raise InputError(
+            f"{path}: holds a pickled {type(content).__name__}, not a state dict; it is not "
+            "loaded, as that would run code: save model.state_dict()"
+        )
     state, chosen = wrappers.state_dict(content, weights, str(path), notes)
     if odd := [key for key in state if not isinstance(key, str)]:
         kind = type(odd[0]).__name__

@@ -197,6 +197,7 @@ def test_what_no_rule_decides_is_asked(tmp_path, twins):
         (_renamed(state, "first.") | _renamed(state, "second."), "begin with first., second."),
         (_renamed(state, "ema."), "holds an EMA alone"),
         ({"model": twins[0]}, "is an object (VisionTransformer)"),
+        (twins[0], "holds a pickled VisionTransformer, not a state dict"),
         ({"model": {}}, "or empty"),
     ]:
         torch.save(content, tmp_path / "a.pth")
