@@ -48,7 +48,11 @@ class Parser(argparse.ArgumentParser):
             elif _underscored(name) in flags:
                 yield flags[_underscored(name)] + equals + value
             else:
-                near = did_you_mean(_underscored(name), flags)
+                near = did_you_mean(_underscored(name), [x for x in flags if x != "--help"])
+                if "--config" in flags:
+                    from deit_jax.config.structure import suggest_field
+
+                    near = suggest_field(_underscored(name)[2:], near)
                 raise InputError(f"unknown flag {name}{near}; see --help")
 
     def error(self, message: str) -> NoReturn:

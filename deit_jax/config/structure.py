@@ -74,22 +74,43 @@ def refuse_name(name: str, prefix: str = "--config.") -> NoReturn:
     group, _, last = name.rpartition(".")
     if last in _ANSWER_OF:
         raise InputError(f"no field config.{name}: {_ANSWER_OF[last]}")
-    if meant := _meant(name):
-        names = [prefix + other for other in meant]
-        every = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-        raise InputError(f"no field config.{name}; did you mean {every}?")
+    if near := did_you_mean_fields(_meant(name), prefix):
+        raise InputError(f"no field config.{name};{near.removeprefix(',')}")
     own = [field for field in FIELDS if group and field.startswith(f"{group}.")]
     has = f"config.{group} has" if own else "the groups of fields are"
     names = [field.partition(".")[2] for field in own] or GROUPS
     raise InputError(f"no field config.{name}; {has} {', '.join(names)}")
 
 
+def suggest_field(flag: str, near: str) -> str:
+    """Returns ", did you mean --config.GROUP.FIELD?" for a flag that is none, or "".
+
+    Args:
+      flag: its name, without dashes before it.
+      near: what to return unless a field has this very name, "" where no flag is similar.
+    """
+    return did_you_mean_fields(_named(flag)) or near or did_you_mean_fields(_meant(flag))
+
+
+def did_you_mean_fields(fields: list[str], prefix: str = "--config.") -> str:
+    """Returns ", did you mean A, B or C?", or "" without fields."""
+    *others, last = [prefix + field for field in fields] or [""]
+    every = " or ".join(filter(None, (", ".join(others), last)))
+    return every and f", did you mean {every}?"
+
+
+def _named(last: str) -> list[str]:
+    """The fields whose last name is this one, or one that others give them."""
+    same = [field for field in FIELDS if field.rpartition(".")[2] == last]
+    named = [_FIELD_OF[last]] if last in _FIELD_OF else []
+    return same or named or [field for field in FIELDS if field == f"{last}.name"]
+
+
 def _meant(name: str) -> list[str]:
     """The fields that `name` may mean, the likeliest first."""
     last = name.rpartition(".")[2]
-    same = [field for field in FIELDS if field.rpartition(".")[2] == last]
-    if same or last in _FIELD_OF:
-        return same or [_FIELD_OF[last]]
+    if named := _named(last):
+        return named
     full = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.75)
     if "." in name and full:
         return full
