@@ -7,7 +7,7 @@ Every client has one connection, on which it sends the image again as soon as it
 
 import argparse
 import http.client
-import math
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +24,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10)
     options = parser.parse_args()
-    body, place = options.image.read_bytes(), urlsplit(options.url).netloc
+    try:
+        body, place = options.image.read_bytes(), urlsplit(options.url).netloc
+    except OSError as error:
+        sys.exit(f"error: {options.image} cannot be read ({error.strerror})")
     latencies: list[float] = []  # seconds
     failures: list[str] = []
     end = time.perf_counter() + options.seconds
@@ -54,11 +57,14 @@ def main() -> None:
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - begin
-    ordered = sorted(latencies) or [math.nan]
+    failed = f"{len(failures)} failed" + (f": {failures[0]}" if failures else "")
+    if not latencies:
+        sys.exit(f"error: nothing was answered, {failed}")
+    ordered = sorted(latencies)
     shown = {name: ordered[int(len(ordered) * name / 100)] * 1000 for name in (50, 90, 99)}
     print(f"{options.clients} clients, {seconds:.1f} s: {len(latencies) / seconds:.1f} requests/s")
     print("latency " + ", ".join(f"p{name} {value:.1f} ms" for name, value in shown.items()))
-    print(f"{len(latencies)} answered, {len(failures)} failed {failures[0] if failures else ''}")
+    print(f"{len(latencies)} answered, {failed}")
 
 
 if __name__ == "__main__":

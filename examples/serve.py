@@ -273,7 +273,13 @@ class Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         if address.path != "/predict":
             raise Refused(404, "POST an image to /predict, or GET /health")
-        text = parse_qs(address.query).get("top", ["5"])[0][:9]
+        query = parse_qs(address.query, keep_blank_values=True)
+        if unknown := [name for name in query if name != "top"]:
+            raise Refused(400, f"no parameter {unknown[0][:20]!r}, expected top, as in ?top=5")
+        if self.headers.get_content_maintype() == "multipart":
+            form = "as the body (--data-binary @FILE), not as a form"
+            raise Refused(415, f"send the file itself {form}")
+        text = query.get("top", ["5"])[0][:9]
         if not (text.isascii() and text.isdecimal() and int(text)):
             raise Refused(400, f"top is {text!r}, expected a whole number from 1")
         with self.server.decoding:

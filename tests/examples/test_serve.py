@@ -103,7 +103,7 @@ def test_answers_are_those_of_predict_also_in_batches(server, model, tmp_path, r
     load += ["--clients", "4", "--seconds", "0.5"]
     done = subprocess.run([sys.executable, *load], capture_output=True, text=True)
     assert re.search(r"^4 clients, .*: [\d.]+ requests/s\nlatency p50 [\d.]+ ms", done.stdout)
-    assert re.search(r"\n[1-9]\d* answered, 0 failed", done.stdout)
+    assert re.search(r"\n[1-9]\d* answered, 0 failed\n$", done.stdout)
 
     idle = socket.create_connection(server.place.split(":"))
     begun = socket.create_connection(server.place.split(":"))
@@ -119,6 +119,23 @@ def test_answers_are_those_of_predict_also_in_batches(server, model, tmp_path, r
     assert re.fullmatch(r"stopped after \d+ images in \d+ batches\n", out)
 
 
+def test_a_load_test_without_answers_fails(tmp_path, repo_root):
+    image = tmp_path / "a.png"
+    image.write_bytes(png(8, 8))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # listens to nobody
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        for file, words in (
+            (image, "error: nothing was answered, "),
+            (tmp_path / "b.png", f"error: {tmp_path / 'b.png'} cannot be read"),
+        ):
+            command = [sys.executable, repo_root / "examples/load_test.py", url, file]
+            command += ["--clients", "1", "--seconds", "0.1"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+            assert done.stderr.startswith(words)
+
+
 @pytest.mark.slow
 def test_bad_requests_get_one_line(server):
     good = png(32, 32)
@@ -132,6 +149,9 @@ def test_bad_requests_get_one_line(server):
         (400, "the body is empty", {}),
         (400, "top is '0', expected", {"body": good, "path": "/predict?top=0"}),
         (400, "top is 'x', expected", {"body": good, "path": "/predict?top=x"}),
+        (400, "top is '', expected", {"body": good, "path": "/predict?top="}),
+        (400, "no parameter 'topk', expected top", {"body": good, "path": "/predict?topk=1"}),
+        (415, "not as a form", {"body": good, "Content-Type": "multipart/form-data; boundary=x"}),
         (411, "no Content-Length", {"body": iter([good])}),
         (404, "POST an image to /predict", {"body": good, "path": "/"}),
         (405, "POST an image to /predict", {"method": "GET"}),
