@@ -22,9 +22,10 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # whose length and checksum Pillow does no
 def decode(data: tf.Tensor) -> tf.Tensor:
     """Decodes a whole image file of any kind in `pictures.KINDS`; of an animation the first frame.
 
-    Pixels and refusals are those of `pictures.read`, except in damaged JPEGs: a few kinds are read
-    by Pillow or TensorFlow alone, and of a progressive JPEG whose last scans are missing some
-    pixels differ by a few levels, since each version of libjpeg smooths it in its own way.
+    Pixels and refusals are those of `pictures.read`, except in damaged files. A few kinds of JPEGs
+    are then read by Pillow or TensorFlow alone; of a progressive JPEG whose last scans are missing
+    some pixels differ by a few levels, since each version of libjpeg smooths it in its own way. A
+    PNG without the checksum after its pixels, or without its palette, is read by Pillow alone.
 
     Args:
       data: the bytes of a file (scalar string), or pixels, which are returned as they are.
@@ -33,7 +34,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
       uint8 [h, w, 3].
 
     Raises:
-      tf.errors.OpError: damaged data, or what `pictures.read` refuses.
+      tf.errors.OpError: damaged data, or another file that `pictures.read` refuses.
     """
     if data.dtype != tf.string:
         return data

@@ -1,6 +1,8 @@
 """Image files of all kinds: every part of the product sees the pixels that the reference sees."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -172,3 +174,27 @@ def test_damaged_files_never_show_other_pixels(kind):
         alone += (want is None) != (got is None)
     assert refused > 10
     assert alone <= (6 if "JPEG" in kind else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunk", "change"),
+    [
+        ("PNG RGB", b"IDAT", lambda pixels: pixels[:-4]),  # the checksum of zlib
+        ("PNG P", b"PLTE", lambda palette: None),
+    ],
+)
+def test_damaged_pngs_that_pillow_alone_reads(kind, chunk, change):
+    """If this fails, the docstring of `decode` says too much."""
+    whole = content = READABLE[kind]
+    begin = content.index(chunk)
+    (length,) = struct.unpack(">I", content[begin - 4 : begin])
+    inside = change(content[begin + 4 : begin + 4 + length])
+    piece = b""
+    if inside is not None:
+        checksum = struct.pack(">I", zlib.crc32(chunk + inside))
+        piece = struct.pack(">I", len(inside)) + chunk + inside + checksum
+    content = content[: begin - 4] + piece + content[begin + 8 + length :]
+    decode_file = graph(decode, (tf.string, ()))
+    assert decode_file(whole).shape == (*pictures.read(io.BytesIO(content)).size[::-1], 3)
+    with pytest.raises(tf.errors.OpError):
+        decode_file(content)
