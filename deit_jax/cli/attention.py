@@ -52,6 +52,8 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     model = load_model(arguments.model)
     if arguments.token == "distillation" and not getattr(model, "distilled", False):
         raise InputError(f"--token is distillation, but a {model.info.name} has a class token only")
+    if model.has_attention:
+        _check_block(model, arguments.block)
     tiles, captions = [], []
     for file in arguments.images:
         images = preprocess(model, file)
@@ -69,6 +71,15 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
         sheet.save(file)
     log(f"{arguments.out}: {sheet.width}×{sheet.height} pixels")
     emit({"out": str(arguments.out), "width": sheet.width, "height": sheet.height})
+
+
+def _check_block(model: "VisionTransformer", block: int) -> None:
+    count = model.attention_depth
+    if not -count <= block < count:
+        raise InputError(
+            f"--block is {block}, but a {model.info.name} has blocks 0 to {count - 1}, or "
+            f"-{count} to -1 from the end"
+        )
 
 
 def maps(

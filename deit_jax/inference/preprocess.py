@@ -108,6 +108,8 @@ def _load(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
                 return pictures.read(file)
         except FileNotFoundError:
             raise InputError(f"{os.fspath(image)}: no such image file; check the path") from None
+        except IsADirectoryError:
+            raise InputError(f"{os.fspath(image)} is a folder; name its files") from None
         except InputError as error:
             raise InputError(f"{os.fspath(image)}: {error}") from error
         except OSError as error:

@@ -225,7 +225,8 @@ class Cait(VisionTransformer):
         )
 
     @property
-    def _depth(self) -> int:
+    def attention_depth(self) -> int:
+        """Returns how many blocks there are, of patches and of the class token."""
         return len(self.blocks) + len(self.blocks_token_only)
 
     def _walk(self, images: jax.Array) -> Iterator[tuple[Block, tuple, jax.Array]]:

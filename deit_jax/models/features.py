@@ -107,7 +107,7 @@ class Backbone(Layer):
         def weights(block: Any, inputs: tuple, x: jax.Array) -> jax.Array:
             return jnp.concatenate([a.weights(*own) for a, own in block.attentions(*inputs)], 1)
 
-        return self._collect(images, layers, self._depth, weights)
+        return self._collect(images, layers, self.attention_depth, weights)
 
     def attention_rollout(self, images: jax.Array, layers: Layers = None) -> jax.Array:
         """Returns how much of each token reaches each one through the chosen blocks.
@@ -130,7 +130,7 @@ class Backbone(Layer):
             raise InputError(
                 f"a {type(self).__name__} has no attention whose weights sum to 1, so no rollout"
             )
-        steps = self.attention_weights(images, sorted(chosen_of(layers, self._depth)))
+        steps = self.attention_weights(images, sorted(chosen_of(layers, self.attention_depth)))
         eye = jnp.eye(steps[0].shape[-1])[None]
         rollout, *later = ((step.mean(1) + eye) / 2 for step in steps)
         for step in later:
@@ -165,7 +165,8 @@ class Backbone(Layer):
         self._create_heads(num_classes, nnx.Rngs(0) if rngs is None else rngs)
 
     @property
-    def _depth(self) -> int:
+    def attention_depth(self) -> int:
+        """Returns how many blocks `attention_weights` counts."""
         return len(self.blocks)
 
     def _collect(

@@ -87,7 +87,8 @@ def test_a_row_for_each_picture(files, capsys):
     ("flags", "answer"),
     [
         (["--out=a.jpg"], "expected a name that ends in .png"),
-        (["--block=7"], "layers is \\[7\\]"),
+        (["--block=7"], "--block is 7, but a deit_testing_distilled has blocks 0 to 3, or -4 to"),
+        (["--block=-5"], "--block is -5, "),
         (["--image-of-none"], "--image-of-none"),
     ],
 )

@@ -140,7 +140,7 @@ def test_bad_files_and_arrays_give_one_clear_line(tmp_path: Path):
         (tmp_path / "missing.jpg", "no such image file"),
         (text, "the file begins with b'not an i', expected JPEG, PNG,"),
         (png, r"cut\.png: cannot be read as PNG: image file is truncated"),
-        (tmp_path, r"cannot be read \(Is a directory\)"),
+        (tmp_path, "is a folder; name its files$"),
         (Image.new("I;16", (8, 8)), r"more than eight bits \(mode I;16\), expected eight"),
         (np.zeros((8, 8, 3), np.float32), r"float32 array of shape \(8, 8, 3\): expected uint8"),
         (np.zeros((2, 3, 8, 8), np.uint8), r"image 0 of 2: .*shape \(3, 8, 8\)"),
