@@ -117,7 +117,16 @@ def fit(
     what = f"weights of {info.name}, to be fitted to {target.name},"
     old, want = variables.params, like.params
     _check_patches(info, target, what)
-    _check_body(variables, like, what)
+    try:
+        _check_body(variables, like, what)
+    except InputError as error:
+        if info.name == target.name:
+            raise
+        raise InputError(
+            f"these are weights of {info.name}, but the model asked for is {target.name}; set "
+            f"--config.model.name={info.name}, or empty for that of the weights (in convert: leave "
+            "out --model)"
+        ) from error
     changes, new = [], {}  # new: what to initialise, and why
     plain = f"{info.name} is not distilled"
     if why := _other_classes(old, info, want, target):
