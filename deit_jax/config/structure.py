@@ -74,8 +74,8 @@ def refuse_name(name: str, prefix: str = "--config.") -> NoReturn:
     group, _, last = name.rpartition(".")
     if last in _ANSWER_OF:
         raise InputError(f"no field config.{name}: {_ANSWER_OF[last]}")
-    if near := did_you_mean_fields(_meant(name), prefix):
-        raise InputError(f"no field config.{name};{near.removeprefix(',')}")
+    if meant := _meant(name):
+        raise InputError(f"no field config.{name}; did you mean {_any_of(meant, prefix)}?")
     own = [field for field in FIELDS if group and field.startswith(f"{group}.")]
     has = f"config.{group} has" if own else "the groups of fields are"
     names = [field.partition(".")[2] for field in own] or GROUPS
@@ -89,14 +89,13 @@ def suggest_field(flag: str, near: str) -> str:
       flag: its name, without dashes before it.
       near: what to return unless a field has this very name, "" where no flag is similar.
     """
-    return did_you_mean_fields(_named(flag)) or near or did_you_mean_fields(_meant(flag))
+    fields = _named(flag) or ([] if near else _meant(flag))
+    return f", did you mean {_any_of(fields, '--config.')}?" if fields else near
 
 
-def did_you_mean_fields(fields: list[str], prefix: str = "--config.") -> str:
-    """Returns ", did you mean A, B or C?", or "" without fields."""
-    *others, last = [prefix + field for field in fields] or [""]
-    every = " or ".join(filter(None, (", ".join(others), last)))
-    return every and f", did you mean {every}?"
+def _any_of(fields: list[str], prefix: str) -> str:
+    *others, last = [prefix + field for field in fields]
+    return " or ".join(filter(None, (", ".join(others), last)))
 
 
 def _named(last: str) -> list[str]:
