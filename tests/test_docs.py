@@ -85,6 +85,22 @@ def test_each_habit_has_a_line_that_runs(tmp_path, repo_root, monkeypatch):
     assert space["distillation_logits"].shape == (2, 7)
 
 
+@pytest.mark.slow
+def test_the_page_on_features_runs_with_the_demos_model(tmp_path, repo_root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 50)).save(name)
+    name = load_config("digits_distill").model.name
+    deit_jax.save_model("runs/digits/model", deit_jax.create_model(name, num_classes=10))
+    text = (repo_root / "docs" / "features.md").read_text()
+    first, last = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    space = {}
+    exec(first, space)
+    space = {name: space[name] for name in ("model", "images")}  # imports are its own
+    exec(last, space)
+    assert space["tangent"].shape == (2, 64)
+
+
 def _check_command(line):
     if line.startswith("--"):
         recipe = "" if "--config=" in line else "--config=deit_b"
