@@ -72,6 +72,11 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
     names = _class_names(arguments.class_names) if arguments.class_names else None
     asked = _asked(arguments)
     source = download.fetch(arguments.src)
+    if model_folder.find_model(source) == storage.path_of(source, "model"):
+        raise InputError(
+            f"--src {arguments.src} is a run of deit-jax already; name it as it is to predict, "
+            "eval or --config.init_from"
+        )
     if not storage.is_remote(target) and target.resolve() in [
         source.resolve(),
         *source.resolve().parents,

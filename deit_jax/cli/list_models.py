@@ -30,7 +30,11 @@ def run(arguments: Namespace, emit: Callable[[object], None]) -> None:
 
     rows = registry.list_models(arguments.pattern, details=True)
     if not rows:
-        raise InputError(f"no model matches {arguments.pattern!r}; deit-jax list-models lists all")
+        wider = f"*{arguments.pattern}*"
+        near = f", but some match {wider!r}" if registry.list_models(wider) else ""
+        raise InputError(
+            f"no model matches {arguments.pattern!r}{near}; deit-jax list-models lists all"
+        )
     by_family = sorted(rows, key=lambda row: row.family)
     for family, members in groupby(by_family, key=lambda row: row.family):
         log(family)

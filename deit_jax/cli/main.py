@@ -17,6 +17,7 @@ import sys
 import types
 from argparse import Namespace
 
+import deit_jax
 from deit_jax.cli import startup
 from deit_jax.cli.arguments import Parser
 from deit_jax.cli.status import exit_status
@@ -71,6 +72,9 @@ def _run(argv: list[str]) -> int | None:
     if name in ("-h", "--help"):
         print("usage: deit-jax COMMAND [flags]; each has its own --help, with examples\n")
         print("\n".join(f"  {name:14}{line}" for name, (_, line) in COMMANDS.items()))
+        return 0
+    if name == "--version":
+        print(f"deit-jax {deit_jax.__version__}")
         return 0
     if name not in COMMANDS:
         near = did_you_mean(name.replace("_", "-"), COMMANDS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import deit_jax
 from deit_jax.checkpoints import fit
 from deit_jax.cli import convert, export_torch
 from deit_jax.cli.arguments import Parser
@@ -74,6 +75,10 @@ def test_a_dash_is_an_underscore():
         assert found.rest == ["a-b", "--image-size"]
 
 
+def test_version(deit_jax_command):
+    assert deit_jax_command("--version") == (0, f"deit-jax {deit_jax.__version__}\n", "")
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -103,7 +108,8 @@ def test_a_dash_is_an_underscore():
         ("show-batch --config=digits --out x.png --randaugment rand-m9 --step=1", "--step"),
         ("show-batch --out x.png --randaugment rand-m9 no.jpg", "no.jpg: no such image"),
         ("compile-for --config=digits --topology v5e:2x2 --train-images=0", "--train_images: 0"),
-        ("list-models 'bert*'", "'bert*'"),
+        ("list-models 'bert*'", "no model matches 'bert*'; deit-jax"),
+        ("list-models deit_tiny", "'deit_tiny', but some match '*deit_tiny*'; deit-jax"),
     ],
 )
 def test_a_mistake_is_one_line(deit_jax_command, line, words):

@@ -151,6 +151,7 @@ def test_wrong_names_and_places(tmp_path, state, converted, refused):
     assert command("convert", source, target, "--overwrite") == 0
     assert "not a model folder" in refused("convert", source, tmp_path / "folder")
     assert "model folder of deit-jax already" in refused("convert", target, tmp_path / "new")
+    assert "is a run of deit-jax already; name it as it is" in refused("convert", tmp_path, "new")
 
 
 def test_export_refuses_in_one_line(tmp_path, refused):
