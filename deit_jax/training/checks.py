@@ -10,7 +10,7 @@ import jaxlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from deit_jax import storage, trees
+from deit_jax import folders, storage, trees
 from deit_jax.config.files import recipe_fields
 from deit_jax.errors import InputError, TransientError, brief
 from deit_jax.parallel import hosts
@@ -85,14 +85,10 @@ def _check_classes(train: "Source", evaluation: "Source") -> None:
             ": there is nothing to learn; check config.dataset.root, which may be one folder too "
             "high"
         )
-    if train.class_names == evaluation.class_names and train.num_classes == evaluation.num_classes:
+    other = folders.first_other(train.class_names, evaluation.class_names)
+    if other is None and train.num_classes == evaluation.num_classes:
         return
-    names = zip(train.class_names, evaluation.class_names, strict=False)
-    number = next((i for i, (a, b) in enumerate(names) if a != b), None)
-    first = ""
-    if number is not None:
-        pair = train.class_names[number], evaluation.class_names[number]
-        first = f"; class {number} is {pair[0]!r} in one and {pair[1]!r} in the other"
+    first = "; class {} is {!r} in one and {!r} in the other".format(*other) if other else ""
     raise InputError(
         f"{train.description} has {train.num_classes:,} classes, but {evaluation.description} "
         f"{evaluation.num_classes:,}{first}; both need the same classes"
