@@ -119,34 +119,29 @@ def find_model(path: str | os.PathLike) -> storage.Path | None:
 
 
 def _existing_model(path: str | os.PathLike) -> storage.Path:
-    source = _to_convert(os.fspath(path))
-    if source is not None:
+    text = os.fspath(path)
+    address = re.match("hf:|https?://", text)
+    if not address and (folder := find_model(path)):
+        return folder
+    if source := text if address else _to_convert(text):
         raise InputError(
             f"{path} is not a model folder; convert it first: deit-jax convert --src {source} "
             "--dst FOLDER"
         )
-    folder = find_model(path)
-    if folder is None and all(storage.path_of(path, part).is_dir() for part in ("state", "meta")):
+    if all(storage.path_of(path, part).is_dir() for part in ("state", "meta")):
         run = storage.path_of(path).parent.parent
         raise InputError(
             f"{path} is a training checkpoint; name the run, {run}, or read it by "
             "deit_jax.load_checkpoint"
         )
-    if folder is None:
-        raise InputError(
-            f"{path} is not a model folder: no {_MODEL_FILE} in it or in its model/; expected a "
-            "folder written by training, by a converter or by save_model"
-        )
-    return folder
+    raise InputError(
+        f"{path} is not a model folder: no {_MODEL_FILE} in it or in its model/; expected a "
+        "folder written by training, by a converter or by save_model"
+    )
 
 
 def _to_convert(text: str) -> str | None:
-    """Returns what `deit-jax convert --src` takes, where `text` names PyTorch weights, else None.
-
-    That is a file, an address, or timm's name of a model with published weights.
-    """
-    if re.match("hf:|https?://", text):
-        return text
+    """Returns what `deit-jax convert --src` takes for a file, or for timm's name of a model."""
     path = storage.path_of(text)
     if path.exists():
         return text if path.is_file() else None
